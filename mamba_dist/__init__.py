@@ -1,0 +1,1 @@
+"""Train Mamba language models on DeepSpeed, from raw text to generated text."""

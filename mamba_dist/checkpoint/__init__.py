@@ -1,0 +1,1 @@
+"""Committed, hashed checkpoints that any engine and any number of ranks can read; never decides when."""

@@ -1,0 +1,80 @@
+"""Names of a run folder's checkpoints, and which of them are committed.
+
+checkpoints/step-00001000/                 committed: the rename onto this name is the commit
+    manifest.json
+    rank-00000.safetensors                 the fragments of rank 0
+checkpoints/step-00002000.partial/         being written, or left behind by a kill
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+_COMMITTED = re.compile(r"step-(\d{8,})")
+_LEFT_BEHIND = re.compile(r"step-\d{8,}\.(partial|removed)")
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / CHECKPOINTS
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """The committed name of the checkpoint after `step` optimizer steps."""
+    return checkpoints_folder(run_dir) / f"step-{step:08d}"
+
+
+def staging_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before its commit."""
+    return checkpoint_folder(run_dir, step).with_suffix(".partial")
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file with one rank's fragments."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def committed_steps(run_dir: Path) -> list[int]:
+    """Steps of all committed checkpoints of a run, ascending."""
+    folder = checkpoints_folder(run_dir)
+    if not folder.is_dir():
+        return []
+    matches = [_COMMITTED.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def remove_left_behind(run_dir: Path) -> list[str]:
+    """Names of the unfinished writes and deletions of an earlier process, which are now gone."""
+    folder = checkpoints_folder(run_dir)
+    if not folder.is_dir():
+        return []
+    left = sorted(e for e in folder.iterdir() if e.is_dir() and _LEFT_BEHIND.fullmatch(e.name))
+    for entry in left:
+        shutil.rmtree(entry)
+    return [entry.name for entry in left]
+
+
+def remove_checkpoint(run_dir: Path, step: int) -> None:
+    """Deletes a committed checkpoint; a kill in between leaves no half of it under its name."""
+    folder = checkpoint_folder(run_dir, step)
+    doomed = folder.with_suffix(".removed")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def steps_to_remove(steps: list[int], *, keep_last: int, keep_every: int | None) -> list[int]:
+    """Which of the committed `steps` retention gives up: not the last ones, no multiple of `keep_every`."""
+    older = sorted(steps)[:-keep_last]
+    return [step for step in older if keep_every is None or step % keep_every]
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""What a checkpoint says of itself: manifest.json, written last.
+
+Version 1, `{"manifest": {…}, "sha256": "…"}`; the hash is that of the manifest's own compact JSON. `fragments` says for each rank's contiguous range of each parameter where it stands and what its
+bytes hash to; `files` gives size and hash of every file, so that nothing damaged is ever loaded.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mamba_dist.config.schema import RunConfig
+from mamba_dist.checkpoint.layout import MANIFEST
+from mamba_dist.errors import CheckpointError
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Progress(_Record):
+    """How far a run is: everything the loop needs to go on exactly where it stopped."""
+
+    step: int
+    """Optimizer steps taken, skipped ones included."""
+    next_sample: int
+    """Global position of the first sample that was not yet trained on."""
+    trained_tokens: int
+    """Labels that contributed to the loss."""
+    global_batch_size: int
+    """Sequences per optimizer step."""
+    data_fingerprint: str
+    """Fingerprint of the data set's manifest."""
+
+
+class FileRecord(_Record):
+    """Size and hash of one file of the checkpoint."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class FragmentRecord(_Record):
+    """Where one contiguous range of one parameter stands; hashes are of the little-endian fp32 bytes."""
+
+    name: str
+    file: str
+    start: int
+    numel: int
+    master_sha256: str
+    exp_avg_sha256: str
+    exp_avg_sq_sha256: str
+
+
+class RankRecord(_Record):
+    """What one rank wrote."""
+
+    file: FileRecord
+    shapes: dict[str, list[int]]
+    fragments: list[FragmentRecord]
+
+
+class CheckpointManifest(_Record):
+    """The whole checkpoint."""
+
+    version: Literal[1] = 1
+    progress: Progress
+    adam_steps: int
+    world_size: int
+    engine: str
+    versions: dict[str, str]
+    config: RunConfig
+    shapes: dict[str, list[int]]
+    files: list[FileRecord]
+    fragments: list[FragmentRecord]
+
+
+def manifest_text(manifest: CheckpointManifest) -> str:
+    """The contents of manifest.json."""
+    body = manifest.model_dump(mode="json")
+    return _compact({"manifest": body, "sha256": _hash_of_body(body)})
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """The manifest of a committed checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another version, or not readable as one.
+    """
+    path = folder / MANIFEST
+    try:
+        stored = json.loads(path.read_bytes())
+        if not isinstance(stored, dict) or stored.get("sha256") != _hash_of_body(
+            stored.get("manifest")
+        ):
+            raise CheckpointError(
+                f"{path}: does not hash to what was written: its contents changed"
+            )
+        return CheckpointManifest.model_validate_json(_compact(stored["manifest"]))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); name a run folder or a step-… folder in it"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CheckpointError(
+            f"{path}: not a checkpoint manifest of version 1 ({where}: {first['msg']}); "
+            "use the version of mamba-dist that wrote it, or an older checkpoint"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}): its contents changed") from error
+
+
+def _hash_of_body(body: Any) -> str:
+    return hashlib.sha256(_compact(body).encode()).hexdigest()
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)

@@ -1,0 +1,1 @@
+"""One module per script: its arguments, and what it puts together from the layers below."""

@@ -1,0 +1,301 @@
+"""Schema version 2 of the run configuration: one frozen pydantic model per section.
+
+Ranges stand on the fields; rules between fields are methods of the section that holds them, or, where
+sections meet, of `mamba_dist.config.load.validate_config_compatibility`. Nothing here imports torch, so
+that a config is checked within a second.
+
+Letters: B batch, L length, D d_model, E d_inner, N d_state, H heads, P headdim, G groups.
+"""
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 2
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no silent type conversion."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class MambaConfig(Section):
+    """Shape and initialisation of the language model (names follow state-spaces/mamba)."""
+
+    layer: Literal["mamba1", "mamba2"] = "mamba1"
+    """Mixer of every layer: selective scan (arXiv 2312.00752) or SSD (arXiv 2405.21060)."""
+    d_model: int = Field(default=2048, ge=8, le=65536)
+    """Width D of the residual stream."""
+    n_layers: int = Field(default=24, ge=1, le=1024)
+    """Number of residual blocks."""
+    vocab_size: int = Field(default=50280, ge=2, le=2**31 - 1)
+    """Vocabulary of the tokenizer; embedding rows are padded up, see pad_vocab_size_multiple."""
+    pad_vocab_size_multiple: int = Field(default=8, ge=1, le=4096)
+    """Embedding rows are rounded up to a multiple of this, for aligned matrix products."""
+    pad_token_id: int = Field(default=0, ge=0)
+    """Token written at padded positions; padding is masked by position, so it may equal EOS."""
+    d_state: int = Field(default=16, ge=1, le=1024)
+    """State size N per channel (Mamba-1, default 16) or per head (Mamba-2, default 128)."""
+    d_conv: int = Field(default=4, ge=2, le=16)
+    """Kernel width of the causal convolution, in tokens."""
+    expand: int = Field(default=2, ge=1, le=16)
+    """d_inner E = expand * d_model."""
+    dt_rank: int | Literal["auto"] = Field(default="auto")
+    """Rank of the step-size projection of Mamba-1; auto = ceil(d_model / 16)."""
+    headdim: int = Field(default=64, ge=1, le=1024)
+    """Head width P of Mamba-2; must divide d_inner."""
+    ngroups: int = Field(default=1, ge=1, le=1024)
+    """Groups G that share B and C (Mamba-2); must divide the number of heads."""
+    chunk_size: int = Field(default=256, ge=1, le=4096)
+    """Chunk length Q of the SSD algorithm (Mamba-2), in tokens."""
+    dt_min: float = Field(default=1e-3, gt=0, le=1)
+    """Smallest initial step size."""
+    dt_max: float = Field(default=0.1, gt=0, le=10)
+    """Largest initial step size."""
+    dt_init_floor: float = Field(default=1e-4, gt=0, le=1)
+    """Initial step sizes are clamped from below to this."""
+    dt_scale: float = Field(default=1.0, gt=0, le=100)
+    """Scale of dt_proj.weight at initialisation (Mamba-1)."""
+    initializer_range: float = Field(default=0.02, gt=0, le=10)
+    """Standard deviation of the embedding at initialisation."""
+    norm_eps: float = Field(default=1e-5, gt=0, le=1e-1)
+    """Epsilon of every RMSNorm."""
+    conv_bias: bool = True
+    """Bias on the causal convolution."""
+    proj_bias: bool = False
+    """Bias on in_proj and out_proj."""
+    tie_embeddings: bool = True
+    """lm_head.weight is backbone.embedding.weight."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_state_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("layer") == "mamba2" and "d_state" not in values:
+            return {**values, "d_state": 128}
+        return values
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> "MambaConfig":
+        if isinstance(self.dt_rank, int) and not 1 <= self.dt_rank <= self.d_inner:
+            raise ValueError(f"dt_rank {self.dt_rank} is outside 1..{self.d_inner} (d_inner)")
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id {self.pad_token_id} must be below vocab_size {self.vocab_size}"
+            )
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min} must not exceed dt_max {self.dt_max}")
+        if self.layer == "mamba2":
+            if self.d_inner % self.headdim:
+                raise ValueError(
+                    f"headdim {self.headdim} must divide d_inner {self.d_inner} = expand * d_model"
+                )
+            if self.n_heads % self.ngroups:
+                raise ValueError(
+                    f"ngroups {self.ngroups} must divide the {self.n_heads} heads "
+                    f"(d_inner {self.d_inner} / headdim {self.headdim})"
+                )
+        elif self.ngroups != 1:
+            raise ValueError(f"ngroups is {self.ngroups}; Mamba-1 has one group, set ngroups: 1")
+        return self
+
+    @property
+    def d_inner(self) -> int:
+        """E, channels inside the mixer."""
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        """H, heads of a Mamba-2 mixer."""
+        return self.d_inner // self.headdim
+
+    @property
+    def resolved_dt_rank(self) -> int:
+        """R, rank of the step-size projection of Mamba-1."""
+        return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V, rows of the embedding and of the head."""
+        multiple = self.pad_vocab_size_multiple
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+
+class TrainingConfig(Section):
+    """What is optimised, for how long, and in which precision."""
+
+    run_dir: str | None = None
+    """Folder of this run; when absent, runs/<name of the config file>."""
+    micro_batch_size: int = Field(default=32, ge=1, le=65536)
+    """Sequences per rank and forward-backward."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences per optimizer step over all ranks. Exactly one of this and the next."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1, le=65536)
+    """Forward-backwards per optimizer step on each rank."""
+    learning_rate: float = Field(default=1e-4, gt=0, le=10)
+    """Peak learning rate."""
+    lr_schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape after warm-up; wsd is warm-up, stable, decay (arXiv 2404.06395)."""
+    warmup_steps: int = Field(default=1000, ge=0)
+    """Optimizer steps of linear warm-up; must be shorter than the run."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Final learning rate as a share of the peak (cosine, linear, wsd)."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of the run's steps spent decaying (wsd)."""
+    weight_decay: float = Field(default=0.1, ge=0, le=10)
+    """Decoupled weight decay of matrices; see the parameter table for what is exempt."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    adam_eps: float = Field(default=1e-8, gt=0, le=1e-2)
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Global gradient norm is clipped to this; null does not clip."""
+    skip_grad_norm_above: float | None = Field(default=None, gt=0)
+    """A step whose gradient norm exceeds this is skipped on all ranks; null skips only NaN and inf."""
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """So many skipped steps in a row end the run with an error."""
+    num_epochs: int | None = Field(default=None, ge=1)
+    """Length in passes over the training split. Exactly one of the three lengths."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Length in optimizer steps."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Length in training tokens, rounded up to a whole step."""
+    eval_steps: int | None = Field(default=500, ge=1)
+    """Optimizer steps between validations; null validates only at the end."""
+    eval_sequences: int = Field(default=256, ge=1)
+    """At most so many validation sequences each time, over all ranks."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 computes matrix products in bfloat16; all parameters are stored in float32 either way."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full recomputes each block in the backward pass instead of keeping its activations."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights."""
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> "TrainingConfig":
+        batch = {
+            "global_batch_size": self.global_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+        }
+        _require_exactly_one(batch, "how large an optimizer step is")
+        length = {
+            "num_epochs": self.num_epochs,
+            "max_steps": self.max_steps,
+            "max_tokens": self.max_tokens,
+        }
+        _require_exactly_one(length, "how long the run is")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must be below max_steps {self.max_steps}"
+            )
+        if self.global_batch_size is not None and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Where the shards and the tokenizer are, and in which order samples are read."""
+
+    dataset_path: str = "data/"
+    """Folder of Arrow shards with manifest.json, written by data_prep/tokenize.py."""
+    tokenizer_path: str = "tokenizer.model"
+    """SentencePiece .model or Hugging Face tokenizer.json; used by tokenising and generation."""
+    sequence_length: int = Field(default=2048, ge=1, le=2**24)
+    """Tokens L per training sequence."""
+    num_workers: int = Field(default=4, ge=0, le=256)
+    """Loader processes per rank that prefetch batches; 0 reads in the training process."""
+    shuffle: bool = True
+    """Visit the windows of each epoch in a keyed random order; false reads them in shard order."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Key of the shuffle."""
+    train_split: float = Field(default=0.9, gt=0, lt=1)
+    """Share of documents for training, chosen by document hash while tokenising."""
+    val_split: float = Field(default=0.1, gt=0, lt=1)
+    """Share of documents for validation; the two splits sum to 1."""
+    tokenize_batch_documents: int = Field(default=1000, ge=1, le=10**6)
+    """Documents per call of the tokenizer while tokenising."""
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> "DataConfig":
+        total = self.train_split + self.val_split
+        if abs(total - 1) > 1e-6:
+            raise ValueError(
+                f"train_split {self.train_split} + val_split {self.val_split} = {total:g}, "
+                "expected a sum of 1"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """How parameters and optimizer state are spread over ranks."""
+
+    kind: Literal["zero", "fsdp2"] = "zero"
+    """zero is DeepSpeed ZeRO; fsdp2 is not available yet and is refused."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """0 replicates, 1 shards optimizer state, 2 also gradients, 3 also parameters."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Gradient reduction and ZeRO-3 gathering; bf16 halves the traffic and loses precision."""
+    bucket_elements: int = Field(default=50_000_000, ge=1, le=10**10)
+    """Gradients are reduced in buckets of about so many elements."""
+    timeout_minutes: float = Field(default=10, gt=0, le=24 * 60)
+    """A collective that takes longer ends the run."""
+    ops_backend: Literal["auto", "reference", "torch", "cpu", "triton", "cuda"] = "auto"
+    """Implementation of scan and convolution; auto picks the best one this machine has."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    save_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest checkpoints kept."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints at multiples of this are kept for ever."""
+    resume: Literal["auto", "required", "never"] = "auto"
+    """auto continues the newest whole checkpoint of the run folder, if it holds any."""
+
+
+class TelemetryConfig(Section):
+    """What a run tells while it trains; metrics.jsonl is always written."""
+
+    log_steps: int = Field(default=10, ge=1)
+    """Optimizer steps between records."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    progress_bar: bool = True
+    """Show a progress bar on rank 0 when the output is a terminal, plain lines otherwise."""
+
+
+class RunConfig(Section):
+    """A whole run: one YAML or JSON file."""
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    """Version of this format; files of older versions are migrated on load."""
+    model: MambaConfig = Field(default_factory=MambaConfig)
+    """The language model."""
+    training: TrainingConfig
+    """The optimisation."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """The data set."""
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    """The distribution."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """The checkpoints."""
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+    """The reporting."""
+
+
+def _require_exactly_one(fields: dict[str, int | None], purpose: str) -> None:
+    given = [name for name, value in fields.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) if given else "none of them"
+        raise ValueError(f"give exactly one of {', '.join(fields)} ({purpose}); found {found}")

@@ -1,0 +1,1 @@
+"""How parameters and optimizer state are spread over ranks; knows no model, data or schedule."""

@@ -1,0 +1,332 @@
+"""DeepSpeed ZeRO behind the Engine protocol, stages 0 to 3.
+
+DeepSpeed moves gradients and parameters; what a step means is decided here, so that every stage does the
+same: the loss is averaged over real tokens, the norm is known before any update, a bad step is dropped on
+all ranks. Precision is `torch_autocast` with an empty list of low-precision modules: all parameters are
+stored, reduced and gathered in float32 (`bf16.enabled` would round A_log, D and dt_bias).
+
+Private parts of DeepSpeed are touched in this file only; tests/engine/test_deepspeed_canary.py watches them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from mamba_dist.config.schema import EngineConfig
+from mamba_dist.engine.base import (
+    Fragment,
+    FragmentReader,
+    OptimizerSettings,
+    ParameterGroup,
+    StepStats,
+    flat_share,
+    require_fp32,
+)
+from mamba_dist.engine.world import World
+
+_NEVER = 1 << 62
+
+
+def zero_settings(
+    config: EngineConfig, *, precision: Literal["bf16", "fp32"], accumulation_steps: int
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of an engine, as `deepspeed.initialize` takes it."""
+    settings: dict[str, Any] = {
+        # Batches are cut by the loader; DeepSpeed only needs a consistent triple.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "steps_per_print": _NEVER,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": config.reduce_dtype,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": config.bucket_elements,
+            "allgather_bucket_size": config.bucket_elements,
+            "stage3_prefetch_bucket_size": config.bucket_elements,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+            # Its replacement of F.linear ignores autocast on CPU.
+            "memory_efficient_linear": False,
+        },
+    }
+    if precision == "bf16":
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    return settings
+
+
+def construction(settings: Mapping[str, Any]) -> AbstractContextManager[object]:
+    """Context in which to build the module: at stage 3 parameters are partitioned as they appear."""
+    if settings["zero_optimization"]["stage"] != 3:
+        return nullcontext()
+    # An explicit dtype=float32 becomes bfloat16 on a CPU without float16 (0.19.8); from the settings, which
+    # enable neither, it becomes float32.
+    context: AbstractContextManager[object] = deepspeed.zero.Init(
+        config_dict_or_path=dict(settings), mem_efficient_linear=False
+    )
+    return context
+
+
+def gather(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+    """Context in which `parameters` are whole; what rank 0 writes there becomes their value."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+        partitioned, modifier_rank=0
+    )
+    return context
+
+
+class ZeroEngine:
+    """A module under DeepSpeed ZeRO, see `mamba_dist.engine.base.Engine`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        groups: Sequence[ParameterGroup],
+        optimizer: OptimizerSettings,
+        settings: Mapping[str, Any],
+        world: World,
+    ) -> None:
+        require_fp32(module)
+        self._world = world
+        self._stage: int = settings["zero_optimization"]["stage"]
+        self._parameters = dict(module.named_parameters())
+        self._adamw = torch.optim.AdamW(
+            [
+                {
+                    "params": [self._parameters[name] for name in group.names],
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
+                if group.names
+            ],
+            lr=0.0,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            fused=True,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=self._adamw,
+            config=dict(settings),
+            dist_init_required=False,
+        )
+        require_fp32(module)
+        self._norm = float("nan")
+        self._skip_above = float("inf")
+        if self._stage > 0:
+            self._watch_norm()
+        self._materialise_moments()
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module; at stage 3 its parameters are empty outside of `gather`."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def adam_steps(self) -> int:
+        """Updates that AdamW has applied."""
+        return int(self._adamw.state[self._masters()[0]]["step"].item())
+
+    def forward_backward(
+        self, inputs: Mapping[str, Tensor], *, step_tokens: int, last: bool
+    ) -> Tensor:
+        """Loss sum of one micro-batch, () fp32; see the protocol."""
+        self._engine.train()
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss_sum: Tensor = self._engine(**self._to_device(inputs))
+        # ZeRO averages gradients over ranks; the denominator is already global.
+        scaled = loss_sum * (self._world.size / step_tokens)
+        self._engine.backward(scaled, scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the module returns for `inputs`, without gradients."""
+        self._engine.eval()
+        output: Tensor = self._engine(**self._to_device(inputs))
+        return output
+
+    def step(
+        self, lr: float, *, max_grad_norm: float | None, skip_above: float | None
+    ) -> StepStats:
+        """Clips and applies the accumulated gradients, or drops them on all ranks."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._skip_above = float("inf") if skip_above is None else skip_above
+        if self._stage == 0:
+            return self._step_replicated(max_grad_norm)
+        self._optimizer.clip_grad = 0.0 if max_grad_norm is None else max_grad_norm
+        self._engine.step()
+        return StepStats(grad_norm=self._norm, skipped=not self._engine.was_step_applied())
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of parameters and moments; over all ranks every element occurs once."""
+        for name, parameter in self._parameters.items():
+            fragment = self._fragment(name, parameter)
+            if fragment is not None and fragment.master.numel():
+                yield fragment
+
+    @torch.no_grad()
+    def load_fragments(self, reader: FragmentReader, *, adam_steps: int) -> None:
+        """Overwrites parameters, moments and AdamW's step from `reader`."""
+        for name, parameter in self._parameters.items():
+            # Stage 0 keeps whole replicas, of which `fragments` names only this rank's part to write.
+            own = (
+                self._replica(name, parameter)
+                if self._stage == 0
+                else self._fragment(name, parameter)
+            )
+            if own is None:
+                continue
+            for kind in ("master", "exp_avg", "exp_avg_sq"):
+                target = own.tensor(kind)
+                target.copy_(reader.read(name, kind, start=own.start, numel=target.numel()))
+            if self._stage == 3:
+                parameter.ds_tensor.data.flatten()[: own.master.numel()].copy_(own.master)
+        for master in self._masters():
+            self._adamw.state[master]["step"].fill_(float(adam_steps))
+        if self._stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self._stage == 3 and self._optimizer.persistent_parameters:
+            persistent = self._optimizer.persistent_parameters
+            persistent[0].all_gather(persistent)
+
+    def gather(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+        """Context in which `parameters` are whole; what rank 0 writes there becomes their value."""
+        return gather(parameters)
+
+    def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.to(self._world.device, non_blocking=True) for k, v in inputs.items()}
+
+    def _step_replicated(self, max_grad_norm: float | None) -> StepStats:
+        # DeepSpeed at stage 0 neither reports a norm nor skips (measured: one NaN made all weights NaN).
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norms = torch._foreach_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(list(norms)))
+        self._norm = float(norm)
+        if self._is_bad(self._norm):
+            self._engine.zero_grad()
+            return StepStats(grad_norm=self._norm, skipped=True)
+        if max_grad_norm is not None:
+            torch._foreach_mul_(gradients, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+        self._engine.step()
+        return StepStats(grad_norm=self._norm, skipped=False)
+
+    def _is_bad(self, norm: float) -> bool:
+        # A NaN compares false with everything, so the condition is asked the other way round.
+        return not norm <= self._skip_above or norm == float("inf")
+
+    def _watch_norm(self) -> None:
+        """Lets this engine see the norm before any update, and veto the step.
+
+        DeepSpeed drops a step on all ranks when the norm it has just computed is not finite; answering inf
+        in its place makes it drop a spike by the same path. It marks NaN and inf by -1.
+        """
+
+        def judged(norm: Tensor) -> Tensor:
+            value = float(norm)
+            self._norm = float("nan") if value < 0 else value
+            return torch.full_like(norm, float("inf")) if self._is_bad(self._norm) else norm
+
+        if self._stage == 3:
+            norm_groups = self._optimizer._get_norm_groups
+            combined = deepspeed.runtime.zero.stage3.combine_grad_norm_groups
+            self._optimizer._get_norm_groups = lambda: [judged(combined(norm_groups()))]
+        else:
+            global_norm = self._optimizer.scaled_global_norm
+            self._optimizer.scaled_global_norm = lambda: judged(global_norm())
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that AdamW updates: parameters at stage 0, this rank's flat parts above."""
+        if self._stage == 0:
+            return list(self._parameters.values())
+        if self._stage == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def _materialise_moments(self) -> None:
+        # AdamW creates its state at the first update, but a checkpoint may be read or written before it.
+        for master in self._masters():
+            self._adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
+            }
+        if self._stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        if self._stage == 0:
+            whole = self._replica(name, parameter)
+            start, numel = flat_share(
+                whole.master.numel(), rank=self._world.rank, world_size=self._world.size
+            )
+            part = slice(start, start + numel)
+            return Fragment(
+                name,
+                whole.shape,
+                start,
+                whole.master[part],
+                whole.exp_avg[part],
+                whole.exp_avg_sq[part],
+            )
+        if self._stage == 3:
+            return self._partition(name, parameter)
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        return Fragment(
+            name,
+            tuple(parameter.shape),
+            mapping.lp_fragment_address.start,
+            mapping.get_hp_fragment(),
+            mapping.get_hp_fragment("exp_avg"),
+            mapping.get_hp_fragment("exp_avg_sq"),
+        )
+
+    def _replica(self, name: str, parameter: nn.Parameter) -> Fragment:
+        state = self._adamw.state[parameter]
+        return Fragment(
+            name,
+            tuple(parameter.shape),
+            0,
+            parameter.detach().flatten(),
+            state["exp_avg"].flatten(),
+            state["exp_avg_sq"].flatten(),
+        )
+
+    def _partition(self, name: str, parameter: nn.Parameter) -> Fragment:
+        # Partitions are ceil(numel / world) long, the last ones padded; padding is never written.
+        start, numel = flat_share(
+            parameter.ds_numel,  # type: ignore[attr-defined]
+            rank=self._world.rank,
+            world_size=self._world.size,
+        )
+
+        def local(key: str | None = None) -> Tensor:
+            tensor: Tensor = self._optimizer.get_local_fp32_param(parameter, key)
+            return tensor[:numel]
+
+        return Fragment(
+            name,
+            tuple(parameter.ds_shape),  # type: ignore[attr-defined]
+            start,
+            local(),
+            local("exp_avg"),
+            local("exp_avg_sq"),
+        )

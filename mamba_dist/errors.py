@@ -1,0 +1,37 @@
+"""Errors a user can cause or meet. Each message says what was found, what was expected and what to do.
+
+Programming mistakes inside the package raise Python's own exceptions; a script's `main()` prints these
+classes as one line and exits, and lets everything else show its traceback.
+"""
+
+
+class MambaDistError(Exception):
+    """Base of every error that a user can mend; commands print it without a traceback."""
+
+
+class ConfigError(MambaDistError):
+    """A config file or override is wrong, or two of its fields contradict each other."""
+
+
+class BackendError(MambaDistError):
+    """An ops backend was asked for by name and cannot run here."""
+
+
+class DataError(MambaDistError):
+    """A corpus, tokenizer, shard or manifest is missing, damaged or does not match."""
+
+
+class ModelError(MambaDistError):
+    """A model cannot be built, classified or initialised as configured."""
+
+
+class EngineError(MambaDistError):
+    """The distributed engine cannot start or cannot honour the configuration."""
+
+
+class CheckpointError(MambaDistError):
+    """A checkpoint is missing, damaged, or belongs to another model or data set."""
+
+
+class TrainingError(MambaDistError):
+    """Training cannot go on: for example too many skipped steps in a row."""

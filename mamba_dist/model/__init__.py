@@ -1,0 +1,1 @@
+"""The language model: plain nn.Modules, their initialisation, parameter classes and FLOPs."""

@@ -1,0 +1,76 @@
+"""Mixer of Mamba-2: arXiv 2405.21060, section 7.1 (parallel projections); upstream's names.
+
+B batch, L length, D d_model, E d_inner, N d_state, H heads, P headdim, G groups, K d_conv.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mamba_dist.config.schema import MambaConfig
+from mamba_dist.model.layers import CausalConv1d, Linear, wide
+from mamba_dist.model.norm import GatedRMSNorm
+from mamba_dist.model.state import LayerState, layer_state
+from mamba_dist.ops.ssd import ssd
+
+
+class Mamba2Mixer(nn.Module):
+    """SSD between two projections, with a gated RMSNorm before the second."""
+
+    def __init__(self, config: MambaConfig, *, backend: str) -> None:
+        super().__init__()
+        inner, heads, groups = config.d_inner, config.n_heads, config.ngroups
+        shared = groups * config.d_state
+        self._backend = backend
+        self._headdim, self._groups, self._chunk_size = config.headdim, groups, config.chunk_size
+        self._in_proj_widths = (inner, inner + 2 * shared, heads)
+        self._conv_widths = (inner, shared, shared)
+        self.in_proj = Linear(config.d_model, sum(self._in_proj_widths), bias=config.proj_bias)
+        self.conv1d = CausalConv1d(
+            sum(self._conv_widths), width=config.d_conv, bias=config.conv_bias, backend=backend
+        )
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(inner, groups=groups, eps=config.norm_eps)
+        self.out_proj = Linear(inner, config.d_model, bias=config.proj_bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        seq_idx: Tensor | None = None,
+        state: LayerState | None = None,
+        *,
+        keep_state: bool = False,
+    ) -> tuple[Tensor, LayerState | None]:
+        """(B, L, D), and the state after position L-1 if it is to be kept.
+
+        Args:
+            hidden: (B, L, D).
+            seq_idx: (B, L) int32; a document starts wherever it changes.
+            state: what an earlier window left behind, for the first document of each row.
+            keep_state: also return the state.
+        """
+        z, xBC, dt = self.in_proj(hidden).split(self._in_proj_widths, dim=-1)
+        xBC, conv_state = self.conv1d(
+            xBC, seq_idx, None if state is None else state.conv, keep_state=keep_state
+        )
+        x, B, C = xBC.split(self._conv_widths, dim=-1)
+        result = ssd(
+            x.unflatten(-1, (-1, self._headdim)),
+            dt,
+            -torch.exp(wide(self.A_log)),
+            B.unflatten(-1, (self._groups, -1)),
+            C.unflatten(-1, (self._groups, -1)),
+            wide(self.D),
+            # The gate belongs to the norm, and the bias is added in fp32 inside the op.
+            None,
+            wide(self.dt_bias),
+            True,
+            seq_idx,
+            None if state is None else state.ssm,
+            keep_state,
+            chunk_size=self._chunk_size,
+            backend=self._backend,
+        )
+        y, ssm_state = result if isinstance(result, tuple) else (result, None)
+        return self.out_proj(self.norm(y.flatten(-2), z)), layer_state(conv_state, ssm_state)

@@ -1,0 +1,50 @@
+"""RMSNorm of the residual stream and the gated RMSNorm of Mamba-2, both computed in fp32.
+
+B batch, L length, D width, G groups. RMSNorm: arXiv 1910.07467, equation 4; the gated one stands in
+arXiv 2405.21060, section 7.1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_dist.model.layers import wide
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D), in autocast's dtype if it is on, else in x's."""
+        normed = F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps)
+        return normed.to(_output_dtype(x))
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of x * silu(z) (norm_before_gate False), each of G groups of channels by itself."""
+
+    def __init__(self, width: int, *, groups: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """(..., D), in autocast's dtype if it is on, else in x's; x and z are (..., D)."""
+        gated = wide(x) * F.silu(wide(z))
+        grouped = gated.view(*gated.shape[:-1], self.groups, -1)
+        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
+        return (normed * wide(self.weight)).to(_output_dtype(x))
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    # The next matrix product would cast to this dtype anyway; doing it here saves a wider copy.
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype

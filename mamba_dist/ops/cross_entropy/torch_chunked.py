@@ -1,0 +1,128 @@
+"""The head's cross entropy in plain PyTorch, some tokens at a time.
+
+The loss is a sum, so its gradient is known up to one factor as soon as a chunk's softmax is: the
+forward computes the gradients chunk by chunk and the backward multiplies them by the factor. Three
+matmuls instead of the four of recomputation, for an fp32 gradient of the weight that lives from
+forward to backward (the idea of Liger Kernel, arXiv 2410.10989, section 3.2).
+
+V4096 D256 and 2,048 tokens on one Zen 5 core: 163 ms, where F.linear and F.cross_entropy take 220.
+
+T tokens (B L), D d_model, V rows of the head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_dist.ops.precision import autocast_disabled, compute_dtype
+
+_IGNORED_LABEL = -100
+# Logits of one chunk: 8 MiB in fp32 on CPU, 256 MiB on an accelerator, which wants larger matmuls.
+_CPU_LOGITS = 1 << 21
+_ACCELERATOR_LOGITS = 1 << 26
+# Fewer rows than this make the matmuls slow.
+_SHORTEST_CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a call computes: the softmax's rows, the matmuls' dtype, which gradients are wanted."""
+
+    vocab_size: int
+    matmul_dtype: torch.dtype
+    grad_hidden: bool
+    grad_weight: bool
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    """Scalar sum of -log p over labels other than -100; arguments as in the package."""
+    tokens, targets = hidden.flatten(0, 1), labels.flatten()
+    with_gradient = torch.is_grad_enabled()
+    plan = _Plan(
+        vocab_size,
+        _matmul_dtype(hidden, weight),
+        with_gradient and hidden.requires_grad,
+        with_gradient and weight.requires_grad,
+    )
+    with autocast_disabled(hidden):
+        if plan.grad_hidden or plan.grad_weight:
+            loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                tokens, weight, targets, plan
+            )
+            return loss
+        return _forward(tokens, weight, targets, plan)[0]
+
+
+def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor, plan: _Plan) -> Tensor:
+        loss, grad_tokens, grad_weight = _forward(tokens, weight, targets, plan)
+        ctx.save_for_backward(grad_tokens, grad_weight)
+        ctx.dtypes = tokens.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+        scaled = [
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None
+
+
+def _forward(
+    tokens: Tensor, weight: Tensor, targets: Tensor, plan: _Plan
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, and its gradients for tokens (T, D) and weight (V, D) as far as wanted."""
+    dtype = compute_dtype(tokens)
+    head = weight[: plan.vocab_size].to(plan.matmul_dtype)
+    # fp64 costs nothing here and makes the sum independent of how tokens fall into chunks.
+    loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    grad_tokens = torch.empty_like(tokens, dtype=dtype) if plan.grad_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if plan.grad_weight else None
+    chunk = _chunk_tokens(tokens, plan.vocab_size)
+    for start in range(0, len(tokens), chunk):
+        where = slice(start, start + chunk)
+        inputs = tokens[where].to(plan.matmul_dtype)
+        losses, logits_grad = _softmax_loss((inputs @ head.t()).to(dtype), targets[where])
+        loss += losses.sum(dtype=torch.float64)
+        if plan.grad_hidden or plan.grad_weight:
+            logits_grad = logits_grad.to(plan.matmul_dtype)
+        if grad_tokens is not None:
+            grad_tokens[where] = logits_grad @ head
+        if grad_weight is not None:
+            # In one call where the dtypes allow it: no second (V, D) for the product.
+            if logits_grad.dtype == dtype:
+                grad_weight[: plan.vocab_size].addmm_(logits_grad.t(), inputs)
+            else:
+                grad_weight[: plan.vocab_size] += logits_grad.t() @ inputs
+    return loss.to(dtype), grad_tokens, grad_weight
+
+
+def _chunk_tokens(tokens: Tensor, vocab_size: int) -> int:
+    logits = _CPU_LOGITS if tokens.device.type == "cpu" else _ACCELERATOR_LOGITS
+    return max(_SHORTEST_CHUNK_TOKENS, logits // vocab_size)
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (t,) and their gradient with respect to the logits (t, V), which it overwrites."""
+    ignored = (targets == _IGNORED_LABEL)[:, None]
+    labels = targets[:, None].masked_fill(ignored, 0)
+    logits -= logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, labels)
+    total = logits.exp_().sum(-1, keepdim=True)
+    losses = (total.log() - chosen).masked_fill_(ignored, 0.0)
+    gradient = logits.div_(total)
+    gradient.scatter_add_(-1, labels, torch.full_like(chosen, -1.0))
+    return losses, gradient.masked_fill_(ignored, 0.0)

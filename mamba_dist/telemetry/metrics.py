@@ -1,0 +1,150 @@
+"""One record per logged step or validation, to every sink: metrics.jsonl, TensorBoard, the console.
+
+Records are already reduced over ranks when they come here; only rank 0 writes. A resumed run appends to
+metrics.jsonl, so a step that was trained twice stands there twice, the later line being the one that counts.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One logged stretch of training; rates and means are over the steps since the record before."""
+
+    step: int
+    loss: float
+    """Nats per token, mean over the stretch's valid labels."""
+    learning_rate: float
+    grad_norm: float
+    """Of the last step, before clipping."""
+    skipped_steps: int
+    tokens: int
+    """Valid labels trained on since the start of the run."""
+    tokens_per_s: float
+    tokens_per_s_per_device: float
+    model_tflops_per_s: float
+    """Derived FLOPs of forward and backward, over all ranks."""
+    step_s: float
+    data_wait_s: float
+    """Of each step, waiting for the loader."""
+    peak_memory_gib: float
+    """Of this process: allocated on a GPU, resident otherwise."""
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """One pass over the validation sequences."""
+
+    step: int
+    val_loss: float
+    """Nats per token."""
+    val_tokens: int
+    seconds: float
+
+
+Record = TrainRecord | ValidationRecord
+
+
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    def write(self, record: Record) -> None:
+        """Takes one record."""
+
+    def close(self) -> None:
+        """Makes what was written durable."""
+
+
+class JsonlSink:
+    """Appends one JSON object per record to metrics.jsonl."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        # JSON has no NaN; a skipped step's norm becomes null.
+        fields = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in asdict(record).items()
+        }
+        self._file.write(json.dumps(fields) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars under train/ and validation/ in the folder tensorboard/."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(self, record: Record) -> None:
+        group = "train" if isinstance(record, TrainRecord) else "validation"
+        for name, value in asdict(record).items():
+            if name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, record.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ConsoleSink:
+    """One line per record through `show`, so that a progress bar can keep its place."""
+
+    def __init__(self, show: Callable[[str], None], total_steps: int) -> None:
+        self._show = show
+        self._total_steps = total_steps
+
+    def write(self, record: Record) -> None:
+        where = f"step {record.step}/{self._total_steps}"
+        if isinstance(record, TrainRecord):
+            self._show(
+                f"{where}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
+                f"grad norm {record.grad_norm:.2f}  {record.tokens_per_s:,.0f} tokens/s"
+            )
+        else:
+            self._show(
+                f"{where}  validation loss {record.val_loss:.4f} "
+                f"(perplexity {math.exp(min(record.val_loss, 50)):,.1f}, "
+                f"{record.val_tokens:,} tokens, {record.seconds:.1f} s)"
+            )
+
+    def close(self) -> None:
+        pass
+
+
+class Metrics:
+    """All sinks of a run; empty on every rank but 0."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def write(self, record: Record) -> None:
+        """Sends one record to every sink."""
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        """Makes what was written durable."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
+    """All records of a run, oldest first; a last line cut short by a kill is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,1 @@
+"""Composition of a run and its loop; the only reader of the whole configuration."""

@@ -1,0 +1,40 @@
+"""Validation loss: nats per token over the validation sequences, the same on every rank."""
+
+import time
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from mamba_dist.data.batch import IGNORED_LABEL, Batch
+from mamba_dist.engine.base import Engine
+from mamba_dist.engine.world import World
+from mamba_dist.telemetry.metrics import ValidationRecord
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model takes of a batch; it returns the loss summed over the labels."""
+    return {"input_ids": batch.input_ids, "labels": batch.labels, "seq_idx": batch.seq_idx}
+
+
+def label_count(batch: Batch) -> int:
+    """Positions of a batch at which something is to be predicted."""
+    return int((batch.labels != IGNORED_LABEL).sum())
+
+
+def evaluate(
+    engine: Engine, batches: Iterable[Batch], *, world: World, step: int
+) -> ValidationRecord:
+    """The loss after `step` optimizer steps; every rank must pass equally many batches."""
+    started_at = time.perf_counter()
+    loss_sum = 0.0
+    tokens = 0
+    for batch in batches:
+        loss_sum += float(engine.evaluate(model_inputs(batch)))
+        tokens += label_count(batch)
+    total_loss, total_tokens = world.sum_over_ranks([loss_sum, tokens])
+    return ValidationRecord(
+        step=step,
+        val_loss=total_loss / max(total_tokens, 1),
+        val_tokens=int(total_tokens),
+        seconds=time.perf_counter() - started_at,
+    )

@@ -1,0 +1,100 @@
+"""The training loop."""
+
+import logging
+from dataclasses import dataclass
+
+from mamba_dist.checkpoint.store import Snapshot, apply_retention, save_checkpoint
+from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.errors import CheckpointError
+from mamba_dist.train.build import Run
+from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
+from mamba_dist.train.schedule import learning_rate
+from mamba_dist.train.state import advanced, run_folder
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: at its last step, or earlier because it was told to stop."""
+
+    progress: Progress
+    stopped_by: str | None
+
+
+def train(run: Run) -> Outcome:
+    """Trains until the last step, or until some rank is told to stop.
+
+    Raises:
+        TrainingError: too many steps in a row were skipped.
+        DataError: the loader failed.
+        CheckpointError: the last checkpoint of this start could not be written.
+    """
+    config, world, engine, meter = run.config, run.world, run.engine, run.meter
+    progress = run.start
+    while progress.step < run.total_steps:
+        lr = learning_rate(config.training, step=progress.step, total_steps=run.total_steps)
+        batches = meter.next_batches(run.steps)
+        # The loss is a sum over labels divided once by their number in the whole step, so that neither
+        # padding, accumulation nor the number of ranks changes the weight of a token.
+        tokens = world.sum_tokens(sum(label_count(batch) for batch in batches))
+        loss_sum = 0.0
+        for batch in batches:
+            loss_sum += engine.forward_backward(
+                model_inputs(batch), step_tokens=max(tokens, 1), last=batch is batches[-1]
+            )
+        stats = engine.step(
+            lr,
+            max_grad_norm=config.training.max_grad_norm,
+            skip_above=config.training.skip_grad_norm_above,
+        )
+        # One reduction carries the loss and the agreement to stop: all ranks save the same step.
+        loss, stops = world.sum_over_ranks([float(loss_sum), float(run.stop.reason is not None)])
+        first_sample = progress.next_sample
+        progress = advanced(progress, tokens=0 if stats.skipped else tokens)
+        meter.observe(progress, loss_sum=loss, tokens=tokens, lr=lr, stats=stats)
+        run.guard.observe(
+            step=progress.step,
+            skipped=stats.skipped,
+            grad_norm=stats.grad_norm,
+            samples=range(first_sample, progress.next_sample),
+        )
+        last = progress.step == run.total_steps
+        stopping = stops > 0 and not last
+        if last or stopping:
+            meter.flush(progress, lr=lr, grad_norm=stats.grad_norm)
+        if last or (not stopping and _due(config.training.eval_steps, progress.step)):
+            record = evaluate(engine, run.validation, world=world, step=progress.step)
+            run.metrics.write(record)
+        if last or stopping or _due(config.checkpoint.save_steps, progress.step):
+            _save(run, progress, must_succeed=last or stopping)
+        if stopping:
+            return Outcome(progress, run.stop.reason or "a stop of another rank")
+    return Outcome(progress, None)
+
+
+def _due(every_steps: int | None, step: int) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _save(run: Run, progress: Progress, *, must_succeed: bool) -> None:
+    run_dir, policy = run_folder(run.config), run.config.checkpoint
+    snapshot = Snapshot(
+        progress=progress,
+        adam_steps=run.engine.adam_steps,
+        fragments=run.engine.fragments(),
+        config=run.config,
+        engine=run.engine_name,
+        versions=run.versions,
+    )
+    try:
+        folder = save_checkpoint(run_dir, snapshot, ranks=run.world)
+    except CheckpointError as error:
+        if must_succeed:
+            raise
+        # Training goes on: the next save may find a disk with room again.
+        _log.error("%s", error)
+        return
+    if run.world.rank == 0:
+        _log.info("saved %s", folder)
+        apply_retention(run_dir, keep_last=policy.keep_last, keep_every=policy.keep_every_steps)

@@ -1,0 +1,85 @@
+"""What the loop measures between two log records."""
+
+import time
+from collections.abc import Callable, Iterator
+
+from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.data.batch import Batch
+from mamba_dist.engine.base import StepStats
+from mamba_dist.telemetry.metrics import Metrics, TrainRecord
+from mamba_dist.telemetry.timers import Stopwatch, peak_memory_gib
+
+
+class Meter:
+    """Sums over the steps since the last record; time outside of steps (validation, saves) is left out."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        log_steps: int,
+        world_size: int,
+        flops_per_token: float,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._metrics = metrics
+        self._log_steps = log_steps
+        self._world_size = world_size
+        self._flops_per_token = flops_per_token
+        self._advance = advance
+        self._data_wait = Stopwatch()
+        self._step_started_at = time.perf_counter()
+        self._clear()
+
+    def next_batches(self, steps: Iterator[list[Batch]]) -> list[Batch]:
+        """The loader's next optimizer step; the wait for it is measured."""
+        self._step_started_at = time.perf_counter()
+        with self._data_wait.running():
+            return next(steps)
+
+    def observe(
+        self, progress: Progress, *, loss_sum: float, tokens: int, lr: float, stats: StepStats
+    ) -> None:
+        """Takes note of a finished step, and writes a record when one is due."""
+        self._steps += 1
+        self._tokens += tokens
+        self._seconds += time.perf_counter() - self._step_started_at
+        self._skipped += stats.skipped
+        if not stats.skipped:
+            # A skipped step's loss may be NaN, and it taught nothing.
+            self._loss_sum += loss_sum
+            self._loss_tokens += tokens
+        self._advance(progress.step)
+        if progress.step % self._log_steps == 0:
+            self.flush(progress, lr=lr, grad_norm=stats.grad_norm)
+
+    def flush(self, progress: Progress, *, lr: float, grad_norm: float) -> None:
+        """Writes a record of the steps since the last one, if there are any."""
+        if not self._steps:
+            return
+        tokens_per_s = self._tokens / self._seconds
+        self._metrics.write(
+            TrainRecord(
+                step=progress.step,
+                loss=self._loss_sum / self._loss_tokens if self._loss_tokens else float("nan"),
+                learning_rate=lr,
+                grad_norm=grad_norm,
+                skipped_steps=self._skipped,
+                tokens=progress.trained_tokens,
+                tokens_per_s=tokens_per_s,
+                tokens_per_s_per_device=tokens_per_s / self._world_size,
+                model_tflops_per_s=tokens_per_s * self._flops_per_token / 1e12,
+                step_s=self._seconds / self._steps,
+                data_wait_s=self._data_wait.reset() / self._steps,
+                peak_memory_gib=peak_memory_gib(),
+            )
+        )
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps = 0
+        self._skipped = 0
+        self._tokens = 0
+        self._loss_tokens = 0
+        self._loss_sum = 0.0
+        self._seconds = 0.0

@@ -1,0 +1,48 @@
+"""A whole run on one rank: start the world, build, train, leave."""
+
+import logging
+
+from mamba_dist.config.schema import RunConfig
+from mamba_dist.engine.world import launcher_pids, start_world, stop_world
+from mamba_dist.telemetry.log import setup_logging
+from mamba_dist.train.build import build_run
+from mamba_dist.train.loop import train
+from mamba_dist.train.plan import describe_plan
+from mamba_dist.train.state import prepare_run_folder
+from mamba_dist.train.stop import EXIT_STOPPED, StopRequest, watch_launcher
+
+__all__ = ["describe_plan", "run_training"]
+
+_log = logging.getLogger(__name__)
+
+
+def run_training(config: RunConfig) -> int:
+    """Exit code of the run: 0 at its last step, 75 after a stop with a checkpoint.
+
+    Raises:
+        MambaDistError: whatever the user can mend.
+    """
+    stop = StopRequest()
+    stop.listen()
+    watch_launcher(stop, launcher_pids())
+    world = start_world(timeout_minutes=config.engine.timeout_minutes)
+    setup_logging(rank=world.rank, world_size=world.size)
+    try:
+        with prepare_run_folder(config, world=world):
+            run = build_run(config, world=world, stop=stop)
+            try:
+                outcome = train(run)
+            finally:
+                run.close()
+            world.barrier()
+    finally:
+        stop_world()
+    if outcome.stopped_by is None:
+        _log.info("finished at step %d", outcome.progress.step)
+        return 0
+    _log.info(
+        "stopped by %s after step %d; start again to continue",
+        outcome.stopped_by,
+        outcome.progress.step,
+    )
+    return EXIT_STOPPED

@@ -1,0 +1,128 @@
+"""Where a run stands, and its return to that point: progress, lock and resume.
+
+No random state is kept: the data order derives from (seed, step), and Mamba has no dropout.
+"""
+
+import fcntl
+import logging
+from pathlib import Path
+from typing import IO
+
+from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
+from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.checkpoint.store import CheckpointReader, find_checkpoint, require_same_model
+from mamba_dist.config.schema import RunConfig
+from mamba_dist.engine.base import Engine
+from mamba_dist.engine.world import World
+from mamba_dist.errors import CheckpointError, TrainingError
+
+_log = logging.getLogger(__name__)
+
+
+def beginning(*, global_batch_size: int, data_fingerprint: str) -> Progress:
+    """The progress of a run that has not trained yet."""
+    return Progress(
+        step=0,
+        next_sample=0,
+        trained_tokens=0,
+        global_batch_size=global_batch_size,
+        data_fingerprint=data_fingerprint,
+    )
+
+
+def advanced(progress: Progress, *, tokens: int) -> Progress:
+    """The progress after one more optimizer step over `tokens` labels."""
+    return progress.model_copy(
+        update={
+            "step": progress.step + 1,
+            "next_sample": progress.next_sample + progress.global_batch_size,
+            "trained_tokens": progress.trained_tokens + tokens,
+        }
+    )
+
+
+def resume(config: RunConfig, *, engine: Engine, world: World, fresh: Progress) -> Progress:
+    """The progress to go on from, with the engine's state loaded to match.
+
+    Raises:
+        CheckpointError: the checkpoints are damaged, belong to another model or another data set, or the
+            config's checkpoint.resume contradicts what the run folder holds.
+    """
+    run_dir = run_folder(config)
+    if config.checkpoint.resume == "never":
+        if world.any_rank(bool(committed_steps(run_dir))):
+            raise CheckpointError(
+                f"{run_dir}: holds checkpoints, but checkpoint.resume is never; "
+                "set it to auto, or train in another run folder (training.run_dir=…)"
+            )
+        return fresh
+    reader = find_checkpoint(run_dir, ranks=world, notice=_log.warning)
+    if reader is None:
+        if config.checkpoint.resume == "required":
+            raise CheckpointError(
+                f"{run_dir}: no checkpoint to resume, but checkpoint.resume is required; "
+                "check training.run_dir, or set checkpoint.resume=auto to start afresh"
+            )
+        return fresh
+    _require_same_run(reader, config, fresh)
+    engine.load_fragments(reader, adam_steps=reader.manifest.adam_steps)
+    _log.info("resumed after step %d from %s", reader.step, reader.folder)
+    return reader.manifest.progress
+
+
+def prepare_run_folder(config: RunConfig, *, world: World) -> IO[str] | None:
+    """Rank 0's lock on the run folder, made and cleaned of what a kill left; keep it open.
+
+    The kernel releases the lock when the process ends, however it ends.
+
+    Raises:
+        TrainingError: on all ranks, if another run holds the folder or it cannot be written.
+    """
+    run_dir = run_folder(config)
+    lock: IO[str] | None = None
+    problem = ""
+    if world.rank == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = (run_dir / "lock").open("w", encoding="utf-8")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in remove_left_behind(run_dir):
+                _log.warning("removed %s, which an interrupted save left behind", name)
+        except BlockingIOError:
+            problem = "another run is training in it; wait for its end, or set training.run_dir=…"
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror}); set training.run_dir=…"
+    if world.any_rank(bool(problem)):
+        raise TrainingError(f"{run_dir}: {problem or 'refused by rank 0'}")
+    return lock
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The folder of the run; set by loading a config file."""
+    if config.training.run_dir is None:
+        raise ValueError("training.run_dir is filled in when a config is loaded from a file")
+    return Path(config.training.run_dir)
+
+
+def _require_same_run(reader: CheckpointReader, config: RunConfig, fresh: Progress) -> None:
+    require_same_model(reader, config.model)
+    saved = reader.manifest.progress
+    if saved.data_fingerprint != fresh.data_fingerprint:
+        raise CheckpointError(
+            f"{reader.folder}: was trained on another data set (fingerprint {saved.data_fingerprint}) "
+            f"than {config.data.dataset_path} holds now ({fresh.data_fingerprint}); restore the data, or "
+            "train in another run folder (training.run_dir=…)"
+        )
+    if saved.global_batch_size != fresh.global_batch_size:
+        raise CheckpointError(
+            f"{reader.folder}: the run has {saved.global_batch_size} sequences per step, this start "
+            f"would have {fresh.global_batch_size}; set training.global_batch_size="
+            f"{saved.global_batch_size} (and remove gradient_accumulation_steps)"
+        )
+    for field in ("sequence_length", "shuffle", "seed"):
+        theirs, ours = getattr(reader.config.data, field), getattr(config.data, field)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{reader.folder}: was trained with data.{field} = {theirs!r}, the config says {ours!r}; "
+                "restore it: the order of samples depends on it"
+            )

@@ -1,0 +1,311 @@
+"""Checkpoints on a real disk: what is committed is whole, what is damaged is named and never loaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mamba_dist.checkpoint import store
+from mamba_dist.checkpoint.layout import (
+    checkpoint_folder,
+    committed_steps,
+    remove_left_behind,
+    staging_folder,
+    steps_to_remove,
+)
+from mamba_dist.checkpoint.manifest import FragmentRecord, Progress
+from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
+from mamba_dist.checkpoint.store import (
+    Snapshot,
+    apply_retention,
+    find_checkpoint,
+    open_checkpoint,
+    require_same_model,
+    save_checkpoint,
+)
+from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
+from mamba_dist.engine.base import STATE_KINDS, Fragment, flat_share
+from mamba_dist.errors import CheckpointError
+
+SHAPES = {"a": (3, 5), "b": (7,), "c": (1,)}
+
+
+class OneRank:
+    rank = 0
+    size = 1
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+
+class RankOf(OneRank):
+    """One of several ranks whose stages a test runs in turn; the others always agree."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+
+def state_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        name: {kind: torch.randn(shape, generator=generator) for kind in STATE_KINDS}
+        for name, shape in SHAPES.items()
+    }
+
+
+def fragments_of(step: int, *, rank: int = 0, size: int = 1) -> list[Fragment]:
+    found = []
+    for name, state in state_of(step).items():
+        flat = {kind: tensor.flatten() for kind, tensor in state.items()}
+        start, numel = flat_share(flat["master"].numel(), rank=rank, world_size=size)
+        if numel:
+            parts = [flat[kind][start : start + numel] for kind in STATE_KINDS]
+            found.append(Fragment(name, SHAPES[name], start, *parts))
+    return found
+
+
+def run_config(**model) -> RunConfig:
+    return RunConfig(
+        model=MambaConfig(d_model=16, n_layers=1, vocab_size=11, **model),
+        training=TrainingConfig(max_steps=9, warmup_steps=1, global_batch_size=32),
+    )
+
+
+def snapshot(step: int, **kwargs) -> Snapshot:
+    return Snapshot(
+        progress=Progress(
+            step=step,
+            next_sample=4 * step,
+            trained_tokens=99 * step,
+            global_batch_size=4,
+            data_fingerprint="f",
+        ),
+        adam_steps=step - 1,
+        fragments=fragments_of(step, **kwargs),
+        config=run_config(),
+        engine="test",
+        versions={"torch": torch.__version__},
+    )
+
+
+def save(run_dir: Path, *steps: int) -> None:
+    for step in steps:
+        save_checkpoint(run_dir, snapshot(step), ranks=OneRank())
+
+
+def newest(run_dir: Path, notices: list[str] | None = None):
+    sink = [] if notices is None else notices
+    return find_checkpoint(run_dir, ranks=OneRank(), notice=sink.append)
+
+
+def test_what_was_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    reader = newest(tmp_path)
+    assert reader is not None
+    assert reader.manifest.progress == snapshot(3).progress
+    assert reader.manifest.adam_steps == 2
+    assert reader.config == run_config()
+    for name, state in state_of(3).items():
+        for kind, tensor in state.items():
+            got = reader.read(name, kind, start=0, numel=tensor.numel())
+            assert torch.equal(got, tensor.flatten())
+    parameters = reader.read_parameters()
+    assert {n: tuple(p.shape) for n, p in parameters.items()} == SHAPES
+
+
+def write_as_ranks(run_dir: Path, step: int, size: int) -> None:
+    """A save of `size` ranks, one after the other in this process, by the store's own stages."""
+    staging = staging_folder(run_dir, step)
+    staging.mkdir(parents=True)
+    for rank in range(size):
+        store._write_rank(staging, rank, fragments_of(step, rank=rank, size=size))
+    store._commit(staging, checkpoint_folder(run_dir, step), snapshot(step), size)
+
+
+@settings(max_examples=25, deadline=None)
+@given(written=st.integers(1, 6), read=st.integers(1, 6))
+def test_any_number_of_ranks_reads_what_any_other_wrote(
+    tmp_path_factory: pytest.TempPathFactory, written: int, read: int
+) -> None:
+    run_dir = tmp_path_factory.mktemp("run")
+    write_as_ranks(run_dir, 5, written)
+    reader = newest(run_dir)
+    assert reader is not None
+    for name, state in state_of(5).items():
+        flat = state["exp_avg"].flatten()
+        for rank in range(read):
+            start, numel = flat_share(flat.numel(), rank=rank, world_size=read)
+            if numel:
+                got = reader.read(name, "exp_avg", start=start, numel=numel)
+                assert torch.equal(got, flat[start : start + numel])
+
+
+def test_an_interrupted_save_is_no_checkpoint_and_is_cleaned_up(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    staging = staging_folder(tmp_path, 2)
+    staging.mkdir()
+    store._write_rank(staging, 0, fragments_of(2))
+    assert committed_steps(tmp_path) == [1]
+    reader = newest(tmp_path)
+    assert reader is not None
+    assert reader.step == 1
+    assert remove_left_behind(tmp_path) == ["step-00000002.partial"]
+    assert not staging.exists()
+    save(tmp_path, 2)
+    assert committed_steps(tmp_path) == [1, 2]
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file())
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.999])
+def test_a_flipped_byte_in_any_file_falls_back_to_the_checkpoint_before(
+    tmp_path: Path, where: float
+) -> None:
+    save(tmp_path, 1, 2)
+    for path in files_of(checkpoint_folder(tmp_path, 2)):
+        original = path.read_bytes()
+        damaged = bytearray(original)
+        damaged[int(where * len(damaged))] ^= 0x10
+        path.write_bytes(damaged)
+        notices: list[str] = []
+        try:
+            reader = newest(tmp_path, notices)
+        finally:
+            path.write_bytes(original)
+        assert reader is not None
+        assert reader.step == 1
+        assert any("step 2" in text and str(path.parent) in text for text in notices)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest"])
+def test_damage_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 1, 2)
+    folder = checkpoint_folder(tmp_path, 2)
+    victim = folder / ("manifest.json" if damage == "no manifest" else "rank-00000.safetensors")
+    if damage == "truncated":
+        os.truncate(victim, victim.stat().st_size - 1)
+    else:
+        victim.unlink()
+    notices: list[str] = []
+    reader = newest(tmp_path, notices)
+    assert reader is not None
+    assert reader.step == 1
+    assert len(notices) == 1
+    assert str(victim) in notices[0]
+
+
+def test_if_every_checkpoint_is_damaged_the_run_does_not_start_afresh(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (checkpoint_folder(tmp_path, 1) / "rank-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
+        newest(tmp_path)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_checkpoint_folder_can_be_opened_by_name(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    assert open_checkpoint(tmp_path).step == 2
+    assert open_checkpoint(checkpoint_folder(tmp_path, 1)).step == 1
+    victim = checkpoint_folder(tmp_path, 1) / "rank-00000.safetensors"
+    os.truncate(victim, 10)
+    with pytest.raises(CheckpointError, match=r"rank-00000.*10 bytes"):
+        open_checkpoint(checkpoint_folder(tmp_path, 1))
+
+
+def test_another_models_checkpoint_is_refused_by_the_field(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    reader = open_checkpoint(tmp_path)
+    require_same_model(reader, run_config().model)
+    with pytest.raises(CheckpointError, match=r"model\.expand = 2.*3"):
+        require_same_model(reader, run_config(expand=3).model)
+    with pytest.raises(CheckpointError, match="another model"):
+        reader.read("a", "master", start=0, numel=16)
+    with pytest.raises(CheckpointError, match="no parameter zz"):
+        reader.read("zz", "master", start=0, numel=1)
+
+
+def test_a_full_disk_raises_and_leaves_the_checkpoints_before_untouched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+
+    def no_room(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", no_room)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert not staging_folder(tmp_path, 2).exists()
+    assert open_checkpoint(tmp_path).step == 1
+    save(tmp_path, 2)
+    assert open_checkpoint(tmp_path).step == 2
+
+
+def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 4, 5)
+    assert apply_retention(tmp_path, keep_last=2, keep_every=3) == [1, 2]
+    assert committed_steps(tmp_path) == [3, 4, 5]
+
+
+@given(st.lists(st.integers(1, 99), unique=True, min_size=1), st.integers(1, 5))
+def test_retention_never_gives_up_the_newest(steps: list[int], keep_last: int) -> None:
+    doomed = steps_to_remove(steps, keep_last=keep_last, keep_every=None)
+    assert max(steps) not in doomed
+    assert len(steps) - len(doomed) == min(keep_last, len(steps))
+
+
+def record(start: int, numel: int) -> FragmentRecord:
+    return FragmentRecord(
+        name="p",
+        file="f",
+        start=start,
+        numel=numel,
+        master_sha256="",
+        exp_avg_sha256="",
+        exp_avg_sq_sha256="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranges", "fault"),
+    [
+        ([(0, 4)], "4 elements stored, 6 expected"),
+        ([(0, 2), (3, 3)], "elements 2 to 3 are missing"),
+        ([(0, 4), (3, 3)], "elements 3 to 4 are stored twice"),
+    ],
+)
+def test_gaps_and_overlaps_are_refused(ranges: list[tuple[int, int]], fault: str) -> None:
+    with pytest.raises(CheckpointError, match=fault):
+        require_exact_cover("p", 6, [record(*r) for r in ranges])
+    require_exact_cover("p", 6, [record(4, 2), record(0, 4)])
+
+
+@given(
+    cuts=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    wanted=st.tuples(st.integers(0, 44), st.integers(1, 45)),
+)
+def test_pieces_make_up_exactly_the_wanted_range(cuts: list[int], wanted: tuple[int, int]) -> None:
+    records, position = [], 0
+    for cut in cuts:
+        records.append(record(position, cut))
+        position += cut
+    start = wanted[0] % position
+    numel = min(wanted[1], position - start)
+    elements = [
+        piece.fragment.start + i
+        for piece in pieces_of_range(records, start=start, numel=numel)
+        for i in range(piece.begin, piece.end)
+    ]
+    assert elements == list(range(start, start + numel))

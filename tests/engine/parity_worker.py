@@ -1,0 +1,156 @@
+"""Every ZeRO stage on these ranks against one plain PyTorch process on the same global batch.
+
+Prints one JSON line per case from rank 0.
+"""
+
+import json
+import sys
+
+import tiny_lm as tiny
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from mamba_dist.engine.world import World, start_world, stop_world
+from mamba_dist.model.init import initialize
+
+STEPS = 5
+BAD_STEP = 2
+
+
+def plain_run(layer: str, precision: str, world: World, *, skip: bool):
+    """Losses, norms, first gradients and final weights of one process, same micro-batches."""
+    lm = tiny.build(layer, checkpointing=False)
+    initialize(lm, tiny.tiny_config(layer), seed=3, gather=tiny.zero.gather)
+    module = tiny.Scaled(lm)
+    named = dict(module.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [named[n] for n in g.names], "weight_decay": g.weight_decay}
+            for g in tiny.parameter_groups(lm)
+        ],
+        lr=tiny.LEARNING_RATE,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        total = 0.0
+        for micro in range(tiny.MICRO_STEPS):
+            for rank in range(world.size):
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    loss = module(**tiny.batch(step, micro, rank))
+                (loss / tiny.step_tokens(step, world.size)).backward()
+                total += loss.item()
+        if step == 0:
+            gradients = {n: p.grad.clone() for n, p in named.items()}
+        losses.append(total)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(named.values(), tiny.MAX_GRAD_NORM)))
+        if not (skip and step == BAD_STEP):
+            optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms, gradients, {n: p.detach() for n, p in named.items()}
+
+
+def first_gradients(engine, stage: int, world: World) -> dict[str, Tensor]:
+    for micro in range(tiny.MICRO_STEPS):
+        engine.forward_backward(
+            tiny.batch(0, micro, world.rank),
+            step_tokens=tiny.step_tokens(0, world.size),
+            last=micro == tiny.MICRO_STEPS - 1,
+        )
+    return {
+        n: (p.grad if stage == 0 else safe_get_full_grad(p)).clone()
+        for n, p in engine.module.named_parameters()
+    }
+
+
+def relative_l2(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+def parity(
+    stage: int, checkpointing: bool, layer: str, precision: str, world: World, plain
+) -> dict:
+    losses, norms, gradients, weights = plain
+    make = {
+        "layer": layer,
+        "precision": precision,
+        "checkpointing": checkpointing,
+        "world": world,
+    }
+    found = first_gradients(tiny.build_engine(stage, **make), stage, world)
+    engine = tiny.build_engine(stage, **make)
+    steps = [tiny.engine_step(engine, step, world=world) for step in range(STEPS)]
+    final = tiny.whole_weights(engine)
+    elements = sum(f.master.numel() for f in engine.fragments())
+    return {
+        "case": "parity",
+        "stage": stage,
+        "checkpointing": checkpointing,
+        "loss": max(abs(s[0] - w) / w for s, w in zip(steps, losses, strict=True)),
+        # Of the first step: from the second on, bf16 weights may round to another neighbour.
+        "norm": abs(steps[0][1].grad_norm - norms[0]) / norms[0],
+        "gradient": max(relative_l2(found[n], g) for n, g in gradients.items()),
+        "weight_over_lr": max(
+            float((final[n] - w).abs().max()) / tiny.LEARNING_RATE for n, w in weights.items()
+        ),
+        "owned_elements": world.sum_over_ranks([elements])[0],
+        "elements": sum(w.numel() for w in weights.values()),
+        "dtypes": sorted({str(w.dtype) for w in final.values()}),
+    }
+
+
+def skipping(stage: int, kind: str, layer: str, precision: str, world: World, plain) -> dict:
+    """A NaN or a spike in one micro-batch of the last rank: all ranks drop just that step."""
+    engine = tiny.build_engine(
+        stage, layer=layer, precision=precision, checkpointing=False, world=world
+    )
+    bad = {(0, world.size - 1): float("nan") if kind == "nan" else 1e4}
+    skipped, untouched = [], None
+    for step in range(STEPS):
+        before = tiny.whole_weights(engine) if step == BAD_STEP else None
+        _, stats = tiny.engine_step(
+            engine,
+            step,
+            world=world,
+            scales=bad if step == BAD_STEP else None,
+            skip_above=50.0,
+        )
+        skipped.append(stats.skipped)
+        if before is not None:
+            after = tiny.whole_weights(engine)
+            untouched = all(torch.equal(before[n], after[n]) for n in before)
+    final = tiny.whole_weights(engine)
+    return {
+        "case": kind,
+        "stage": stage,
+        "skipped": skipped,
+        "votes": world.sum_over_ranks([float(s) for s in skipped]),
+        "untouched": untouched,
+        "adam_steps": engine.adam_steps,
+        "weight_over_lr": max(
+            float((final[n] - w).abs().max()) / tiny.LEARNING_RATE for n, w in plain[3].items()
+        ),
+    }
+
+
+def main() -> None:
+    layer, precision = sys.argv[1:3]
+    world = start_world(timeout_minutes=3)
+    plain = plain_run(layer, precision, world, skip=False)
+    plain_skipping = plain_run(layer, precision, world, skip=True)
+    for stage in (0, 1, 2, 3):
+        results = [parity(stage, c, layer, precision, world, plain) for c in (False, True)]
+        results += [
+            skipping(stage, kind, layer, precision, world, plain_skipping)
+            for kind in ("nan", "spike")
+        ]
+        if world.rank == 0:
+            for result in results:
+                print(json.dumps(result), flush=True)
+    stop_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A tiny Mamba and its batches, for workers that compare engines with one plain process."""
+
+import torch
+from torch import Tensor, nn
+
+from mamba_dist.config.schema import EngineConfig, MambaConfig
+from mamba_dist.engine import zero
+from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
+from mamba_dist.engine.world import World
+from mamba_dist.model.init import initialize
+from mamba_dist.model.lm import MambaLM
+from mamba_dist.model.param_groups import classify
+
+MICRO_STEPS = 2
+ROWS = 2
+LENGTH = 12
+WEIGHT_DECAY = 0.1
+LEARNING_RATE = 1e-3
+MAX_GRAD_NORM = 0.5
+# DeepSpeed remembers parameters by id(); those of a collected engine could be given to the next one's.
+_KEPT: list[zero.ZeroEngine] = []
+OPTIMIZER = OptimizerSettings(beta1=0.9, beta2=0.95, eps=1e-8)
+
+
+def tiny_config(layer: str) -> MambaConfig:
+    return MambaConfig(
+        layer=layer, d_model=32, n_layers=2, vocab_size=61, d_state=8, headdim=16, chunk_size=8
+    )
+
+
+class Scaled(nn.Module):
+    """The language model with a factor on its loss, through which tests inject NaN and spikes."""
+
+    def __init__(self, lm: MambaLM) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids: Tensor, labels: Tensor, seq_idx: Tensor, scale: Tensor) -> Tensor:
+        return self.lm(input_ids, labels=labels, seq_idx=seq_idx) * scale
+
+
+def build(layer: str, *, checkpointing: bool) -> MambaLM:
+    return MambaLM(tiny_config(layer), backend="torch", activation_checkpointing=checkpointing)
+
+
+def parameter_groups(lm: MambaLM) -> list[ParameterGroup]:
+    classes = classify(lm)
+    return [
+        ParameterGroup(tuple(f"lm.{c.name}" for c in classes if c.decay), WEIGHT_DECAY),
+        ParameterGroup(tuple(f"lm.{c.name}" for c in classes if not c.decay), 0.0),
+    ]
+
+
+def batch(step: int, micro: int, rank: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """Random documents; the number of labels differs between ranks and micro-batches."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * micro + rank)
+    tokens = torch.randint(0, 61, (ROWS, LENGTH + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[:, : 1 + 2 * rank + micro] = -100
+    seq_idx = (torch.arange(LENGTH) >= 5).int().expand(ROWS, LENGTH).contiguous()
+    return {
+        "input_ids": tokens[:, :-1],
+        "labels": labels,
+        "seq_idx": seq_idx,
+        "scale": torch.tensor(scale),
+    }
+
+
+def step_tokens(step: int, world_size: int) -> int:
+    parts = [batch(step, m, r) for m in range(MICRO_STEPS) for r in range(world_size)]
+    return sum(int((p["labels"] != -100).sum()) for p in parts)
+
+
+def build_engine(
+    stage: int, *, layer: str, precision: str, checkpointing: bool, world: World
+) -> zero.ZeroEngine:
+    settings = zero.zero_settings(
+        EngineConfig(zero_stage=stage), precision=precision, accumulation_steps=MICRO_STEPS
+    )
+    # By default parameters this small would stay whole on every rank, and stage 3 would test nothing.
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    with zero.construction(settings):
+        lm = build(layer, checkpointing=checkpointing)
+    initialize(lm, tiny_config(layer), seed=3, gather=zero.gather)
+    with zero.construction({"zero_optimization": {"stage": 0}}):
+        module = Scaled(lm)
+    engine = zero.ZeroEngine(
+        module,
+        groups=parameter_groups(lm),
+        optimizer=OPTIMIZER,
+        settings=settings,
+        world=world,
+    )
+    _KEPT.append(engine)
+    return engine
+
+
+def engine_step(
+    engine: zero.ZeroEngine,
+    step: int,
+    *,
+    world: World,
+    scales: dict[tuple[int, int], float] | None = None,
+    skip_above: float | None = None,
+):
+    """One optimizer step; `scales` maps (micro step, rank) to the factor on that loss."""
+    total = 0.0
+    for micro in range(MICRO_STEPS):
+        scale = (scales or {}).get((micro, world.rank), 1.0)
+        loss = engine.forward_backward(
+            batch(step, micro, world.rank, scale),
+            step_tokens=step_tokens(step, world.size),
+            last=micro == MICRO_STEPS - 1,
+        )
+        total += float(loss)
+    stats = engine.step(LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, skip_above=skip_above)
+    return world.sum_over_ranks([total])[0], stats
+
+
+def whole_weights(engine: zero.ZeroEngine) -> dict[str, Tensor]:
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with engine.gather([parameter]):
+            weights[name] = parameter.detach().clone()
+    return weights

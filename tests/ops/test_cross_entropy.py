@@ -1,0 +1,212 @@
+"""Chunked cross entropy of the head against PyTorch's own, and what it must not allocate or mix."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_comparison import TOLERANCE, largest_tensor, random_tensor, relative_error
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mamba_dist.ops.cross_entropy import linear_cross_entropy
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def head_inputs(
+    *, batch: int = 2, length: int = 150, width: int = 8, rows: int = 40, vocab_size: int = 37
+) -> Inputs:
+    """hidden (B, L, D), weight (V, D) in float64, labels with some -100."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, vocab_size, (batch, length), generator=generator)
+    labels[:, ::7] = -100
+    hidden = random_tensor(batch, length, width, seed=1)
+    return hidden, random_tensor(rows, width, seed=2), labels
+
+
+def expected_loss(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    logits = F.linear(hidden, weight[:vocab_size])
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def with_gradients(loss: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    # An engine scales the sum by the count of labels before it goes back.
+    grad_hidden, grad_weight = torch.autograd.grad(loss / 256, [hidden, weight])
+    return {"loss": loss.detach(), "hidden": grad_hidden, "weight": grad_weight}
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    hidden, weight, labels = inputs
+    leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (hidden, weight)]
+    return leaves[0], leaves[1], labels
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("vocab_size", [37, 40, 9000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_and_gradients_equal_pytorch(
+    backend: str, vocab_size: int, dtype: torch.dtype
+) -> None:
+    # With 9000 rows the 300 tokens take two chunks.
+    rows = max(40, vocab_size)
+    inputs = cast(head_inputs(rows=rows, vocab_size=vocab_size), dtype)
+    exact = cast(inputs, torch.float64)
+    loss = linear_cross_entropy(*inputs, vocab_size=vocab_size, backend=backend)
+    found = with_gradients(loss, *inputs[:2])
+    truth = with_gradients(expected_loss(*exact, vocab_size), *exact[:2])
+    for name, value in truth.items():
+        assert relative_error(found[name], value) < TOLERANCE[dtype], name
+        assert found[name].dtype == dtype
+    assert not found["weight"][vocab_size:].any()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 200),
+    width=st.integers(1, 9),
+    vocab_size=st.integers(1, 30),
+    padding=st.integers(0, 5),
+)
+def test_any_shape_equals_pytorch(
+    batch: int, length: int, width: int, vocab_size: int, padding: int
+) -> None:
+    rows = vocab_size + padding
+    inputs = cast(
+        head_inputs(batch=batch, length=length, width=width, rows=rows, vocab_size=vocab_size),
+        torch.float64,
+    )
+    loss = linear_cross_entropy(*inputs, vocab_size=vocab_size)
+    truth = with_gradients(expected_loss(*inputs, vocab_size), *inputs[:2])
+    for name, value in with_gradients(loss, *inputs[:2]).items():
+        torch.testing.assert_close(value, truth[name], rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    hidden, weight, labels = cast(head_inputs(length=9, rows=6, vocab_size=5), torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, labels, vocab_size=5), (hidden, weight)
+    )
+
+
+def test_autocast_rounds_the_matmuls_only() -> None:
+    inputs = cast(head_inputs(), torch.float32)
+    exact = cast(inputs, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(*inputs)
+        found = with_gradients(loss, *inputs[:2])
+    assert loss.dtype == torch.float32
+    truth = with_gradients(expected_loss(*exact, 40), *exact[:2])
+    for name, value in truth.items():
+        # Looser than an output's rounding: a logit's rounding error is exponentiated.
+        assert relative_error(found[name], value) < 2e-2, name
+        assert found[name].dtype == torch.float32
+    # It did use bf16.
+    assert relative_error(found["hidden"], truth["hidden"]) > 1e-5
+
+
+def test_bf16_inputs_get_an_fp32_loss_and_bf16_gradients() -> None:
+    inputs = cast(head_inputs(), torch.bfloat16)
+    loss = linear_cross_entropy(*inputs)
+    found = with_gradients(loss, *inputs[:2])
+    assert loss.dtype == torch.float32
+    assert found["hidden"].dtype == found["weight"].dtype == torch.bfloat16
+    exact = cast(inputs, torch.float64)
+    truth = with_gradients(expected_loss(*exact, 40), *exact[:2])
+    assert all(relative_error(found[n], value) < 2e-2 for n, value in truth.items())
+
+
+@pytest.mark.parametrize("value", [3.0, float("nan"), float("inf")])
+def test_no_bit_leaks_between_positions(value: float) -> None:
+    inputs = cast(head_inputs(), torch.float32)
+    changed = cast(inputs, torch.float32)
+    with torch.no_grad():
+        changed[0][0, 40:90] = value
+    grad, grad_changed = (
+        torch.autograd.grad(linear_cross_entropy(*given_inputs), given_inputs[0])[0]
+        for given_inputs in (inputs, changed)
+    )
+    others = torch.ones(2, 150, dtype=torch.bool)
+    others[0, 40:90] = False
+    assert torch.equal(grad[others], grad_changed[others])
+    assert not torch.equal(grad[~others], grad_changed[~others])
+
+
+def test_an_ignored_position_gets_exactly_no_gradient_even_if_it_is_nan() -> None:
+    hidden, weight, labels = cast(head_inputs(), torch.float32)
+    with torch.no_grad():
+        hidden[labels == -100] = float("nan")
+    loss = linear_cross_entropy(hidden, weight, labels)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert torch.isfinite(loss)
+    assert not gradient[labels == -100].any()
+    assert gradient[labels != -100].any(-1).all()
+
+
+def test_no_labels_at_all_is_a_zero_loss_with_zero_gradients() -> None:
+    hidden, weight, labels = cast(head_inputs(), torch.float32)
+    found = with_gradients(linear_cross_entropy(hidden, weight, labels * 0 - 100), hidden, weight)
+    assert not any(value.any() for value in found.values())
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, labels = cast(head_inputs(), torch.float32)
+    found = with_gradients(linear_cross_entropy(hidden * 1e4, weight, labels), hidden, weight)
+    assert all(torch.isfinite(value).all() for value in found.values())
+
+
+def test_the_logits_of_all_positions_never_exist() -> None:
+    inputs = cast(head_inputs(batch=4, length=512, rows=5000, vocab_size=5000), torch.float32)
+    with largest_tensor() as largest:
+        with_gradients(linear_cross_entropy(*inputs), *inputs[:2])
+    assert largest.elements < 4 * 512 * 5000 / 4
+
+
+def test_the_backward_can_run_twice() -> None:
+    hidden, weight, labels = cast(head_inputs(), torch.float32)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    first = torch.autograd.grad(loss * 2, hidden, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss * 2, hidden)[0], first)
+
+
+def test_without_gradients_the_loss_is_the_same() -> None:
+    inputs = cast(head_inputs(), torch.float32)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(*inputs)
+    assert torch.equal(evaluated, linear_cross_entropy(*inputs))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_input_needs_no_gradient(frozen: int) -> None:
+    inputs = cast(head_inputs(), torch.float32)
+    both = torch.autograd.grad(linear_cross_entropy(*inputs), inputs[1 - frozen])[0]
+    inputs[frozen].requires_grad_(False)
+    assert torch.equal(
+        torch.autograd.grad(linear_cross_entropy(*inputs), inputs[1 - frozen])[0], both
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(reentrant: bool) -> None:
+    plain, inputs = cast(head_inputs(), torch.float32), cast(head_inputs(), torch.float32)
+    linear_cross_entropy(*plain).backward()
+    checkpoint(linear_cross_entropy, *inputs, use_reentrant=reentrant).backward()
+    for found, expected in zip(inputs[:2], plain[:2], strict=True):
+        assert found.grad is not None
+        assert torch.equal(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(40, 7)}, r"weight has shape \(40, 7\), expected \(40, 8\)"),
+        ({"labels": torch.zeros(2, 149, dtype=torch.int64)}, r"expected \(2, 150\)"),
+        ({"labels": torch.zeros(2, 150, dtype=torch.int32)}, "labels are torch.int32"),
+        ({"vocab_size": 41}, "vocab_size is 41, expected 1 to 40"),
+    ],
+)
+def test_a_wrong_argument_is_named(change: dict[str, object], message: str) -> None:
+    hidden, weight, labels = head_inputs()
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**{"hidden": hidden, "weight": weight, "labels": labels} | change)
