@@ -27,7 +27,7 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture
 def run_ranks() -> RunRanks:
-    """Runs a worker script on gloo ranks and returns what each printed; a failing rank fails the test."""
+    """Runs a worker script on gloo ranks; returns what each printed, fails if a rank fails."""
 
     def run(script: Path, *arguments: str, world_size: int, timeout_s: float = 280) -> list[str]:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -1,1 +1,1 @@
-"""Committed, hashed checkpoints that any engine and any number of ranks can read; never decides when."""
+"""Committed, hashed checkpoints for any engine and number of ranks; never decides when."""

@@ -66,7 +66,7 @@ def remove_checkpoint(run_dir: Path, step: int) -> None:
 
 
 def steps_to_remove(steps: list[int], *, keep_last: int, keep_every: int | None) -> list[int]:
-    """Which of the committed `steps` retention gives up: not the last ones, no multiple of `keep_every`."""
+    """The committed `steps` to give up: not the last ones, no multiple of `keep_every`."""
     older = sorted(steps)[:-keep_last]
     return [step for step in older if keep_every is None or step % keep_every]
 

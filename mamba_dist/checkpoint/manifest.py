@@ -1,6 +1,7 @@
 """What a checkpoint says of itself: manifest.json, written last.
 
-Version 1, `{"manifest": {…}, "sha256": "…"}`; the hash is that of the manifest's own compact JSON. `fragments` says for each rank's contiguous range of each parameter where it stands and what its
+Version 1, `{"manifest": {…}, "sha256": "…"}`; the hash is that of the manifest's own compact JSON.
+`fragments` says for each rank's contiguous range of each parameter where it stands and what its
 bytes hash to; `files` gives size and hash of every file, so that nothing damaged is ever loaded.
 """
 
@@ -11,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mamba_dist.config.schema import RunConfig
 from mamba_dist.checkpoint.layout import MANIFEST
+from mamba_dist.config.schema import RunConfig
 from mamba_dist.errors import CheckpointError
 
 
@@ -44,7 +45,7 @@ class FileRecord(_Record):
 
 
 class FragmentRecord(_Record):
-    """Where one contiguous range of one parameter stands; hashes are of the little-endian fp32 bytes."""
+    """Where one contiguous range of a parameter stands; hashes are of its little-endian bytes."""
 
     name: str
     file: str

@@ -1,7 +1,7 @@
 """Which stored fragments make up a wanted range of a parameter.
 
-A range is (start, numel) in the flattened parameter. Writers cut parameters by their number of ranks and
-their engine; readers ask by theirs, so ranges rarely coincide.
+A range is (start, numel) in the flattened parameter. Writers cut parameters by their number of
+ranks and their engine; readers ask by theirs, so ranges rarely coincide.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,8 @@ def require_exact_cover(name: str, numel: int, fragments: Sequence[FragmentRecor
         position += fragment.numel
     if position != numel:
         raise CheckpointError(
-            f"parameter {name}: {position} elements stored, {numel} expected; use another checkpoint"
+            f"parameter {name}: {position} elements stored, {numel} expected; "
+            "use another checkpoint"
         )
 
 

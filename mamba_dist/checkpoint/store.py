@@ -1,7 +1,8 @@
 """Writes and reads checkpoints: staged, hashed, fsynced, committed by one rename.
 
-A reader never trusts a name: a checkpoint counts only if every file has the size and hash that its manifest
-says. Each rank writes the fragments it owns into one safetensors file with the keys `<parameter>|<kind>`.
+A reader never trusts a name: a checkpoint counts only if every file has the size and hash that its
+manifest says. Each rank writes the fragments it owns into one safetensors file with the keys
+`<parameter>|<kind>`.
 """
 
 import hashlib
@@ -70,7 +71,8 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> Path:
     """The committed folder; called by all ranks, returns on all of them after the commit.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write; nothing is committed then and the
+        CheckpointError: on every rank, if any rank could not write; nothing is committed then and
+        the
             checkpoints before are untouched.
     """
     step = snapshot.progress.step
@@ -202,8 +204,8 @@ def find_checkpoint(
 ) -> CheckpointReader | None:
     """The newest committed checkpoint whose files are as written; None if the run has none at all.
 
-    All ranks call it and get the same answer; each verifies its share of the files. `notice` is told of
-    every checkpoint passed over.
+    All ranks call it and get the same answer; each verifies its share of the files. `notice` is
+    told of every checkpoint passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
@@ -216,8 +218,8 @@ def find_checkpoint(
         notice(f"passing over step {step}: {damage or 'another rank found a damaged file'}")
     if steps:
         raise CheckpointError(
-            f"{checkpoints_folder(run_dir)}: all {len(steps)} checkpoints are damaged; restore one, or "
-            "train afresh in another run folder (training.run_dir=…)"
+            f"{checkpoints_folder(run_dir)}: all {len(steps)} checkpoints are damaged; restore "
+            "one, or train afresh in another run folder (training.run_dir=…)"
         )
     return None
 
@@ -232,8 +234,8 @@ def require_same_model(reader: CheckpointReader, model: MambaConfig) -> None:
     for field, value in ours.items():
         if theirs[field] != value:
             raise CheckpointError(
-                f"{reader.folder}: was written with model.{field} = {theirs[field]!r}, the config says "
-                f"{value!r}; restore the field, or train in another run folder (training.run_dir=…)"
+                f"{reader.folder}: was written with model.{field} = {theirs[field]!r}, the config "
+                f"says {value!r}; restore the field, or set another training.run_dir"
             )
 
 
@@ -249,7 +251,7 @@ class _OneRank:
 def _agreed(
     ranks: Ranks, staging: Path, earlier: list[OSError] | None = None
 ) -> Iterator[list[OSError]]:
-    """Runs a stage of a save; if it failed on any rank, every rank raises instead of waiting for ever."""
+    """Runs a stage of a save; if it fails on any rank, all raise and none waits for ever."""
     failures = earlier if earlier is not None else []
     try:
         yield failures
@@ -342,7 +344,7 @@ def _hash_of(fragment: FragmentRecord, kind: StateKind) -> str:
 
 
 def _sha256_of_tensor(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(tensor.numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def _sha256_of_file(path: Path) -> str:

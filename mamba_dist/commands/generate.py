@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/generate.py", description="Continue prompts with a trained model."
     )
-    parser.add_argument("checkpoint", help="run folder (its newest whole checkpoint) or a checkpoint")
+    parser.add_argument(
+        "checkpoint", help="run folder (its newest whole checkpoint) or a checkpoint"
+    )
     parser.add_argument(
         "--prompt", action="append", required=True, help="text to continue; may be repeated"
     )
@@ -70,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_seed, default=0, help="default 0")
     parser.add_argument("--num-samples", type=_positive, default=1, help="texts per prompt")
     parser.add_argument(
-        "--tokenizer", help="tokenizer.json or .model; default: the one that the run was trained with"
+        "--tokenizer",
+        help="tokenizer.json or .model; default: data.tokenizer_path of the run's config",
     )
     return parser
 
@@ -81,8 +84,8 @@ def _load(checkpoint: Path, tokenizer: str | None) -> _Trained:
     loaded = load_tokenizer(Path(tokenizer or config.data.tokenizer_path))
     if loaded.vocab_size > config.model.vocab_size:
         raise DataError(
-            f"the tokenizer has {loaded.vocab_size} ids, the model {config.model.vocab_size}; name the "
-            "tokenizer that the model was trained with by --tokenizer"
+            f"the tokenizer has {loaded.vocab_size} ids, the model {config.model.vocab_size}; give "
+            "the tokenizer that the model was trained with by --tokenizer"
         )
     model = _build(config.model)
     load_parameters(model, reader.read_parameters())
@@ -92,7 +95,7 @@ def _load(checkpoint: Path, tokenizer: str | None) -> _Trained:
 def _build(config: MambaConfig) -> MambaLM:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
-        # Not the backend of the run's config, which may have been trained on another kind of device.
+        # Not the backend of the run's config: it may have been trained on another kind of device.
         return MambaLM(config, backend=resolve_backend("auto", device_type=device.type)).eval()
 
 
@@ -107,7 +110,7 @@ def _settings(arguments: argparse.Namespace, trained: _Trained) -> GenerationSet
 
 
 def _encode(trained: _Trained, prompts: Sequence[str]) -> list[list[int]]:
-    return [[int(i) for i in ids] for ids in trained.tokenizer.encode_batch(list(prompts))]
+    return [ids.tolist() for ids in trained.tokenizer.encode_batch(prompts)]
 
 
 def _print_as_it_grows(trained: _Trained, prompt: str, settings: GenerationSettings) -> None:
@@ -140,7 +143,24 @@ def _continuation(trained: _Trained, prompt: list[int], tokens: list[int]) -> st
     return trained.tokenizer.decode(prompt + tokens)[len(before) :]
 
 
-def _number(parse: Callable[[str], float], is_valid: Callable[[float], bool], expected: str):  # type: ignore[no-untyped-def]
-    raise NotImplementedError
+def _ranged(
+    kind: Callable[[str], float], is_valid: Callable[[float], bool], expected: str
+) -> Callable[[str], float]:
+    """A parser of one argument, whose error says what was expected."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return parse
 
 
+_positive = _ranged(int, lambda value: value >= 1, "a whole number from 1")
+_seed = _ranged(int, lambda value: 0 <= value < 2**63, "a whole number from 0 below 2**63")
+_not_negative = _ranged(float, lambda value: 0 <= value < math.inf, "a number from 0")
+_share = _ranged(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

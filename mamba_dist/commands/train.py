@@ -1,7 +1,7 @@
 """launch/train.py: checks a configuration, plans a run, trains it.
 
-Exit codes: 0 trained to the last step; 75 stopped by a signal after a checkpoint, start again to continue;
-2 a mistake that the message explains; anything else is a crash.
+Exit codes: 0 trained to the last step; 75 stopped by a signal after a checkpoint, start again to
+continue; 2 a mistake that the message explains; anything else is a crash.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
         return run_training(loaded.config)
     except MambaDistError as error:
         if not first_rank:
-            # The launcher ends all ranks once one has failed; if the first rank has nothing to say within
-            # this time, the error is this rank's own.
+            # The launcher ends all ranks once one has failed; if the first rank has nothing to say
+            # within this time, the error is this rank's own.
             time.sleep(_LET_FIRST_RANK_SPEAK_S)
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
-        description="Train a Mamba language model. Continues by itself where the run folder left off.",
+        description="Train a Mamba language model; continues where the run folder left off.",
     )
     parser.add_argument("--config", required=True, help="YAML or JSON file, see configs/")
     parser.add_argument(

@@ -1,8 +1,8 @@
 """Schema version 2 of the run configuration: one frozen pydantic model per section.
 
-Ranges stand on the fields; rules between fields are methods of the section that holds them, or, where
-sections meet, of `mamba_dist.config.load.validate_config_compatibility`. Nothing here imports torch, so
-that a config is checked within a second.
+Ranges stand on the fields; rules between fields are methods of the section that holds them, or,
+where sections meet, of `mamba_dist.config.load.validate_config_compatibility`. Nothing here
+imports torch, so that a config is checked within a second.
 
 Letters: B batch, L length, D d_model, E d_inner, N d_state, H heads, P headdim, G groups.
 """
@@ -156,7 +156,7 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Global gradient norm is clipped to this; null does not clip."""
     skip_grad_norm_above: float | None = Field(default=None, gt=0)
-    """A step whose gradient norm exceeds this is skipped on all ranks; null skips only NaN and inf."""
+    """A step with a larger gradient norm is skipped on all ranks; null skips only NaN and inf."""
     max_skipped_steps: int = Field(default=10, ge=1)
     """So many skipped steps in a row end the run with an error."""
     num_epochs: int | None = Field(default=None, ge=1)
@@ -170,7 +170,7 @@ class TrainingConfig(Section):
     eval_sequences: int = Field(default=256, ge=1)
     """At most so many validation sequences each time, over all ranks."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 computes matrix products in bfloat16; all parameters are stored in float32 either way."""
+    """bf16 computes matrix products in bfloat16; parameters are stored in float32 either way."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full recomputes each block in the backward pass instead of keeping its activations."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -278,7 +278,7 @@ class TelemetryConfig(Section):
 class RunConfig(Section):
     """A whole run: one YAML or JSON file."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     """Version of this format; files of older versions are migrated on load."""
     model: MambaConfig = Field(default_factory=MambaConfig)
     """The language model."""

@@ -1,9 +1,9 @@
 """The seam between the training loop and a way of distributing it (DESIGN: Engine protocol).
 
-The loop, the checkpoint and the tools see only what stands here. An engine's share of the state is a set
-of fragments: for each parameter one contiguous range of its flattened fp32 master copy with the same range
-of AdamW's moments. Every ZeRO stage owns its state in that form, so a checkpoint written by one engine can
-be read by another.
+The loop, the checkpoint and the tools see only what stands here. An engine's share of the state is
+a set of fragments: for each parameter one contiguous range of its flattened fp32 master copy with
+the same range of AdamW's moments. Every ZeRO stage owns its state in that form, so a checkpoint
+written by one engine can be read by another.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,12 +42,12 @@ class FragmentReader(Protocol):
     """Whatever can give back ranges of parameters and moments, for example an open checkpoint."""
 
     def read(self, name: str, kind: StateKind, *, start: int, numel: int) -> Tensor:
-        """Elements start..start+numel of the flattened state `kind` of a parameter, (numel,) fp32."""
+        """Elements start..start+numel of a parameter's flattened state `kind`, (numel,) fp32."""
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What an optimizer step did: global gradient norm before clipping, and whether it was dropped."""
+    """An optimizer step's global gradient norm before clipping, and whether it was dropped."""
 
     grad_norm: float
     skipped: bool
@@ -86,9 +86,9 @@ class Engine(Protocol):
     ) -> Tensor:
         """Loss sum of one micro-batch, () fp32, detached; gradients are accumulated.
 
-        The module returns the loss summed over its valid labels; the gradient is that of the sum over all
-        ranks and micro-batches divided by `step_tokens`, the valid labels of the whole optimizer step.
-        `last` marks the micro-batch after which gradients are reduced.
+        The module returns the loss summed over its valid labels; the gradient is that of the sum
+        over all ranks and micro-batches divided by `step_tokens`, the valid labels of the whole
+        optimizer step. `last` marks the micro-batch after which gradients are reduced.
         """
 
     def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -99,8 +99,8 @@ class Engine(Protocol):
     ) -> StepStats:
         """Clips and applies the accumulated gradients, or drops them on all ranks.
 
-        They are dropped when their global norm is not finite or exceeds `skip_above`; weights, moments and
-        AdamW's step are then bit-equal to before.
+        They are dropped when their global norm is not finite or exceeds `skip_above`; weights,
+        moments and AdamW's step are then bit-equal to before.
         """
 
     def fragments(self) -> Iterator[Fragment]:
@@ -114,7 +114,7 @@ class Engine(Protocol):
 
 
 def flat_share(numel: int, *, rank: int, world_size: int) -> tuple[int, int]:
-    """Start and length of the contiguous range that `rank` owns when `numel` is cut in equal parts."""
+    """Start and length of the range that `rank` owns when `numel` is cut in equal parts."""
     size = -(-numel // world_size)
     start = min(rank * size, numel)
     return start, min(size, numel - start)

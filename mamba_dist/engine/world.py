@@ -1,7 +1,7 @@
 """The ranks of a run: start, agree on small facts, stop.
 
-This is the only module of the package that reads the launcher's environment. A plain `python` start is a
-world of one; `deepspeed`, `torchrun` and `srun` set the variables below.
+This is the only module of the package that reads the launcher's environment. A plain `python`
+start is a world of one; `deepspeed`, `torchrun` and `srun` set the variables below.
 """
 
 import logging
@@ -64,8 +64,8 @@ class World:
 def placement_from_environment(environment: Mapping[str, str]) -> Placement:
     """Rank, world size and local rank as the launcher set them.
 
-    Knows the variables of torchrun and the DeepSpeed launcher (RANK, WORLD_SIZE, LOCAL_RANK), and those of
-    srun (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID).
+    Knows the variables of torchrun and the DeepSpeed launcher (RANK, WORLD_SIZE, LOCAL_RANK), and
+    those of srun (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID).
 
     Raises:
         EngineError: variables are missing, not integers, or contradict each other.
@@ -108,17 +108,18 @@ def start_world(*, timeout_minutes: float) -> World:
     missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise EngineError(
-            f"{' and '.join(missing)} not set, and {placement.world_size} ranks need a place to meet; "
+            f"{' and '.join(missing)} not set, and {placement.world_size} ranks must meet; "
             "export the first node's address and a free port"
         )
-    # What DeepSpeed 0.19 logs below this level is its own set-up, and "OVERFLOW" for every step that we drop;
-    # newer torch warns on each collective of the names that it calls.
+    # What DeepSpeed 0.19 logs below this level is its own set-up, and "OVERFLOW" for every step
+    # that we drop; newer torch warns on each collective of the names that it calls.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="torch.distributed.c10d_logger"
     )
-    # DeepSpeed would compile a shared-memory all-reduce at first use. ZeRO never calls it; a kill during
-    # that build leaves a lock on which every later start hangs, and each rank leaves 69 MB in /dev/shm.
+    # DeepSpeed would compile a shared-memory all-reduce at first use. ZeRO never calls it; a kill
+    # during that build leaves a lock on which every later start hangs, and each rank leaves 69 MB
+    # in /dev/shm.
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
@@ -138,8 +139,8 @@ def stop_world() -> None:
 def launcher_pids() -> tuple[int, ...]:
     """Processes without which this rank is an orphan: the launcher's, outermost last.
 
-    The `deepspeed` command starts one launch.py per node, which starts the ranks; a SIGTERM to the command
-    reaches neither of them. A rank started by anything else has no launcher to outlive.
+    The `deepspeed` command starts one launch.py per node, which starts the ranks; a SIGTERM to the
+    command reaches neither of them. A rank started by anything else has no launcher to outlive.
     """
     parent = os.getppid()
     if "deepspeed.launcher.launch" not in _command_line(parent):

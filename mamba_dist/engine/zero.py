@@ -1,11 +1,13 @@
 """DeepSpeed ZeRO behind the Engine protocol, stages 0 to 3.
 
-DeepSpeed moves gradients and parameters; what a step means is decided here, so that every stage does the
-same: the loss is averaged over real tokens, the norm is known before any update, a bad step is dropped on
-all ranks. Precision is `torch_autocast` with an empty list of low-precision modules: all parameters are
-stored, reduced and gathered in float32 (`bf16.enabled` would round A_log, D and dt_bias).
+DeepSpeed moves gradients and parameters; what a step means is decided here, so that every stage
+does the same: the loss is averaged over real tokens, the norm is known before any update, a bad
+step is dropped on all ranks. Precision is `torch_autocast` with an empty list of low-precision
+modules: all parameters are stored, reduced and gathered in float32 (`bf16.enabled` would round
+A_log, D and dt_bias).
 
-Private parts of DeepSpeed are touched in this file only; tests/engine/test_deepspeed_canary.py watches them.
+Private parts of DeepSpeed are touched in this file only; tests/engine/test_deepspeed_canary.py
+watches them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,11 +68,11 @@ def zero_settings(
 
 
 def construction(settings: Mapping[str, Any]) -> AbstractContextManager[object]:
-    """Context in which to build the module: at stage 3 parameters are partitioned as they appear."""
+    """Context to build the module in: at stage 3 parameters are partitioned as they appear."""
     if settings["zero_optimization"]["stage"] != 3:
         return nullcontext()
-    # An explicit dtype=float32 becomes bfloat16 on a CPU without float16 (0.19.8); from the settings, which
-    # enable neither, it becomes float32.
+    # An explicit dtype=float32 becomes bfloat16 on a CPU without float16 (0.19.8); from the
+    # settings, which enable neither, it becomes float32.
     context: AbstractContextManager[object] = deepspeed.zero.Init(
         config_dict_or_path=dict(settings), mem_efficient_linear=False
     )
@@ -185,7 +187,8 @@ class ZeroEngine:
     def load_fragments(self, reader: FragmentReader, *, adam_steps: int) -> None:
         """Overwrites parameters, moments and AdamW's step from `reader`."""
         for name, parameter in self._parameters.items():
-            # Stage 0 keeps whole replicas, of which `fragments` names only this rank's part to write.
+            # Stage 0 keeps whole replicas, of which `fragments` names only this rank's part to
+            # write.
             own = (
                 self._replica(name, parameter)
                 if self._stage == 0
@@ -197,7 +200,8 @@ class ZeroEngine:
                 target = own.tensor(kind)
                 target.copy_(reader.read(name, kind, start=own.start, numel=target.numel()))
             if self._stage == 3:
-                parameter.ds_tensor.data.flatten()[: own.master.numel()].copy_(own.master)
+                partition: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+                partition.flatten()[: own.master.numel()].copy_(own.master)
         for master in self._masters():
             self._adamw.state[master]["step"].fill_(float(adam_steps))
         if self._stage in (1, 2):
@@ -214,7 +218,8 @@ class ZeroEngine:
         return {k: v.to(self._world.device, non_blocking=True) for k, v in inputs.items()}
 
     def _step_replicated(self, max_grad_norm: float | None) -> StepStats:
-        # DeepSpeed at stage 0 neither reports a norm nor skips (measured: one NaN made all weights NaN).
+        # DeepSpeed at stage 0 neither reports a norm nor skips (measured: one NaN made all weights
+        # NaN).
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norms = torch._foreach_norm(gradients)
         norm = torch.linalg.vector_norm(torch.stack(list(norms)))
@@ -234,8 +239,9 @@ class ZeroEngine:
     def _watch_norm(self) -> None:
         """Lets this engine see the norm before any update, and veto the step.
 
-        DeepSpeed drops a step on all ranks when the norm it has just computed is not finite; answering inf
-        in its place makes it drop a spike by the same path. It marks NaN and inf by -1.
+        DeepSpeed drops a step on all ranks when the norm it has just computed is not finite;
+        answering inf in its place makes it drop a spike by the same path. It marks NaN and inf by
+        -1.
         """
 
         def judged(norm: Tensor) -> Tensor:
@@ -260,7 +266,8 @@ class ZeroEngine:
         return list(self._optimizer.single_partition_of_fp32_groups)
 
     def _materialise_moments(self) -> None:
-        # AdamW creates its state at the first update, but a checkpoint may be read or written before it.
+        # AdamW creates its state at the first update, but a checkpoint may be read or written
+        # before it.
         for master in self._masters():
             self._adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),

@@ -56,8 +56,8 @@ def stream(
 ) -> Iterator[tuple[int | None, ...]]:
     """For each step the new token of every prompt, None once its text has ended.
 
-    Runs on the model's device. The i-th text draws from a random stream of its own, so it depends on
-    the other prompts only through the rounding of batched matrix products.
+    Runs on the model's device. The i-th text draws from a random stream of its own, so it depends
+    on the other prompts only through the rounding of batched matrix products.
 
     Raises:
         DataError: a prompt is empty or holds ids that the model does not have.

@@ -206,6 +206,8 @@ def _range_deviation(values: Tensor, low: float, high: float) -> str | None:
 def _moment_deviation(values: Tensor, mean: float, std: float, *, std_error: float) -> str | None:
     """`std_error` is the relative standard error of the standard deviation, times sqrt(n)."""
     count = values.numel()
+    if count > 1 and std > 0 and bool((values == values[(0,) * values.dim()]).all()):
+        return f"all {count} values are equal, expected random ones"
     found_mean = float(values.double().mean())
     found_std = float((values.double() - mean).square().mean().sqrt())
     bound = _SIGMAS / math.sqrt(count)

@@ -1,4 +1,4 @@
-"""Log lines on standard error: everything from rank 0, warnings from the others, each naming its rank."""
+"""Log lines on standard error: all from rank 0, warnings from the others, which name their rank."""
 
 import logging
 import sys

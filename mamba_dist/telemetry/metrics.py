@@ -1,24 +1,27 @@
 """One record per logged step or validation, to every sink: metrics.jsonl, TensorBoard, the console.
 
-Records are already reduced over ranks when they come here; only rank 0 writes. A resumed run appends to
-metrics.jsonl, so a step that was trained twice stands there twice, the later line being the one that counts.
+Records are already reduced over ranks when they come here; only rank 0 writes. A resumed run
+appends to metrics.jsonl, so a step that was trained twice stands there twice, the later line being
+the one that counts.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mamba_dist.telemetry.progress import Progress
+
 METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """One logged stretch of training; rates and means are over the steps since the record before."""
+    """One logged stretch of training; rates and means are since the record before."""
 
     step: int
     loss: float
@@ -100,28 +103,28 @@ class TensorBoardSink:
 
 
 class ConsoleSink:
-    """One line per record through `show`, so that a progress bar can keep its place."""
+    """One line per record, printed so that the progress bar keeps its place."""
 
-    def __init__(self, show: Callable[[str], None], total_steps: int) -> None:
-        self._show = show
+    def __init__(self, bar: Progress, total_steps: int) -> None:
+        self._bar = bar
         self._total_steps = total_steps
 
     def write(self, record: Record) -> None:
         where = f"step {record.step}/{self._total_steps}"
         if isinstance(record, TrainRecord):
-            self._show(
+            self._bar.show(
                 f"{where}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
                 f"grad norm {record.grad_norm:.2f}  {record.tokens_per_s:,.0f} tokens/s"
             )
         else:
-            self._show(
+            self._bar.show(
                 f"{where}  validation loss {record.val_loss:.4f} "
                 f"(perplexity {math.exp(min(record.val_loss, 50)):,.1f}, "
                 f"{record.val_tokens:,} tokens, {record.seconds:.1f} s)"
             )
 
     def close(self) -> None:
-        pass
+        self._bar.close()
 
 
 class Metrics:

@@ -1,28 +1,32 @@
 """Composition: from a configuration to everything the loop needs."""
 
-import dataclasses
 import json
 import logging
+import math
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
-from mamba_dist.config.load import ConfigLoader
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.batch import Batch
-from mamba_dist.data.loader import TokenDataset, TrainLoader, ValidationLoader, open_dataset
+from mamba_dist.data.dataset import TokenDataset, open_dataset
+from mamba_dist.data.loader import TrainLoader, ValidationLoader, training_windows
+from mamba_dist.data.manifest import check_splits, check_vocabulary
+from mamba_dist.data.tokenization import check_tokenizer
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
-from mamba_dist.errors import ConfigError
 from mamba_dist.model.flops import flops_per_token
 from mamba_dist.model.init import audit, initialize
 from mamba_dist.model.lm import MambaLM
-from mamba_dist.model.param_groups import classify, format_table
+from mamba_dist.model.param_groups import ParamClass, classify, format_table
 from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink, TensorBoardSink
 from mamba_dist.telemetry.progress import progress as progress_bar
@@ -31,3 +35,214 @@ from mamba_dist.train.meter import Meter
 from mamba_dist.train.schedule import total_steps
 from mamba_dist.train.state import beginning, resume, run_folder
 from mamba_dist.train.stop import StopRequest
+
+_log = logging.getLogger(__name__)
+
+_RECORDED_PACKAGES = ("mamba-dist", "torch", "deepspeed", "pyarrow", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one rank needs to train."""
+
+    config: RunConfig
+    world: World
+    engine: Engine
+    engine_name: str
+    versions: dict[str, str]
+    start: Progress
+    total_steps: int
+    steps: Iterator[list[Batch]]
+    validation: Iterable[Batch]
+    metrics: Metrics
+    meter: Meter
+    guard: SkipGuard
+    stop: StopRequest
+
+
+def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
+    """The run as configured, resumed from its newest whole checkpoint if it has one.
+
+    Raises:
+        ConfigError: the config contradicts the data or the number of ranks.
+        DataError, CheckpointError, EngineError, ModelError: a part cannot be built as configured.
+    """
+    plan = batch_plan(config, world.size)
+    dataset = open_matching_dataset(config)
+    steps = planned_steps(config, plan=plan, dataset=dataset)
+    engine, classes = _build_engine(config, plan=plan, world=world)
+    fresh = beginning(
+        global_batch_size=plan.global_batch_size, data_fingerprint=dataset.fingerprint
+    )
+    start = resume(config, engine=engine, world=world, fresh=fresh)
+    if world.rank == 0:
+        _describe_run(config, classes)
+    metrics, meter = _build_metrics(config, world=world, start=start, steps=steps)
+    return Run(
+        config=config,
+        world=world,
+        engine=engine,
+        engine_name=f"zero-{config.engine.zero_stage}",
+        versions=_versions(),
+        start=start,
+        total_steps=steps,
+        steps=_build_steps(config, dataset, plan=plan, world=world, start=start, end=steps),
+        validation=ValidationLoader(
+            dataset,
+            config.data,
+            micro_batch_size=plan.micro_batch_size,
+            max_sequences=config.training.eval_sequences,
+            rank=world.rank,
+            world_size=world.size,
+            pad_token_id=config.model.pad_token_id,
+        ),
+        metrics=metrics,
+        meter=meter,
+        guard=SkipGuard(config.training.max_skipped_steps),
+        stop=stop,
+    )
+
+
+def open_matching_dataset(config: RunConfig) -> TokenDataset:
+    """The data set that the config names.
+
+    Raises:
+        DataError: it cannot be opened, or was tokenised for another vocabulary, with other splits
+        or with
+            another tokenizer than the one that now stands at data.tokenizer_path.
+    """
+    dataset = open_dataset(config.data.dataset_path)
+    check_vocabulary(dataset.manifest, config.model.vocab_size)
+    check_splits(
+        dataset.manifest, train_split=config.data.train_split, val_split=config.data.val_split
+    )
+    tokenizer = Path(config.data.tokenizer_path)
+    if tokenizer.exists():
+        check_tokenizer(dataset.manifest, tokenizer)
+    return dataset
+
+
+def planned_steps(config: RunConfig, *, plan: BatchPlan, dataset: TokenDataset) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: the run is not longer than its warm-up.
+    """
+    return total_steps(
+        config.training,
+        epoch_sequences=training_windows(dataset, config.data.sequence_length),
+        global_batch_size=plan.global_batch_size,
+        sequence_length=config.data.sequence_length,
+    )
+
+
+def _build_engine(
+    config: RunConfig, *, plan: BatchPlan, world: World
+) -> tuple[Engine, list[ParamClass]]:
+    training, optimizer = config.training, config.training
+    settings = zero.zero_settings(
+        config.engine,
+        precision=training.precision,
+        accumulation_steps=plan.accumulation_steps,
+    )
+    backend = resolve_backend(config.engine.ops_backend, device_type=world.device.type)
+    with zero.construction(settings):
+        model = MambaLM(
+            config.model,
+            backend=backend,
+            activation_checkpointing=training.activation_checkpointing == "full",
+        )
+    initialize(model, config.model, seed=training.seed, gather=zero.gather)
+    classes = classify(model)
+    engine = zero.ZeroEngine(
+        model.to(world.device),
+        groups=[
+            ParameterGroup(tuple(c.name for c in classes if c.decay), training.weight_decay),
+            ParameterGroup(tuple(c.name for c in classes if not c.decay), 0.0),
+        ],
+        optimizer=OptimizerSettings(
+            beta1=optimizer.adam_beta1, beta2=optimizer.adam_beta2, eps=optimizer.adam_eps
+        ),
+        settings=settings,
+        world=world,
+    )
+    # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
+    audit(model, config.model, gather=engine.gather)
+    return engine, classes
+
+
+def _build_steps(
+    config: RunConfig,
+    dataset: TokenDataset,
+    *,
+    plan: BatchPlan,
+    world: World,
+    start: Progress,
+    end: int,
+) -> Iterator[list[Batch]]:
+    loader = TrainLoader(
+        dataset,
+        config.data,
+        plan=plan,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start.step,
+        end_step=end,
+        pad_token_id=config.model.pad_token_id,
+    )
+    return iter(loader)
+
+
+def _build_metrics(
+    config: RunConfig, *, world: World, start: Progress, steps: int
+) -> tuple[Metrics, Meter]:
+    bar = progress_bar(
+        steps,
+        "steps",
+        description="training",
+        enabled=world.rank == 0 and config.telemetry.progress_bar,
+        initial=start.step,
+    )
+    sinks: list[Sink] = []
+    if world.rank == 0:
+        run_dir = run_folder(config)
+        sinks = [JsonlSink(run_dir), ConsoleSink(bar, steps)]
+        if config.telemetry.tensorboard:
+            sinks.append(TensorBoardSink(run_dir))
+    metrics = Metrics(sinks)
+    cost = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+    meter = Meter(
+        metrics,
+        log_steps=config.telemetry.log_steps,
+        world_size=world.size,
+        flops_per_token=cost.total_flops,
+        advance_to=bar.advance_to,
+    )
+    return metrics, meter
+
+
+def _describe_run(config: RunConfig, classes: list[ParamClass]) -> None:
+    """Leaves the resolved config, the parameter table and the environment in the run folder."""
+    run_dir = run_folder(config)
+    table = format_table(classes)
+    ConfigLoader.save_to_file(config, run_dir / "config.yaml")
+    (run_dir / "parameters.txt").write_text(table + "\n", encoding="utf-8")
+    environment = {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpus": torch.cuda.device_count(),
+        **_versions(),
+    }
+    (run_dir / "environment.json").write_text(
+        json.dumps(environment, indent=2) + "\n", encoding="utf-8"
+    )
+    _log.info("%s parameters, table in %s", f"{_elements(classes):,}", run_dir / "parameters.txt")
+
+
+def _elements(classes: list[ParamClass]) -> int:
+    return sum(math.prod(c.shape) for c in classes)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _RECORDED_PACKAGES}

@@ -1,7 +1,8 @@
 """Steps that were dropped: named in the log, and bounded.
 
-The engine drops a step whose gradient norm is not finite or above the limit, on all ranks alike. One such
-step is an accident; a row of them means that training is broken and must not go on in silence.
+The engine drops a step whose gradient norm is not finite or above the limit, on all ranks alike.
+One such step is an accident; a row of them means that training is broken and must not go on in
+silence.
 """
 
 import logging
@@ -37,7 +38,8 @@ class SkipGuard:
         )
         if self._in_a_row >= self._limit_steps:
             raise TrainingError(
-                f"{self._in_a_row} steps in a row were skipped, the last one {step} with gradient norm "
-                f"{grad_norm}; resume from the last checkpoint with a lower training.learning_rate, or "
+                f"{self._in_a_row} steps in a row were skipped, the last one {step} with gradient "
+                f"norm {grad_norm}; resume from the last checkpoint with a lower "
+                "training.learning_rate, or "
                 f"look at samples {samples.start} to {samples.stop - 1}"
             )

@@ -3,8 +3,8 @@
 import logging
 from dataclasses import dataclass
 
-from mamba_dist.checkpoint.store import Snapshot, apply_retention, save_checkpoint
 from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.checkpoint.store import Snapshot, apply_retention, save_checkpoint
 from mamba_dist.errors import CheckpointError
 from mamba_dist.train.build import Run
 from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
@@ -35,21 +35,22 @@ def train(run: Run) -> Outcome:
     while progress.step < run.total_steps:
         lr = learning_rate(config.training, step=progress.step, total_steps=run.total_steps)
         batches = meter.next_batches(run.steps)
-        # The loss is a sum over labels divided once by their number in the whole step, so that neither
-        # padding, accumulation nor the number of ranks changes the weight of a token.
+        # The loss is a sum over labels divided once by their number in the whole step, so that
+        # neither padding, accumulation nor the number of ranks changes the weight of a token.
         tokens = world.sum_tokens(sum(label_count(batch) for batch in batches))
-        loss_sum = 0.0
-        for batch in batches:
-            loss_sum += engine.forward_backward(
+        losses = [
+            engine.forward_backward(
                 model_inputs(batch), step_tokens=max(tokens, 1), last=batch is batches[-1]
             )
+            for batch in batches
+        ]
         stats = engine.step(
             lr,
             max_grad_norm=config.training.max_grad_norm,
             skip_above=config.training.skip_grad_norm_above,
         )
         # One reduction carries the loss and the agreement to stop: all ranks save the same step.
-        loss, stops = world.sum_over_ranks([float(loss_sum), float(run.stop.reason is not None)])
+        loss, stops = world.sum_over_ranks([float(sum(losses)), float(run.stop.reason is not None)])
         first_sample = progress.next_sample
         progress = advanced(progress, tokens=0 if stats.skipped else tokens)
         meter.observe(progress, loss_sum=loss, tokens=tokens, lr=lr, stats=stats)

@@ -11,7 +11,7 @@ from mamba_dist.telemetry.timers import Stopwatch, peak_memory_gib
 
 
 class Meter:
-    """Sums over the steps since the last record; time outside of steps (validation, saves) is left out."""
+    """Sums over the steps since the last record, without the time of validation and saves."""
 
     def __init__(
         self,
@@ -20,13 +20,13 @@ class Meter:
         log_steps: int,
         world_size: int,
         flops_per_token: float,
-        advance: Callable[[int], None],
+        advance_to: Callable[[int], None],
     ) -> None:
         self._metrics = metrics
         self._log_steps = log_steps
         self._world_size = world_size
         self._flops_per_token = flops_per_token
-        self._advance = advance
+        self._advance_to = advance_to
         self._data_wait = Stopwatch()
         self._step_started_at = time.perf_counter()
         self._clear()
@@ -49,7 +49,7 @@ class Meter:
             # A skipped step's loss may be NaN, and it taught nothing.
             self._loss_sum += loss_sum
             self._loss_tokens += tokens
-        self._advance(progress.step)
+        self._advance_to(progress.step)
         if progress.step % self._log_steps == 0:
             self.flush(progress, lr=lr, grad_norm=stats.grad_norm)
 

@@ -33,7 +33,7 @@ def run_training(config: RunConfig) -> int:
             try:
                 outcome = train(run)
             finally:
-                run.close()
+                run.metrics.close()
             world.barrier()
     finally:
         stop_world()

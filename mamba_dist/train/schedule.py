@@ -1,7 +1,8 @@
 """Learning rate and length of a run as pure functions of the step.
 
-Steps count from 0; the rate of step 0 is the one of the first update. Shapes: linear warm-up, then cosine
-(arXiv 1608.03983, one period), linear, constant, or warm-up-stable-decay (arXiv 2404.06395, linear decay).
+Steps count from 0; the rate of step 0 is the one of the first update. Shapes: linear warm-up, then
+cosine (arXiv 1608.03983, one period), linear, constant, or warm-up-stable-decay (arXiv 2404.06395,
+linear decay).
 """
 
 import math
@@ -48,8 +49,8 @@ def total_steps(
         steps = max(1, epochs * epoch_sequences // global_batch_size)
     if config.warmup_steps >= steps:
         raise ConfigError(
-            f"training.warmup_steps is {config.warmup_steps}, but the run is only {steps} steps long "
-            f"({epoch_sequences} training sequences, {global_batch_size} per step); "
+            f"training.warmup_steps is {config.warmup_steps}, but the run is only {steps} steps "
+            f"long ({epoch_sequences} training sequences, {global_batch_size} per step); "
             "lower warmup_steps or lengthen the run"
         )
     return steps

@@ -5,8 +5,8 @@ No random state is kept: the data order derives from (seed, step), and Mamba has
 
 import fcntl
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO
 
 from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
 from mamba_dist.checkpoint.manifest import Progress
@@ -45,7 +45,8 @@ def resume(config: RunConfig, *, engine: Engine, world: World, fresh: Progress) 
     """The progress to go on from, with the engine's state loaded to match.
 
     Raises:
-        CheckpointError: the checkpoints are damaged, belong to another model or another data set, or the
+        CheckpointError: the checkpoints are damaged, belong to another model or another data set,
+        or the
             config's checkpoint.resume contradicts what the run folder holds.
     """
     run_dir = run_folder(config)
@@ -70,8 +71,8 @@ def resume(config: RunConfig, *, engine: Engine, world: World, fresh: Progress) 
     return reader.manifest.progress
 
 
-def prepare_run_folder(config: RunConfig, *, world: World) -> IO[str] | None:
-    """Rank 0's lock on the run folder, made and cleaned of what a kill left; keep it open.
+def prepare_run_folder(config: RunConfig, *, world: World) -> AbstractContextManager[object]:
+    """Holds the run folder, made and cleaned of what a kill left, for this run alone.
 
     The kernel releases the lock when the process ends, however it ends.
 
@@ -79,13 +80,14 @@ def prepare_run_folder(config: RunConfig, *, world: World) -> IO[str] | None:
         TrainingError: on all ranks, if another run holds the folder or it cannot be written.
     """
     run_dir = run_folder(config)
-    lock: IO[str] | None = None
+    lock: AbstractContextManager[object] = nullcontext()
     problem = ""
     if world.rank == 0:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = (run_dir / "lock").open("w", encoding="utf-8")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = (run_dir / "lock").open("w", encoding="utf-8")
+            lock = file
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name in remove_left_behind(run_dir):
                 _log.warning("removed %s, which an interrupted save left behind", name)
         except BlockingIOError:
@@ -109,20 +111,21 @@ def _require_same_run(reader: CheckpointReader, config: RunConfig, fresh: Progre
     saved = reader.manifest.progress
     if saved.data_fingerprint != fresh.data_fingerprint:
         raise CheckpointError(
-            f"{reader.folder}: was trained on another data set (fingerprint {saved.data_fingerprint}) "
-            f"than {config.data.dataset_path} holds now ({fresh.data_fingerprint}); restore the data, or "
+            f"{reader.folder}: was trained on another data set (fingerprint "
+            f"{saved.data_fingerprint}) than {config.data.dataset_path} holds now "
+            f"({fresh.data_fingerprint}); restore the data, or "
             "train in another run folder (training.run_dir=…)"
         )
     if saved.global_batch_size != fresh.global_batch_size:
         raise CheckpointError(
-            f"{reader.folder}: the run has {saved.global_batch_size} sequences per step, this start "
-            f"would have {fresh.global_batch_size}; set training.global_batch_size="
+            f"{reader.folder}: the run has {saved.global_batch_size} sequences per step, this "
+            f"start would have {fresh.global_batch_size}; set training.global_batch_size="
             f"{saved.global_batch_size} (and remove gradient_accumulation_steps)"
         )
     for field in ("sequence_length", "shuffle", "seed"):
         theirs, ours = getattr(reader.config.data, field), getattr(config.data, field)
         if theirs != ours:
             raise CheckpointError(
-                f"{reader.folder}: was trained with data.{field} = {theirs!r}, the config says {ours!r}; "
-                "restore it: the order of samples depends on it"
+                f"{reader.folder}: was trained with data.{field} = {theirs!r}, the config says "
+                f"{ours!r}; restore it: the order of samples depends on it"
             )

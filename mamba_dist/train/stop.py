@@ -1,8 +1,8 @@
 """Being told to stop: signals, and a launcher that died.
 
-SIGTERM, SIGUSR1 (SLURM's warning) and one SIGINT ask for a checkpoint and a clean exit; a second SIGINT
-leaves at once. A SIGTERM to the `deepspeed` command kills only that process, so each rank also watches its
-launcher and takes its death for a SIGTERM.
+SIGTERM, SIGUSR1 (SLURM's warning) and one SIGINT ask for a checkpoint and a clean exit; a second
+SIGINT leaves at once. A SIGTERM to the `deepspeed` command kills only that process, so each rank
+also watches its launcher and takes its death for a SIGTERM.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""Checkpoints on a real disk: what is committed is whole, what is damaged is named and never loaded."""
+"""Checkpoints on a real disk: the committed is whole, the damaged is named and never loaded."""
 
 import os
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Saves and loads real engines through real checkpoints. Prints one JSON line per case from rank 0.
 
-`state_worker.py write FOLDER`: at each stage, four steps at once against two, save, new engine, load, two;
-then every stage's checkpoint into every other stage. Leaves the checkpoints in FOLDER/stage-N.
-`state_worker.py read FOLDER`: loads those on another number of ranks.
+`state_worker.py write FOLDER`: at each stage, four steps at once against two, save, new engine,
+load, two; then every stage's checkpoint into every other stage. Leaves the checkpoints in
+FOLDER/stage-N. `state_worker.py read FOLDER`: loads those on another number of ranks.
 """
 
 import json

@@ -17,7 +17,8 @@ LENGTH = 12
 WEIGHT_DECAY = 0.1
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 0.5
-# DeepSpeed remembers parameters by id(); those of a collected engine could be given to the next one's.
+# DeepSpeed remembers parameters by id(); those of a collected engine could be given to the next
+# one's.
 _KEPT: list[zero.ZeroEngine] = []
 OPTIMIZER = OptimizerSettings(beta1=0.9, beta2=0.95, eps=1e-8)
 
@@ -77,7 +78,8 @@ def build_engine(
     settings = zero.zero_settings(
         EngineConfig(zero_stage=stage), precision=precision, accumulation_steps=MICRO_STEPS
     )
-    # By default parameters this small would stay whole on every rank, and stage 3 would test nothing.
+    # By default parameters this small would stay whole on every rank, and stage 3 would test
+    # nothing.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     with zero.construction(settings):
         lm = build(layer, checkpointing=checkpointing)

@@ -66,7 +66,7 @@ def run(op: Op, arguments: Arguments, **options: Any) -> dict[str, Tensor]:
 def output_gradients(y: Tensor, state: Tensor) -> list[Tensor]:
     """Fixed random gradients of both outputs, the same numbers in every dtype."""
     return [
-        random_tensor(*output.shape, seed=90 + i).bfloat16().to(output.dtype)
+        random_tensor(*output.shape, seed=90 + i).bfloat16().to(output)
         for i, output in enumerate((y, state))
     ]
 

@@ -1,4 +1,4 @@
-"""Causal convolution: the torch backend against the float64 loop; packing must not mix documents."""
+"""Causal convolution: the torch backend against the float64 loop, and no leak in packed rows."""
 
 import pytest
 import torch
@@ -126,6 +126,14 @@ def test_the_final_state_is_the_last_inputs_of_the_last_document() -> None:
     assert torch.equal(state[0, :, 0], torch.zeros(6))
     assert torch.equal(state[0, :, 1:], arguments["x"][0, 6:].T)
     assert torch.equal(state[1], arguments["x"][1, 5:].T)
+
+
+def test_the_final_state_tells_documents_apart_that_share_an_id() -> None:
+    arguments = conv_arguments(length=8, seq_idx=document_ids([6, 1, 1], [8]))
+    _, state = causal_conv1d(**arguments, return_final_state=True)
+    assert arguments["seq_idx"][0, -1] == arguments["seq_idx"][0, 5]
+    assert torch.equal(state[0, :, :2], torch.zeros(6, 2))
+    assert torch.equal(state[0, :, 2], arguments["x"][0, 7])
 
 
 def test_a_short_sequence_keeps_the_end_of_the_initial_state() -> None:

@@ -38,12 +38,12 @@ def on_gpu(arguments: Arguments) -> Arguments:
 def assert_gpu_agrees(op: Op, arguments: Arguments) -> None:
     inputs = leaves(arguments, torch.float32, set())
     truth = run(op, leaves(inputs, torch.float64, set()), backend="reference")
-    for seed_free_run in range(2):
+    for repetition in range(2):
         found = {n: v.cpu() for n, v in run(op, on_gpu(inputs), backend="torch").items()}
         for name, value in truth.items():
             error = relative_error(found[name], value)
             # A GPU's sums run in another order and its matmuls in other tiles than the CPU's.
-            assert error < 1e-5, f"{name}: {error:.1e} in run {seed_free_run}"
+            assert error < 1e-5, f"{name}: {error:.1e} in run {repetition}"
 
 
 @pytest.mark.parametrize("seq_idx", [None, SEQ_IDX])

@@ -64,6 +64,25 @@ def selective_scan(
     Raises:
         ValueError: a shape, dtype or backend name is wrong.
     """
+    _check(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state)
+    y, final_state = implementation(_IMPLEMENTATIONS, backend)(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state
+    )
+    return (y, final_state) if return_final_state else y
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
     check_rank("u", u, "B, L, E")
     check_rank("A", A, "E, N")
     check_rank("B", B, "B, L, G, N")
@@ -90,7 +109,3 @@ def selective_scan(
         delta_bias=delta_bias,
         initial_state=initial_state,
     )
-    y, final_state = implementation(_IMPLEMENTATIONS, backend)(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state
-    )
-    return (y, final_state) if return_final_state else y

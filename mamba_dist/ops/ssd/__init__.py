@@ -65,6 +65,26 @@ def ssd(
     Raises:
         ValueError: a shape, dtype, the chunk size or the backend name is wrong.
     """
+    _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, chunk_size)
+    y, final_state = implementation(_IMPLEMENTATIONS, backend)(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
+    )
+    return (y, final_state) if return_final_state else y
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> None:
     check_rank("x", x, "B, L, H, P")
     check_rank("B", B, "B, L, G, N")
     batch, length, heads, headdim = x.shape
@@ -84,7 +104,3 @@ def ssd(
     )
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
-    y, final_state = implementation(_IMPLEMENTATIONS, backend)(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
-    )
-    return (y, final_state) if return_final_state else y

@@ -194,14 +194,19 @@ class _Ssd(torch.autograd.Function):
 
 
 def _part(inputs: _Inputs, chunk: _Chunk) -> _Inputs:
-    """What the chunk needs of the inputs, in the compute dtype."""
+    """What the chunk needs of the inputs, in the compute dtype.
+
+    Contiguous: silu rounds otherwise on strided memory, and equal inputs should give equal
+    bits whichever projection they were cut from.
+    """
     dtype = compute_dtype(inputs.x)
-    return _Inputs._make(
-        None
-        if tensor is None
-        else (tensor[chunk.where] if i in _PER_POSITION else tensor).to(dtype)
-        for i, tensor in enumerate(inputs)
-    )
+
+    def part(place: int, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or place not in _PER_POSITION:
+            return None if tensor is None else tensor.to(dtype)
+        return tensor[chunk.where].to(dtype).contiguous()
+
+    return _Inputs._make(part(place, tensor) for place, tensor in enumerate(inputs))
 
 
 def _chunk_scan(inputs: _Inputs, state: Tensor | None, dt_softplus: bool) -> tuple[Tensor, Tensor]:
@@ -221,9 +226,7 @@ def _chunk_scan(inputs: _Inputs, state: Tensor | None, dt_softplus: bool) -> tup
     # Masked before exp, which overflows above the diagonal: inf times 0 is NaN in the gradient.
     decay = segments.masked_fill(future, -torch.inf).exp()  # L of equation 5
 
-    # Contiguous, so that a matmul's rounding does not depend on the strides of the inputs.
-    B_by_group = B.transpose(1, 2).contiguous()  # (R, G, Q, N)
-    C_by_group = C.transpose(1, 2).contiguous()
+    B_by_group, C_by_group = B.transpose(1, 2), C.transpose(1, 2)  # (R, G, Q, N)
     scores = C_by_group @ B_by_group.mT  # (R, G, Q, Q)
     mixing = torch.unflatten(decay, 1, (groups, -1)) * scores[:, :, None]  # (R, G, J, Q, Q)
     inflow = (x * dt[..., None]).transpose(1, 2)  # (R, H, Q, P)
@@ -302,8 +305,8 @@ def _backward(
         totals.add(chunk, parts)
         if chunk.is_first_of_row and grad_before is not None:
             grad_initial[chunk.span.rows] = grad_before
-        # A document's first chunk sends nothing back: the state before it belongs to another.
-        grad_state = None if chunk.is_first_of_document else grad_before
+        # None at a document's first chunk, which saw no state: nothing goes back over a boundary.
+        grad_state = grad_before
     return grad_initial
 
 

@@ -1,0 +1,316 @@
+"""data_prep/tokenize.py: turns a corpus into a data set of token shards.
+
+Exit codes: 0 done, or already complete; 2 a mistake that the message explains; anything else is a
+crash.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamba_dist.config.load import load_config
+from mamba_dist.config.schema import DataConfig, RunConfig
+from mamba_dist.data.build import (
+    DEFAULT_MAX_BAD,
+    BuildRequest,
+    BuildResult,
+    build_dataset,
+)
+from mamba_dist.data.manifest import SPLITS
+from mamba_dist.data.parts import PartRecord
+from mamba_dist.data.sources import Corpus, DiscoveryOptions, Unit, discover
+from mamba_dist.errors import DataError, MambaDistError
+from mamba_dist.telemetry.progress import Progress, progress
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+DEFAULT_VOCAB_SIZE = 8192
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of the command line `argv`."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except MambaDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+@dataclass(frozen=True)
+class _TokenizerChoice:
+    path: Path | None
+    train_vocab_size: int | None
+    reason: str
+
+
+class _Console:
+    """Shows a build on the terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._begun_at = time.monotonic()
+        self._documents = 0
+        self._text_bytes = 0
+
+    def started(self, *, total_bytes: int, done_bytes: int) -> None:
+        if done_bytes:
+            self.notice(f"continuing: {done_bytes / 1e6:.1f} MB were done by an earlier run")
+        self._begun_at = time.monotonic()
+        self._bar = progress(total_bytes, "B", description="tokenizing", initial=done_bytes)
+
+    def advanced(self, unit: Unit, record: PartRecord) -> None:
+        assert self._bar is not None
+        self._bar.advance(unit.bytes)
+        self._documents += record.documents
+        self._text_bytes += record.text_bytes
+
+    def notice(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def speed(self) -> str:
+        seconds = max(time.monotonic() - self._begun_at, 1e-9)
+        return (
+            f"{self._documents:,} documents in {seconds:.1f} s: {self._documents / seconds:,.0f} "
+            f"documents/s, {self._text_bytes / 1e6 / seconds:.1f} MB/s"
+        )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = _load(arguments.config)
+    roots = [Path(root) for root in arguments.corpus]
+    output = _choose_output(arguments, config, roots)
+    choice = _choose_tokenizer(arguments, config, roots)
+    skip = (output, *([choice.path] if choice.path else []))
+    corpus = discover(
+        roots, DiscoveryOptions(_extensions(arguments.extensions), tuple(arguments.exclude), skip)
+    )
+    request = _request(arguments, config, output=output, corpus=corpus, choice=choice)
+    _print_choices(request, choice)
+    console = _Console()
+    try:
+        result = build_dataset(request, console)
+    finally:
+        console.close()
+    _print_result(request, result, console)
+
+
+def _load(path: str | None) -> RunConfig | None:
+    if path is None:
+        return None
+    loaded = load_config(path, [])
+    for line in loaded.account:
+        print(line)
+    return loaded.config
+
+
+def _request(
+    arguments: argparse.Namespace,
+    config: RunConfig | None,
+    *,
+    output: Path,
+    corpus: Corpus,
+    choice: _TokenizerChoice,
+) -> BuildRequest:
+    data = config.data if config else DataConfig()
+    train, val = data.train_split, data.val_split
+    if arguments.train_split is not None:
+        train, val = arguments.train_split, round(1 - arguments.train_split, 12)
+    return BuildRequest(
+        output=output,
+        corpus=corpus,
+        tokenizer=choice.path,
+        train_vocab_size=choice.train_vocab_size,
+        train_split=train,
+        val_split=val,
+        eos_token=arguments.eos,
+        text_field=arguments.text_field,
+        workers=arguments.workers,
+        batch_documents=data.tokenize_batch_documents,
+        max_bad=arguments.max_bad,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _choose_output(
+    arguments: argparse.Namespace, config: RunConfig | None, roots: list[Path]
+) -> Path:
+    if arguments.output is not None:
+        return Path(arguments.output)
+    if config is not None:
+        return Path(config.data.dataset_path)
+    first = Path(os.path.realpath(roots[0]))
+    return Path("data") / (first.name if first.is_dir() else first.name.split(".")[0])
+
+
+def _choose_tokenizer(
+    arguments: argparse.Namespace, config: RunConfig | None, roots: list[Path]
+) -> _TokenizerChoice:
+    if arguments.train_bpe is not None:
+        return _TokenizerChoice(None, arguments.train_bpe, "--train-bpe")
+    if arguments.tokenizer is not None:
+        return _TokenizerChoice(Path(arguments.tokenizer), None, "--tokenizer")
+    if config is not None:
+        path = Path(config.data.tokenizer_path)
+        if not path.is_file():
+            raise DataError(
+                f"tokenizer {path} (data.tokenizer_path of {arguments.config}) does not exist; train "
+                f"it by `python tools/train_tokenizer.py {roots[0]} --vocab-size "
+                f"{config.model.vocab_size} --output {path}`, or give one by --tokenizer"
+            )
+        return _TokenizerChoice(path, None, f"data.tokenizer_path of {arguments.config}")
+    folders = [root for root in roots if root.is_dir()]
+    for folder in (*folders, Path()):
+        for name in _TOKENIZER_NAMES:
+            if (folder / name).is_file():
+                return _TokenizerChoice(folder / name, None, "found there")
+    reason = "none given, none found beside the corpus or here"
+    return _TokenizerChoice(None, DEFAULT_VOCAB_SIZE, reason)
+
+
+def _extensions(given: str | None) -> frozenset[str] | None:
+    if given is None:
+        return None
+    names = [name.strip().lower() for name in given.split(",") if name.strip()]
+    return frozenset(name if name.startswith(".") else f".{name}" for name in names)
+
+
+def _print_choices(request: BuildRequest, choice: _TokenizerChoice) -> None:
+    corpus = request.corpus
+    duplicates = f", {corpus.duplicates} symbolic duplicates left out" * bool(corpus.duplicates)
+    if choice.path is not None:
+        tokenizer = f"{choice.path} ({choice.reason})"
+    else:
+        tokenizer = (
+            f"a new byte-level BPE of {choice.train_vocab_size} ids, trained on the corpus into "
+            f"{request.output / 'tokenizer.json'} ({choice.reason})"
+        )
+    print(f"corpus     {len(corpus.files):,} files, {corpus.bytes / 1e6:.1f} MB{duplicates}")
+    if corpus.ignored_extensions:
+        count = sum(number for _, number in corpus.ignored_extensions)
+        kinds = ", ".join(f"{number} {name}" for name, number in corpus.ignored_extensions[:5])
+        print(f"           {count:,} files of other kinds left out ({kinds}); see --extensions")
+    print(f"tokenizer  {tokenizer}")
+    print(f"output     {request.output}")
+    print(f"splits     train {request.train_split:g}, val {request.val_split:g}")
+    print(f"workers    {request.workers}", flush=True)
+
+
+def _print_result(request: BuildRequest, result: BuildResult, console: _Console) -> None:
+    manifest = result.manifest
+    if result.was_complete:
+        print(f"{request.output} is already complete, made from the same inputs; nothing to do")
+    else:
+        print(console.speed())
+    for split in SPLITS:
+        shards = manifest.shards_of(split)
+        print(
+            f"{split:<5}  {manifest.documents(split):>12,} documents {manifest.tokens(split):>16,} "
+            f"tokens {len(shards):>5} shards {sum(s.bytes for s in shards) / 1e6:>10.1f} MB"
+        )
+    bad = manifest.inputs.bad_documents
+    if bad:
+        print(
+            f"{bad} documents passed over (empty or bad), listed in "
+            f"{request.output / 'bad_documents.jsonl'}"
+        )
+    vocabulary = manifest.tokenizer
+    print(
+        f"tokenizer  {request.output / vocabulary.file}: {vocabulary.vocab_size:,} ids, documents end "
+        f"with {vocabulary.eos_token} (id {vocabulary.eos_id}); model.vocab_size must be at least that"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="data_prep/tokenize.py",
+        description="Turn text into a data set of token shards. The same command again continues "
+        "after an interruption; the result does not depend on it, nor on the number of workers.",
+    )
+    parser.add_argument("corpus", nargs="+", help="files and folders of text")
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer.json or SentencePiece .model; default: the config's, or tokenizer.json/.model "
+        "in the corpus or here, or a new one trained on the corpus",
+    )
+    parser.add_argument(
+        "--train-bpe",
+        type=_positive,
+        metavar="VOCAB_SIZE",
+        help="train a byte-level BPE tokenizer on the corpus",
+    )
+    parser.add_argument("--output", help="data set folder; default: the config's, or data/<corpus>")
+    parser.add_argument(
+        "--config", help="take what is not given here from the data section of this file"
+    )
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=_processors(),
+        help="processes; default: all processors",
+    )
+    parser.add_argument(
+        "--text-field", default="text", help="field or column that holds the text; default text"
+    )
+    parser.add_argument(
+        "--train-split", type=_share, help="share of documents for training; the others validate"
+    )
+    parser.add_argument("--extensions", help="read only these, as in .txt,.log")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="leave out files and folders of this name or path below the corpus; may be repeated",
+    )
+    parser.add_argument("--eos", metavar="TOKEN", help="token that ends a document")
+    parser.add_argument(
+        "--max-bad",
+        type=_not_negative,
+        default=DEFAULT_MAX_BAD,
+        metavar="N",
+        help=f"stop after more than N bad documents (not UTF-8, broken JSON, no text field); default "
+        f"{DEFAULT_MAX_BAD}",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what the output folder holds"
+    )
+    return parser
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value

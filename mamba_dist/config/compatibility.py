@@ -1,0 +1,133 @@
+"""Rules between sections that the config alone decides; rules inside a section stand in the schema.
+
+E d_inner, G groups, H heads, K d_conv, N d_state.
+"""
+
+import math
+
+from mamba_dist.config.report import Problem, config_error
+from mamba_dist.config.schema import MambaConfig, RunConfig
+
+_INT32_MAX = 2**31 - 1
+# csrc/causal_conv1d.cpp of causal-conv1d: channels-last input wants both.
+_CONV_CHANNEL_MULTIPLE = 8
+_CONV_WIDTHS = range(2, 5)
+# csrc/selective_scan/selective_scan.cpp of mamba-ssm keeps a whole state per thread block.
+_SCAN_MAX_STATE = 256
+
+
+def validate_config_compatibility(config: RunConfig) -> None:
+    """Returns if the sections of `config` fit each other.
+
+    Raises:
+        ConfigError: they do not; lists every rule that is broken.
+    """
+    if problems := compatibility_problems(config):
+        raise config_error(problems, source="")
+
+
+def compatibility_problems(config: RunConfig) -> list[Problem]:
+    """The broken rules, in the order of the sections."""
+    problems = [*_precision_problems(config), *_length_problems(config), *_retention(config)]
+    if config.engine.ops_backend == "cuda":
+        problems += [*_kernel_problems(config.model), *_offset_problems(config)]
+    return problems
+
+
+def _precision_problems(config: RunConfig) -> list[Problem]:
+    if config.engine.reduce_dtype == "bf16" and config.training.precision == "fp32":
+        return [
+            Problem(
+                "engine.reduce_dtype",
+                "bf16 would round the gradients of training.precision fp32; "
+                "set reduce_dtype: fp32 or precision: bf16",
+            )
+        ]
+    return []
+
+
+def _length_problems(config: RunConfig) -> list[Problem]:
+    training = config.training
+    if training.max_tokens is None or training.global_batch_size is None:
+        return []
+    tokens_per_step = training.global_batch_size * config.data.sequence_length
+    steps = math.ceil(training.max_tokens / tokens_per_step)
+    if training.warmup_steps < steps:
+        return []
+    return [
+        Problem(
+            "training.warmup_steps",
+            f"found {training.warmup_steps}, expected less than the {steps} steps of the run "
+            f"(max_tokens {training.max_tokens} at {tokens_per_step} tokens per step)",
+        )
+    ]
+
+
+def _retention(config: RunConfig) -> list[Problem]:
+    every, save = config.checkpoint.keep_every_steps, config.checkpoint.save_steps
+    if every is None or every % save == 0:
+        return []
+    return [
+        Problem(
+            "checkpoint.keep_every_steps",
+            f"found {every}, expected a multiple of checkpoint.save_steps {save}: "
+            "there is no checkpoint at other steps",
+        )
+    ]
+
+
+def _kernel_problems(model: MambaConfig) -> list[Problem]:
+    problems = []
+    is_mamba1 = model.layer == "mamba1"
+    channels = model.d_inner if is_mamba1 else model.d_inner + 2 * model.ngroups * model.d_state
+    if channels % _CONV_CHANNEL_MULTIPLE:
+        parts = "expand * d_model" if is_mamba1 else "expand * d_model + 2 * ngroups * d_state"
+        problems.append(
+            Problem(
+                "model.d_model",
+                f"the convolution has {channels} channels ({parts}), expected a multiple of "
+                f"{_CONV_CHANNEL_MULTIPLE} for engine.ops_backend cuda",
+            )
+        )
+    if model.d_conv not in _CONV_WIDTHS:
+        problems.append(
+            Problem(
+                "model.d_conv",
+                f"found {model.d_conv}, expected 2, 3 or 4 for engine.ops_backend cuda",
+            )
+        )
+    if is_mamba1 and model.d_state > _SCAN_MAX_STATE:
+        problems.append(
+            Problem(
+                "model.d_state",
+                f"found {model.d_state}, expected at most {_SCAN_MAX_STATE} "
+                "for engine.ops_backend cuda",
+            )
+        )
+    return problems
+
+
+def _offset_problems(config: RunConfig) -> list[Problem]:
+    """mamba-ssm addresses elements with 32 bits and is silently wrong beyond (its issue 1015)."""
+    model, data, training = config.model, config.data, config.training
+    # The widest tensor a kernel walks through is the output of in_proj.
+    width = 2 * model.d_inner
+    if model.layer == "mamba2":
+        width += 2 * model.ngroups * model.d_state + model.n_heads
+    elements = training.micro_batch_size * data.sequence_length * width
+    if elements <= _INT32_MAX:
+        return []
+    fitting = _INT32_MAX // (data.sequence_length * width)
+    advice = (
+        f"at most {fitting} for this length"
+        if fitting
+        else f"data.sequence_length of at most {_INT32_MAX // width}"
+    )
+    return [
+        Problem(
+            "training.micro_batch_size",
+            f"found {training.micro_batch_size}: batch * data.sequence_length "
+            f"{data.sequence_length} * {width} channels = {elements} elements, above the "
+            f"{_INT32_MAX} that engine.ops_backend cuda can address; expected {advice}",
+        )
+    ]

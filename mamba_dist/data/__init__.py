@@ -1,0 +1,1 @@
+"""From text to batches: sources → tokenization → shards and manifest → order → batches."""

@@ -1,0 +1,352 @@
+"""From a corpus to a data set: plan, tokenise units in workers, merge the parts in order, publish.
+
+The merge goes through the parts in the order of the units, so the bytes do not depend on the number
+of workers or on where an earlier run was killed.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import xxhash
+
+from mamba_dist.data.documents import BadDocument, read_documents
+from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, write_durably
+from mamba_dist.data.manifest import (
+    MANIFEST_NAME,
+    SPLITS,
+    BuildSettings,
+    InputSummary,
+    Manifest,
+    ShardRecord,
+    TokenizerIdentity,
+    read_manifest,
+    write_manifest,
+)
+from mamba_dist.data.parts import Part, PartRecord, PartSettings, read_part, tokenize_units
+from mamba_dist.data.shard import schema_metadata, token_dtype
+from mamba_dist.data.shard_writer import Documents, ShardWriter
+from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
+from mamba_dist.data.staging import (
+    BAD_DOCUMENTS_NAME,
+    INPUTS_NAME,
+    BuildPlan,
+    Staging,
+    check_same_build,
+    open_staging,
+    publish,
+)
+from mamba_dist.data.tokenization import (
+    dataset_file_name,
+    load_tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
+from mamba_dist.data.workers import distribute, start_workers, stop_workers
+from mamba_dist.errors import DataError
+
+DEFAULT_MAX_BAD = 100
+_MERGE_TOKENS = 4 << 20
+_NAMED_BAD = 5
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What a user asks for.
+
+    Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
+    `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
+    only counted, since source trees are full of empty files.
+    """
+
+    output: Path
+    corpus: Corpus
+    tokenizer: Path | None
+    train_vocab_size: int | None
+    train_split: float = 0.9
+    val_split: float = 0.1
+    eos_token: str | None = None
+    text_field: str = "text"
+    workers: int = 1
+    batch_documents: int = 1000
+    max_bad: int = DEFAULT_MAX_BAD
+    overwrite: bool = False
+    sample_bytes: int = 200 << 20
+    unit_bytes: int = 2 << 20
+    shard_bytes: int = 512 << 20
+    batch_tokens: int = 8 << 20
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished data set. `was_complete`: nothing had to be done."""
+
+    manifest: Manifest
+    was_complete: bool
+
+
+class BuildListener(Protocol):
+    """Hears how a build goes on."""
+
+    def started(self, *, total_bytes: int, done_bytes: int) -> None:
+        """Before the first unit; `done_bytes` were done by an earlier run."""
+
+    def advanced(self, unit: Unit, record: PartRecord) -> None:
+        """After each unit."""
+
+    def notice(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+def build_dataset(request: BuildRequest, listener: BuildListener) -> BuildResult:
+    """The data set at `request.output`: made, continued, or found complete.
+
+    Raises:
+        DataError: see the messages; until the last moment the folder holds no manifest, or the
+        older one.
+    """
+    plan = _plan(request)
+    request.output.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(request.output):
+        if (request.output / MANIFEST_NAME).exists() and not request.overwrite:
+            manifest = read_manifest(request.output)
+            check_same_build(request.output, manifest, plan)
+            return BuildResult(manifest, was_complete=True)
+        staging = open_staging(request.output, plan, overwrite=request.overwrite)
+        tokenizer = _stage_tokenizer(request, staging, listener)
+        units = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
+        records = _make_parts(request, staging, tokenizer=tokenizer, units=units, listener=listener)
+        manifest = _merge(request, plan, staging, records=records, tokenizer=tokenizer)
+        names = [shard.file for shard in manifest.shards]
+        publish(request.output, staging, [*names, INPUTS_NAME, BAD_DOCUMENTS_NAME, tokenizer.name])
+        sync_folder(request.output)
+        write_manifest(request.output, manifest)
+        staging.discard()
+        return BuildResult(manifest, was_complete=False)
+
+
+def sample_texts(
+    files: Iterable[InputFile], *, text_field: str, sample_bytes: int, total_bytes: int
+) -> Iterator[str]:
+    """The texts of good documents, about `sample_bytes` of them, chosen by their content."""
+    limit = 2**64 if total_bytes <= sample_bytes else int(2**64 * sample_bytes / total_bytes)
+    for file in files:
+        for document in read_documents(file, text_field):
+            if isinstance(document, BadDocument):
+                continue
+            if limit == 2**64 or xxhash.xxh3_64_intdigest(document.text.encode()) < limit:
+                yield document.text
+
+
+def _plan(request: BuildRequest) -> BuildPlan:
+    if request.tokenizer is not None:
+        # Loading it first: a wrong file is reported before anything is written.
+        load_tokenizer(request.tokenizer, eos_token=request.eos_token)
+        tokenizer = hash_file(request.tokenizer).sha256
+    else:
+        tokenizer = f"trained: {request.train_vocab_size}"
+    settings = BuildSettings(
+        tokenizer=tokenizer,
+        eos_token=request.eos_token,
+        text_field=request.text_field,
+        train_split=request.train_split,
+        val_split=request.val_split,
+        shard_bytes=request.shard_bytes,
+        batch_tokens=request.batch_tokens,
+    )
+    return BuildPlan(settings, request.unit_bytes, request.corpus.files)
+
+
+def _stage_tokenizer(request: BuildRequest, staging: Staging, listener: BuildListener) -> Path:
+    if request.tokenizer is not None:
+        path = staging.folder / dataset_file_name(request.tokenizer)
+        write_durably(path, request.tokenizer.read_bytes())
+        return path
+    path = staging.folder / "tokenizer.json"
+    if not path.exists():
+        assert request.train_vocab_size is not None
+        listener.notice(f"training a byte-level BPE tokenizer of {request.train_vocab_size} ids")
+        texts = sample_texts(
+            request.corpus.files,
+            text_field=request.text_field,
+            sample_bytes=request.sample_bytes,
+            total_bytes=request.corpus.bytes,
+        )
+        save_tokenizer(path, train_bpe(texts, vocab_size=request.train_vocab_size))
+    return path
+
+
+def _make_parts(
+    request: BuildRequest,
+    staging: Staging,
+    *,
+    tokenizer: Path,
+    units: list[Unit],
+    listener: BuildListener,
+) -> list[PartRecord]:
+    loaded = load_tokenizer(tokenizer, eos_token=request.eos_token)
+    settings = PartSettings(
+        folder=str(staging.parts),
+        tokenizer=str(tokenizer),
+        eos_token=loaded.eos_token,
+        dtype=token_dtype(loaded.vocab_size).name,
+        text_field=request.text_field,
+        train_split=request.train_split,
+        batch_documents=request.batch_documents,
+    )
+    finished = staging.finished()
+    todo = [unit for unit in units if unit.index not in finished]
+    done_bytes = sum(unit.bytes for unit in units if unit.index in finished)
+    listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
+    _check_bad(finished.values(), request.max_bad)
+    workers = start_workers(tokenize_units, [settings] * min(request.workers, len(todo)))
+    try:
+        for record in distribute(workers, todo):
+            staging.commit(record)
+            finished[record.unit] = record
+            listener.advanced(units[record.unit], record)
+            _check_bad(finished.values(), request.max_bad)
+    finally:
+        stop_workers(workers)
+    return [finished[unit.index] for unit in units]
+
+
+def _check_bad(records: Iterable[PartRecord], max_bad: int) -> None:
+    bad = [document for record in records for document in record.bad if document.fault != "empty"]
+    if len(bad) > max_bad:
+        listed = "".join(f"\n  {document}" for document in bad[:_NAMED_BAD])
+        raise DataError(
+            f"{len(bad)} bad documents, more than --max-bad {max_bad}; among them:{listed}\n"
+            "mend or --exclude these files, check --text-field, or allow more by --max-bad"
+        )
+
+
+def _merge(
+    request: BuildRequest,
+    plan: BuildPlan,
+    staging: Staging,
+    *,
+    records: list[PartRecord],
+    tokenizer: Path,
+) -> Manifest:
+    identity = load_tokenizer(tokenizer, eos_token=request.eos_token).identity
+    if staging.shards.exists():
+        shutil.rmtree(staging.shards)
+    staging.shards.mkdir()
+    inputs, bad = _write_lists(staging.shards, records)
+    if sum(record.documents for record in records) == 0:
+        staging.discard()
+        raise DataError(_no_documents(records, bad))
+    dtype = token_dtype(identity.vocab_size).name
+    shards = _write_shards(request, staging, records=records, identity=identity, dtype=dtype)
+    counts = {split: sum(s.documents for s in shards if s.split == split) for split in SPLITS}
+    if min(counts.values()) == 0:
+        staging.discard()
+        raise DataError(
+            f"the corpus has {sum(counts.values())} documents: {counts['train']} for training and "
+            f"{counts['val']} for validation (chosen by content, {request.train_split:g}/"
+            f"{request.val_split:g}), expected at least one each; give more documents or another "
+            "--train-split"
+        )
+    write_durably(staging.shards / tokenizer.name, tokenizer.read_bytes())
+    return Manifest(
+        tool_version=version("mamba-dist"),
+        dtype=dtype,
+        tokenizer=replace(identity, file=tokenizer.name),
+        settings=plan.settings,
+        inputs=InputSummary(
+            files=len(request.corpus.files),
+            bytes=request.corpus.bytes,
+            documents=sum(record.documents for record in records),
+            bad_documents=len(bad),
+            text_bytes=sum(record.text_bytes for record in records),
+            sha256=inputs,
+        ),
+        shards=tuple(shards),
+    )
+
+
+def _write_lists(folder: Path, records: list[PartRecord]) -> tuple[str, list[BadDocument]]:
+    lines, first = [], 0
+    for record in records:
+        for file in record.files:
+            line = {
+                "name": file.name,
+                "bytes": file.bytes,
+                "xxh3": file.xxh3,
+                "documents": file.documents,
+                "first_doc_id": first,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False))
+            first += file.documents
+    write_durably(folder / INPUTS_NAME, "".join(line + "\n" for line in lines).encode())
+    bad = [document for record in records for document in record.bad]
+    listed = [json.dumps(vars(document), ensure_ascii=False) + "\n" for document in bad]
+    write_durably(folder / BAD_DOCUMENTS_NAME, "".join(listed).encode())
+    return hash_file(folder / INPUTS_NAME).sha256, bad
+
+
+def _no_documents(records: list[PartRecord], bad: list[BadDocument]) -> str:
+    files = sum(len(record.files) for record in records)
+    faults = ", ".join(f"{count} {fault}" for fault, count in Counter(b.fault for b in bad).items())
+    return (
+        f"no usable document in {files} files ({faults or 'all files are empty'}); the first: "
+        f"{bad[0] if bad else records[0].files[0].name}"
+    )
+
+
+def _write_shards(
+    request: BuildRequest,
+    staging: Staging,
+    *,
+    records: list[PartRecord],
+    identity: TokenizerIdentity,
+    dtype: str,
+) -> list[ShardRecord]:
+    writers = [
+        ShardWriter(
+            staging.shards,
+            split,
+            metadata=schema_metadata(
+                split,
+                dtype=dtype,
+                tokenizer_sha256=identity.sha256,
+                vocab_size=identity.vocab_size,
+                eos_id=identity.eos_id,
+            ),
+            shard_bytes=request.shard_bytes,
+            batch_tokens=request.batch_tokens,
+        )
+        for split in SPLITS
+    ]
+    first_doc_id = 0
+    for record in records:
+        part = read_part(staging.parts, record, dtype)
+        for number, writer in enumerate(writers):
+            for documents in _documents_of(part, number, first_doc_id):
+                writer.add(documents)
+        first_doc_id += record.documents
+    return [shard for writer in writers for shard in writer.finish()]
+
+
+def _documents_of(part: Part, split: int, first_doc_id: int) -> Iterator[Documents]:
+    ends = np.cumsum(part.lengths)
+    start = 0
+    while start < len(ends):
+        begin = int(ends[start] - part.lengths[start])
+        stop = max(start + 1, int(np.searchsorted(ends, begin + _MERGE_TOKENS, side="right")))
+        chosen = part.splits[start:stop] == split
+        lengths = part.lengths[start:stop]
+        ids = np.asarray(part.ids[begin : int(ends[stop - 1])])
+        yield Documents(
+            ids=ids[np.repeat(chosen, lengths)],
+            lengths=lengths[chosen],
+            doc_ids=(first_doc_id + start + np.flatnonzero(chosen)).astype(np.uint64),
+        )
+        start = stop

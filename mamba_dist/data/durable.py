@@ -1,0 +1,127 @@
+"""Files that are whole or absent after a crash, their hashes, and the lock on an output folder."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from mamba_dist.errors import DataError
+
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileHashes:
+    """Size and hashes of one file; xxh3 is quick (64 bit), sha256 is for identity."""
+
+    bytes: int
+    xxh3: str
+    sha256: str
+
+
+def hash_file(path: Path) -> FileHashes:
+    """Size, xxh3-64 and sha256 of a file, read once.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    quick, strong, size = xxhash.xxh3_64(), hashlib.sha256(), 0
+    for block in _blocks(path):
+        quick.update(block)
+        strong.update(block)
+        size += len(block)
+    return FileHashes(size, quick.hexdigest(), strong.hexdigest())
+
+
+def quick_hash(path: Path) -> str:
+    """The xxh3-64 of a file as 16 hex digits.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    quick = xxhash.xxh3_64()
+    for block in _blocks(path):
+        quick.update(block)
+    return quick.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the file") from error
+
+
+def sync_file(path: Path) -> None:
+    """Forces a written file onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Forces the names in a folder onto the disk, so that a rename survives a power cut."""
+    sync_file(path)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes a file so that, after a crash at any moment, it is whole, or as it was before."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with staged.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    staged.replace(path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process alone; the kernel releases it however the process ends.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    path = folder / ".lock"
+    descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        # Removed while still held, so that nobody can lock a file that is about to vanish
+        # unnoticed.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise DataError(
+                f"another process is writing into {path.parent}; wait for it to end, or give "
+                f"another "
+                "--output"
+            ) from error
+        if _is_still_named(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # its last holder removed it between our open and our lock
+
+
+def _is_still_named(descriptor: int, path: Path) -> bool:
+    try:
+        named = path.stat()
+    except FileNotFoundError:
+        return False
+    return named.st_ino == os.fstat(descriptor).st_ino

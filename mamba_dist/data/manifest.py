@@ -1,0 +1,243 @@
+"""manifest.json: what a data set folder holds. Written last, so a folder without it is not a data
+set.
+
+    DATASET/
+        manifest.json            this file
+        train-00000.arrow …      shards of the training split (format: shard.py)
+        val-00000.arrow …        shards of the validation split
+        tokenizer.json|.model    copy of the tokenizer that made the ids
+        inputs.jsonl             one line an input file: name, bytes, xxh3, documents, first doc_id
+        bad_documents.jsonl      one line a document passed over: file, line, fault
+
+Nothing here depends on the time, the machine, or the number of workers.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba_dist.data.durable import write_durably
+from mamba_dist.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fixed text and the ids it had, to notice a tokenizer or library that encodes otherwise."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer made the ids. `vocab_size` is the largest id plus one."""
+
+    kind: str
+    file: str
+    sha256: str
+    vocab_size: int
+    eos_token: str
+    eos_id: int
+    probes: tuple[Probe, ...]
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """One record batch of a shard; the offsets are bytes from the beginning of the file."""
+
+    documents: int
+    tokens: int
+    offsets_at: int
+    values_at: int
+    doc_ids_at: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One Arrow file."""
+
+    split: str
+    file: str
+    bytes: int
+    documents: int
+    tokens: int
+    xxh3: str
+    sha256: str
+    batches: tuple[BatchRecord, ...]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Everything besides the inputs that determines the bytes of the shards.
+
+    `tokenizer` is the sha256 of the file given, or "trained: N" for one trained on the corpus
+    itself.
+    """
+
+    tokenizer: str
+    eos_token: str | None
+    text_field: str
+    train_split: float
+    val_split: float
+    shard_bytes: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class InputSummary:
+    """What went in; the single files stand in inputs.jsonl."""
+
+    files: int
+    bytes: int
+    documents: int
+    bad_documents: int
+    text_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole record of a data set."""
+
+    tool_version: str
+    dtype: str
+    tokenizer: TokenizerIdentity
+    settings: BuildSettings
+    inputs: InputSummary
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that differs if any token, its order, its split or its meaning differs."""
+        shards = [[s.split, s.documents, s.tokens, s.sha256] for s in self.shards]
+        tokenizer = self.tokenizer
+        content = [
+            FORMAT_VERSION,
+            self.dtype,
+            [tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id],
+            [self.settings.train_split, self.settings.val_split],
+            shards,
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
+        """The shards of one split, in reading order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def tokens(self, split: str) -> int:
+        """Tokens of one split, each document's EOS included."""
+        return sum(shard.tokens for shard in self.shards_of(split))
+
+    def documents(self, split: str) -> int:
+        """Documents of one split."""
+        return sum(shard.documents for shard in self.shards_of(split))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json atomically; from then on the folder is a data set."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": manifest.fingerprint,
+        **dataclasses.asdict(manifest),
+    }
+    for shard in content["shards"]:
+        # One short line a batch: a large data set has many thousands.
+        shard["batches"] = [list(batch.values()) for batch in shard["batches"]]
+    write_durably(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a data set folder.
+
+    Raises:
+        DataError: there is none, it is damaged, or of a newer format.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} holds no {MANIFEST_NAME}, so it is no (finished) data set; write it by "
+            f"`python data_prep/tokenize.py CORPUS --output {folder}`"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; tokenize again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; update the "
+            "program or tokenize again"
+        )
+    try:
+        manifest = _parse(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {error}); tokenize again"
+        ) from error
+    if manifest.fingerprint != content.get("fingerprint"):
+        raise DataError(
+            f"{path} was changed by hand: its fingerprint is {content.get('fingerprint')}, its "
+            f"content "
+            f"gives {manifest.fingerprint}; tokenize again"
+        )
+    return manifest
+
+
+def check_splits(manifest: Manifest, *, train_split: float, val_split: float) -> None:
+    """Nothing, if the data set was split as asked.
+
+    Raises:
+        DataError: it was split otherwise.
+    """
+    made = (manifest.settings.train_split, manifest.settings.val_split)
+    if max(abs(made[0] - train_split), abs(made[1] - val_split)) > 1e-6:
+        raise DataError(
+            f"the data set was split {made[0]:g}/{made[1]:g} (train/val), the config asks for "
+            f"{train_split:g}/{val_split:g}; set data.train_split and data.val_split to what was "
+            f"used, "
+            "or tokenize again with --overwrite"
+        )
+
+
+def check_vocabulary(manifest: Manifest, vocab_size: int) -> None:
+    """Nothing, if a model of `vocab_size` embeds every id of the data set.
+
+    Raises:
+        DataError: the tokenizer has more ids.
+    """
+    if manifest.tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"the data set's tokenizer has {manifest.tokenizer.vocab_size} ids, model.vocab_size "
+            f"is "
+            f"{vocab_size}; set model.vocab_size to at least {manifest.tokenizer.vocab_size}"
+        )
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    tokenizer = dict(content["tokenizer"])
+    tokenizer["probes"] = tuple(Probe(p["text"], tuple(p["ids"])) for p in tokenizer["probes"])
+    return Manifest(
+        tool_version=content["tool_version"],
+        dtype=content["dtype"],
+        tokenizer=TokenizerIdentity(**tokenizer),
+        settings=BuildSettings(**content["settings"]),
+        inputs=InputSummary(**content["inputs"]),
+        shards=tuple(_parse_shard(shard) for shard in content["shards"]),
+    )
+
+
+def _parse_shard(content: dict[str, Any]) -> ShardRecord:
+    batches = tuple(BatchRecord(*map(int, batch)) for batch in content["batches"])
+    shard = ShardRecord(**{**content, "batches": batches})
+    if shard.split not in SPLITS or Path(shard.file).name != shard.file:
+        raise ValueError(f"shard {shard.file!r} of split {shard.split!r}")
+    if sum(b.tokens for b in batches) != shard.tokens:
+        raise ValueError(f"the batches of {shard.file} do not add up to {shard.tokens} tokens")
+    return shard

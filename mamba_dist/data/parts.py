@@ -1,0 +1,252 @@
+"""The work on one unit: its documents are tokenised into one part file, committed by rename.
+
+A part is the unit's ids end to end (little-endian, EOS after each document), then one int64 length
+and one uint8 split (0 train, 1 val) for each document. Its counts and hash stand in the journal.
+The bytes depend only on the unit and the settings, so a part that is made twice is the same part.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from mamba_dist.data.documents import BadDocument, Document, read_documents
+from mamba_dist.data.durable import quick_hash, sync_folder
+from mamba_dist.data.sources import InputFile, Unit
+from mamba_dist.data.tokenization import Tokenizer, load_tokenizer
+from mamba_dist.data.workers import WorkerFailure
+from mamba_dist.errors import DataError
+
+# Documents go to the tokenizer in groups, of at most so much text.
+_GROUP_CHARACTERS = 4 << 20
+_SPLIT_SEED = 0x6D616D6261
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """What a worker needs besides the unit."""
+
+    folder: str
+    tokenizer: str
+    eos_token: str
+    dtype: str
+    text_field: str
+    train_split: float
+    batch_documents: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What one input file gave."""
+
+    name: str
+    bytes: int
+    xxh3: str
+    documents: int
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A committed part; one journal line."""
+
+    unit: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    bytes: int
+    xxh3: str
+    files: tuple[FileRecord, ...]
+    bad: tuple[BadDocument, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The journal line."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(line: dict[str, Any]) -> "PartRecord":
+        """The record of a journal line."""
+        files = tuple(FileRecord(**file) for file in line["files"])
+        bad = tuple(BadDocument(**document) for document in line["bad"])
+        return PartRecord(**{**line, "files": files, "bad": bad})
+
+
+def part_path(folder: Path, unit: int) -> Path:
+    """Where the part of a unit lies."""
+    return folder / f"unit-{unit:08d}.part"
+
+
+def is_training_document(text: bytes, train_split: float) -> bool:
+    """Whether a document is for training: told by its content, so equal texts never part."""
+    return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED) < int(train_split * 2**64)
+
+
+def tokenize_units(connection: Connection, settings: PartSettings) -> None:
+    """A worker's life: units come in through the pipe, part records go out."""
+    # One thread a worker: the library's own pool would multiply with the number of workers.
+    os.putenv("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = load_tokenizer(settings.tokenizer, eos_token=settings.eos_token)
+    while True:
+        try:
+            unit = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(make_part(unit, settings, tokenizer))
+        except DataError as error:
+            connection.send(WorkerFailure(str(error)))
+
+
+def make_part(unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> PartRecord:
+    """Tokenises a unit and commits its part.
+
+    Raises:
+        DataError: an input is damaged, the tokenizer gives impossible ids, or the disk is full.
+    """
+    final = part_path(Path(settings.folder), unit.index)
+    staged = final.with_suffix(f".{os.getpid()}.partial")
+    writer = _PartWriter(unit, settings, tokenizer)
+    try:
+        with staged.open("wb") as stream:
+            writer.write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.replace(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {final}: {error.strerror}; free some space and run the same command "
+            f"again"
+        ) from error
+    finally:
+        staged.unlink(missing_ok=True)
+    return writer.record()
+
+
+class _PartWriter:
+    def __init__(self, unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> None:
+        self._unit = unit
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._dtype = np.dtype(settings.dtype).newbyteorder("<")
+        self._eos = np.array([tokenizer.eos_id], dtype=self._dtype)
+        self._hash = xxhash.xxh3_64()
+        self._bytes = 0
+        self._text_bytes = 0
+        self._lengths: list[int] = []
+        self._splits: list[int] = []
+        self._files: list[FileRecord] = []
+        self._bad: list[BadDocument] = []
+
+    def write(self, stream: BinaryIO) -> None:
+        for group in self._groups():
+            for ids in self._tokenizer.encode_batch(group):
+                self._check_ids(ids)
+                self._lengths.append(ids.size + 1)
+                self._put(stream, ids.astype(self._dtype).tobytes() + self._eos.tobytes())
+        self._put(stream, np.array(self._lengths, dtype="<i8").tobytes())
+        self._put(stream, np.array(self._splits, dtype=np.uint8).tobytes())
+
+    def record(self) -> PartRecord:
+        return PartRecord(
+            unit=self._unit.index,
+            documents=len(self._lengths),
+            tokens=sum(self._lengths),
+            text_bytes=self._text_bytes,
+            bytes=self._bytes,
+            xxh3=self._hash.hexdigest(),
+            files=tuple(self._files),
+            bad=tuple(self._bad),
+        )
+
+    def _put(self, stream: BinaryIO, data: bytes) -> None:
+        stream.write(data)
+        self._hash.update(data)
+        self._bytes += len(data)
+
+    def _check_ids(self, ids: npt.NDArray[np.uint32]) -> None:
+        if ids.size and int(ids.max()) >= self._tokenizer.vocab_size:
+            first, last = self._unit.slices[0].file.name, self._unit.slices[-1].file.name
+            raise DataError(
+                f"the tokenizer gave id {int(ids.max())}, outside its vocabulary of "
+                f"{self._tokenizer.vocab_size}, between {first} and {last}; use a consistent "
+                f"tokenizer file"
+            )
+
+    def _groups(self) -> Iterator[list[str]]:
+        group: list[str] = []
+        characters = 0
+        for document in self._documents():
+            full = len(group) >= self._settings.batch_documents
+            if group and (full or characters + len(document.text) > _GROUP_CHARACTERS):
+                yield group
+                group, characters = [], 0
+            group.append(document.text)
+            characters += len(document.text)
+        if group:
+            yield group
+
+    def _documents(self) -> Iterator[Document]:
+        for piece in self._unit.slices:
+            documents = 0
+            for document in read_documents(piece.file, self._settings.text_field):
+                if isinstance(document, BadDocument):
+                    self._bad.append(document)
+                    continue
+                text = document.text.encode()
+                self._splits.append(
+                    0 if is_training_document(text, self._settings.train_split) else 1
+                )
+                self._text_bytes += len(text)
+                documents += 1
+                yield document
+            self._files.append(_describe(piece.file, documents))
+
+
+def _describe(file: InputFile, documents: int) -> FileRecord:
+    path = Path(file.path)
+    if path.stat().st_size != file.bytes:
+        raise DataError(
+            f"{path} changed while it was read; let it rest, and run again with --overwrite"
+        )
+    return FileRecord(file.name, file.bytes, quick_hash(path), documents)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part read back: `ids` (tokens,) mapped, `lengths` and `splits` (documents,)."""
+
+    ids: npt.NDArray[np.unsignedinteger]
+    lengths: npt.NDArray[np.int64]
+    splits: npt.NDArray[np.uint8]
+
+
+def read_part(folder: Path, record: PartRecord, dtype: str) -> Part:
+    """The part of a journal line.
+
+    Raises:
+        DataError: the file is not the one that was journalled.
+    """
+    path = part_path(folder, record.unit)
+    if not path.is_file() or quick_hash(path) != record.xxh3:
+        raise DataError(
+            f"{path} changed since it was written; start over with --overwrite, and check the disk"
+        )
+    if record.documents == 0:
+        empty = np.zeros(0, dtype=np.uint8)
+        return Part(empty.astype(dtype), empty.astype(np.int64), empty)
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    ids_end = record.tokens * np.dtype(dtype).itemsize
+    lengths_end = ids_end + 8 * record.documents
+    return Part(
+        ids=data[:ids_end].view(np.dtype(dtype).newbyteorder("<")),
+        # A copy, since the lengths need not begin at a multiple of eight.
+        lengths=np.frombuffer(data[ids_end:lengths_end].tobytes(), dtype="<i8"),
+        splits=np.asarray(data[lengths_end:]),
+    )

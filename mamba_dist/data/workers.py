@@ -1,0 +1,137 @@
+"""Worker processes with one pipe each: started fresh (spawn), never outliving their parent.
+
+A worker is a function `(connection, payload)` in a module of this package that imports no torch, so
+that starting one costs a fraction of a second. Spawn, since a fork beside the tokenizers' threads
+deadlocks.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from mamba_dist.errors import DataError
+
+_END_S = 5.0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One running process and this side of its pipe."""
+
+    process: SpawnProcess
+    connection: Connection
+
+    def describe_end(self) -> str:
+        """How a dead worker ended, for an error message."""
+        self.process.join(_END_S)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            return f"killed by {name}" + " (out of memory?)" * (name == "SIGKILL")
+        return f"exit code {code}, its own message is above"
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """What a worker sends instead of a result when the user has to mend something."""
+
+    message: str
+
+
+def start_workers(
+    target: Callable[[Connection, Any], None], payloads: Sequence[Any]
+) -> list[Worker]:
+    """One running worker for each payload."""
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for payload in payloads:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_run, args=(target, theirs, payload), daemon=True)
+        process.start()
+        # The worker must hold the only other end, or its death would not be seen as the end of the
+        # pipe.
+        theirs.close()
+        workers.append(Worker(process, ours))
+    return workers
+
+
+def distribute(workers: Sequence[Worker], tasks: Sequence[Any]) -> Iterator[Any]:
+    """The answer to each task, in the order of completion; each worker has one task at a time.
+
+    Raises:
+        DataError: a worker reported a failure, or died; the message names its task.
+    """
+    waiting = deque(tasks)
+    busy: dict[Connection, tuple[Worker, Any]] = {}
+    for worker in workers:
+        _assign(worker, waiting, busy)
+    while busy:
+        for connection in wait(list(busy)):
+            assert isinstance(connection, Connection)
+            worker, task = busy.pop(connection)
+            answer = _receive(worker, task)
+            _assign(worker, waiting, busy)
+            yield answer
+
+
+def _assign(
+    worker: Worker, waiting: deque[Any], busy: dict[Connection, tuple[Worker, Any]]
+) -> None:
+    if not waiting:
+        return
+    task = waiting.popleft()
+    busy[worker.connection] = (worker, task)
+    try:
+        worker.connection.send(task)
+    except OSError as error:
+        raise _died(worker, task) from error
+
+
+def _receive(worker: Worker, task: Any) -> Any:
+    try:
+        answer = worker.connection.recv()
+    except (EOFError, OSError) as error:
+        raise _died(worker, task) from error
+    if isinstance(answer, WorkerFailure):
+        raise DataError(answer.message)
+    return answer
+
+
+def _died(worker: Worker, task: Any) -> DataError:
+    return DataError(
+        f"a worker died ({worker.describe_end()}) on {task}; run the same command again to "
+        f"continue, "
+        "with fewer --workers if memory is short"
+    )
+
+
+def stop_workers(workers: Sequence[Worker]) -> None:
+    """Ends the workers, whatever they are doing, and waits until they are gone."""
+    for worker in workers:
+        worker.connection.close()
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join(_END_S)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+
+
+def _run(target: Callable[[Connection, Any], None], connection: Connection, payload: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, who stops the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    target(connection, payload)
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,53 @@
+"""The resolved plan of a run, in words, without training anything."""
+
+from mamba_dist.config.batch import batch_plan
+from mamba_dist.config.schema import RunConfig
+from mamba_dist.data.loader import training_windows
+from mamba_dist.model.flops import flops_per_token, parameter_count
+from mamba_dist.train.build import open_matching_dataset, planned_steps
+from mamba_dist.train.state import run_folder
+
+# fp32 parameter, gradient, master copy and two moments (DeepSpeed keeps parameter and master
+# apart).
+_STATE_BYTES_PER_PARAMETER = 20
+
+
+def describe_plan(config: RunConfig, *, world_size: int) -> str:
+    """What would be trained on `world_size` ranks, on what, for how long.
+
+    Raises:
+        ConfigError: the config contradicts the data or the number of ranks.
+        DataError: the data set cannot be opened.
+    """
+    plan = batch_plan(config, world_size)
+    dataset = open_matching_dataset(config)
+    steps = planned_steps(config, plan=plan, dataset=dataset)
+    step_tokens = plan.global_batch_size * config.data.sequence_length
+    parameters = parameter_count(config.model)
+    cost = flops_per_token(config.model, sequence_length=config.data.sequence_length)
+    windows = training_windows(dataset, config.data.sequence_length)
+    epochs = steps * plan.global_batch_size / windows
+    model, training = config.model, config.training
+    rows = {
+        "run folder": str(run_folder(config)),
+        "model": f"{model.layer}, d_model {model.d_model}, {model.n_layers} layers, "
+        f"{parameters:,} parameters",
+        "engine": f"ZeRO {config.engine.zero_stage} on {world_size} ranks, {training.precision}, "
+        f"activation checkpointing {training.activation_checkpointing}",
+        "training state": f"{_state_gib(parameters):.2f} GiB over all ranks",
+        "batch": f"{plan.micro_batch_size} x {plan.accumulation_steps} micro-batches x "
+        f"{world_size} ranks = {plan.global_batch_size} sequences, {step_tokens:,} tokens per step",
+        "data": f"{config.data.dataset_path}: {windows:,} training sequences of "
+        f"{config.data.sequence_length} tokens",
+        "length": f"{steps:,} steps, {steps * step_tokens:,} tokens, {epochs:.2f} epochs",
+        "learning rate": f"{training.learning_rate:g}, {training.lr_schedule}, "
+        f"{training.warmup_steps} warm-up steps",
+        "work": f"{cost.total_flops:,} FLOPs per token, "
+        f"{cost.total_flops * steps * step_tokens:.2e} FLOPs in all",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items())
+
+
+def _state_gib(parameters: int) -> float:
+    return parameters * _STATE_BYTES_PER_PARAMETER / 2**30
