@@ -1,7 +1,8 @@
-"""Errors a user can cause or meet. Each message says what was found, what was expected and what to do.
+"""Errors a user can cause or meet. Each message says what was found, what was expected and what to
+do.
 
-Programming mistakes inside the package raise Python's own exceptions; a script's `main()` prints these
-classes as one line and exits, and lets everything else show its traceback.
+Programming mistakes inside the package raise Python's own exceptions; a script's `main()` prints
+these classes as one line and exits, and lets everything else show its traceback.
 """
 
 

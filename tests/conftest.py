@@ -61,3 +61,59 @@ def run_ranks() -> RunRanks:
         return [out for out, _ in outputs]
 
     return run
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_script(
+    *command: str | Path, cwd: Path, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """A script of the repository as a user starts it, `python script arguments…`."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
+        cwd=cwd,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with corpus/, tokenizer.json and shards/, made by the real commands."""
+    folder = tmp_path_factory.mktemp("tiny")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    words = ["state", "space", "scan", "gate", "token", "delta", "layer", "norm", "rank", "shard"]
+    for document in range(60):
+        lines = [
+            " ".join(words[(document * 7 + line * 3 + k * (line % 4 + 1)) % 10] for k in range(9))
+            for line in range(30)
+        ]
+        (corpus / f"text-{document:02d}.txt").write_text("\n".join(lines) + "\n")
+    steps = [
+        (
+            "tools/train_tokenizer.py",
+            "corpus",
+            "--vocab-size",
+            "300",
+            "--output",
+            "tokenizer.json",
+        ),
+        (
+            "data_prep/tokenize.py",
+            "corpus",
+            "--tokenizer",
+            "tokenizer.json",
+            "--output",
+            "shards",
+            "--workers",
+            "1",
+        ),
+    ]
+    for step in steps:
+        result = run_script(*step, cwd=folder)
+        assert result.returncode == 0, result.stderr
+    return folder

@@ -1,4 +1,4 @@
-"""Trains a tokenizer: `python tools/train_tokenizer.py corpus/ --vocab-size 8192 --output t.json`."""
+"""Trains a tokenizer: `tools/train_tokenizer.py CORPUS --vocab-size N --output tokenizer.json`."""
 
 from mamba_dist.commands.train_tokenizer import main
 

@@ -167,7 +167,8 @@ def _choose_tokenizer(
         path = Path(config.data.tokenizer_path)
         if not path.is_file():
             raise DataError(
-                f"tokenizer {path} (data.tokenizer_path of {arguments.config}) does not exist; train "
+                f"tokenizer {path} (data.tokenizer_path of {arguments.config}) does not exist; "
+                f"train "
                 f"it by `python tools/train_tokenizer.py {roots[0]} --vocab-size "
                 f"{config.model.vocab_size} --output {path}`, or give one by --tokenizer"
             )
@@ -229,8 +230,10 @@ def _print_result(request: BuildRequest, result: BuildResult, console: _Console)
         )
     vocabulary = manifest.tokenizer
     print(
-        f"tokenizer  {request.output / vocabulary.file}: {vocabulary.vocab_size:,} ids, documents end "
-        f"with {vocabulary.eos_token} (id {vocabulary.eos_id}); model.vocab_size must be at least that"
+        f"tokenizer  {request.output / vocabulary.file}: {vocabulary.vocab_size:,} ids, documents "
+        f"end "
+        f"with {vocabulary.eos_token} (id {vocabulary.eos_id}); model.vocab_size must be at least "
+        f"that"
     )
 
 
@@ -243,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("corpus", nargs="+", help="files and folders of text")
     parser.add_argument(
         "--tokenizer",
-        help="tokenizer.json or SentencePiece .model; default: the config's, or tokenizer.json/.model "
+        help="tokenizer.json or SentencePiece .model; default: the config's, or one of these names "
         "in the corpus or here, or a new one trained on the corpus",
     )
     parser.add_argument(
@@ -282,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_not_negative,
         default=DEFAULT_MAX_BAD,
         metavar="N",
-        help=f"stop after more than N bad documents (not UTF-8, broken JSON, no text field); default "
+        help="stop after more than N bad documents (not UTF-8, broken JSON, no text field); default "
         f"{DEFAULT_MAX_BAD}",
     )
     parser.add_argument(

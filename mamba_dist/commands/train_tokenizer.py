@@ -59,7 +59,8 @@ def _run(arguments: argparse.Namespace) -> None:
     save_tokenizer(output, content)
     tokenizer = load_tokenizer(output)
     print(
-        f"tokenizer  {output}: {tokenizer.vocab_size:,} ids, {END_OF_TEXT} is id {tokenizer.eos_id}, "
+        f"tokenizer  {output}: {tokenizer.vocab_size:,} ids, {END_OF_TEXT} is id "
+        f"{tokenizer.eos_id}, "
         f"trained in {time.monotonic() - begun_at:.1f} s"
     )
     if tokenizer.vocab_size < arguments.vocab_size:

@@ -1,7 +1,7 @@
 """Config files as text: YAML and JSON to plain values and back, chosen by the suffix.
 
 YAML is read by the scalar rules of YAML 1.2 (https://yaml.org/spec/1.2.2, section 10.3.2): `3e-4`
-is a number, `010` is ten, `1:30` and `2024-01-01` are text. Two rules of YAML 1.1 stay, because files
+is a number, `010` is ten, `1:30` and `2024-01-01` are text. Two rules of YAML 1.1 stay, as files
 written for PyYAML use them: yes, no, on, off are booleans, and integers may hold underscores. A key
 that stands twice is refused in both formats, which leave it open which one would win.
 """

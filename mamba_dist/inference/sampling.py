@@ -58,8 +58,7 @@ def sample(
     cumulative = token_probabilities(logits, settings).cpu().cumsum(-1)
     draws = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
     # Strictly above the draw: an id of probability 0 adds nothing and is never the first above it.
-    total = cumulative[:, -1:]
-    targets = torch.minimum(draws[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    targets = draws[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
 
 

@@ -1,7 +1,7 @@
 """Batch arithmetic over ranks."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_dist.config import BatchPlan, RunConfig, TrainingConfig, batch_plan
@@ -41,6 +41,7 @@ def test_the_list_of_worlds_ends_for_a_huge_batch() -> None:
     assert str(caught.value).endswith(" 1024, 2048, 4096")
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     micro=st.integers(1, 64),
     accumulation=st.integers(1, 64),

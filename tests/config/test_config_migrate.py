@@ -1,4 +1,4 @@
-"""Version 1 files: every field arrives under its new name, is accounted for, and is checked by its old one."""
+"""Version 1 files: fields arrive under their new names and are checked under their old ones."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -117,8 +117,8 @@ def test_two_lengths_by_override_contradict_each_other(
         ),
         ("d_model=1", "override 'd_model=1': unknown key, did you mean model.d_model?"),
         (
-            "trainnig.learning_rate=1",
-            "override 'trainnig.learning_rate=1': unknown key, did you mean training.learning_rate?",
+            "trainnig.eval_steps=1",
+            "override 'trainnig.eval_steps=1': unknown key, did you mean training.eval_steps?",
         ),
         ("x.y.z=1", "override 'x.y.z=1': unknown key; known sections: "),
         (
@@ -128,8 +128,8 @@ def test_two_lengths_by_override_contradict_each_other(
         ),
         (
             "schema_version=1",
-            "override 'schema_version=1': unknown key; known sections: model, training, data, engine, "
-            "checkpoint, telemetry",
+            "override 'schema_version=1': unknown key; known sections: model, training, data, "
+            "engine, checkpoint, telemetry",
         ),
         (
             "training.seed=[",

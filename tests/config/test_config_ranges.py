@@ -1,4 +1,4 @@
-"""Every field: the ends of its range are accepted, one beyond is refused with the range in the error.
+"""Every field: the ends of its range are accepted, what lies beyond is refused with the range.
 
 The table is written out by hand: it is the promise that the schema has to keep.
 """

@@ -1,4 +1,4 @@
-"""The configs that are shipped: published shapes and recipes, and the size that each file promises."""
+"""The shipped configs: published shapes and recipes, and the size that each file promises."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from mamba_dist.model.lm import MambaLM
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-# d_model, layers, parameters, peak rate, tokens per step in units of 2^19, ZeRO stage, checkpointing.
+# d_model, layers, parameters, peak rate, 2^19 tokens per step, ZeRO stage, checkpointing.
 # Shapes: config.json of state-spaces/mamba-{130m,370m,790m,1.4b,2.8b}, mamba2-{130m,...,2.7b}.
 # Rates: 5 times GPT-3 (arXiv 2312.00752 E.2.1, 2405.21060 D.2 and D.3); mamba-2.8b 3 times.
 PUBLISHED = {

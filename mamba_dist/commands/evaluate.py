@@ -1,0 +1,228 @@
+"""tools/evaluate.py: validation loss of a run's newest checkpoint, beside n-gram baselines.
+
+With --baselines the run folder gets summary.json: losses in nats per token, on the same validation
+labels for the model and the baselines. `bigram_loss` is fitted on exactly the tokens that the model
+was trained on, `bigram_full_loss` on the whole training split.
+
+Exit codes: 0 done; 2 a mistake that the message explains; anything else is a crash.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
+from mamba_dist.config.batch import BatchPlan
+from mamba_dist.config.schema import RunConfig
+from mamba_dist.config.text import write_text
+from mamba_dist.data.batch import IGNORED_LABEL, Batch, pack
+from mamba_dist.data.dataset import TokenDataset
+from mamba_dist.data.loader import TrainLoader, ValidationLoader, training_windows
+from mamba_dist.data.ngram import NgramCounts, baseline_losses, count_ngrams
+from mamba_dist.errors import CheckpointError, MambaDistError
+from mamba_dist.model.lm import MambaLM
+from mamba_dist.model.weights import load_parameters
+from mamba_dist.ops.backend import resolve_backend
+from mamba_dist.telemetry.metrics import read_metrics
+from mamba_dist.telemetry.progress import progress
+from mamba_dist.train.build import open_matching_dataset
+from mamba_dist.train.evaluate import label_count, model_inputs
+
+EXIT_USER_ERROR = 2
+SUMMARY_FILE = "summary.json"
+_ROWS_PER_READ = 64
+_FINAL_RECORDS = 5
+
+Pairs = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; losses in nats per token."""
+
+    train_loss: float | None
+    """Mean over the last records of metrics.jsonl."""
+    val_loss: float
+    unigram_loss: float
+    bigram_loss: float
+    bigram_full_loss: float
+    tokens: int
+    """Labels that the model was trained on."""
+    val_tokens: int
+    seconds: float
+    """Wall time of training and of the validations during it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of the command line `argv`."""
+    arguments = _parser().parse_args(argv)
+    try:
+        run_dir = Path(arguments.run)
+        reader = open_checkpoint(run_dir)
+        dataset = open_matching_dataset(reader.config)
+        _require_trained_on(dataset, reader)
+        batches = _validation(reader.config, dataset, max_sequences=arguments.max_sequences)
+        loss, tokens = _validation_loss(reader, batches)
+        print(f"step {reader.step}: validation loss {loss:.4f} over {tokens:,} tokens")
+        if arguments.baselines:
+            summary = _summary(run_dir, reader, dataset, batches, val_loss=loss)
+            write_text(json.dumps(asdict(summary), indent=2) + "\n", run_dir / SUMMARY_FILE)
+            _print_summary(summary)
+    except MambaDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tools/evaluate.py", description="Validation loss of a run's newest checkpoint."
+    )
+    parser.add_argument("run", help="run folder, for example runs/quickstart")
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also fit unigram and bigram baselines, and write summary.json into the run folder",
+    )
+    parser.add_argument(
+        "--max-sequences", type=int, default=256, help="validation sequences; default 256"
+    )
+    return parser
+
+
+def _require_trained_on(dataset: TokenDataset, reader: CheckpointReader) -> None:
+    trained_on = reader.manifest.progress.data_fingerprint
+    if dataset.fingerprint != trained_on:
+        raise CheckpointError(
+            f"{reader.folder}: was trained on another data set (fingerprint {trained_on}) than "
+            f"{dataset.path} holds now ({dataset.fingerprint}); restore the data"
+        )
+
+
+def _validation(config: RunConfig, dataset: TokenDataset, *, max_sequences: int) -> list[Batch]:
+    loader = ValidationLoader(
+        dataset,
+        config.data,
+        micro_batch_size=config.training.micro_batch_size,
+        max_sequences=max_sequences,
+        rank=0,
+        world_size=1,
+        pad_token_id=config.model.pad_token_id,
+    )
+    return list(loader)
+
+
+@torch.no_grad()
+def _validation_loss(reader: CheckpointReader, batches: Sequence[Batch]) -> tuple[float, int]:
+    config = reader.config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        backend = resolve_backend(config.engine.ops_backend, device_type=device.type)
+        model = MambaLM(config.model, backend=backend).eval()
+    load_parameters(model, reader.read_parameters())
+    loss_sum, tokens = 0.0, 0
+    bf16 = config.training.precision == "bf16"
+    with (
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        progress(len(batches), "batches", description="validation") as bar,
+    ):
+        for batch in batches:
+            inputs = {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
+            loss_sum += float(model(**inputs))
+            tokens += label_count(batch)
+            bar.advance()
+    return loss_sum / tokens, tokens
+
+
+def _summary(
+    run_dir: Path,
+    reader: CheckpointReader,
+    dataset: TokenDataset,
+    batches: Sequence[Batch],
+    *,
+    val_loss: float,
+) -> Summary:
+    config, vocab_size = reader.config, reader.config.model.vocab_size
+    length = config.data.sequence_length
+    trained = _trained_windows(reader, dataset)
+    everything = range(training_windows(dataset, length))
+    val_pairs = [(b.input_ids.numpy(), b.labels.numpy()) for b in batches]
+
+    def counts(windows: Iterable[int]) -> NgramCounts:
+        pairs = _pairs(dataset, list(windows), length=length)
+        return count_ngrams(pairs, vocab_size=vocab_size)
+
+    fitted = baseline_losses(counts(trained), val_pairs)
+    full = baseline_losses(counts(everything), val_pairs)
+    train_loss, seconds = _training_history(run_dir)
+    return Summary(
+        train_loss=train_loss,
+        val_loss=val_loss,
+        unigram_loss=fitted.unigram,
+        bigram_loss=fitted.bigram,
+        bigram_full_loss=full.bigram,
+        tokens=reader.manifest.progress.trained_tokens,
+        val_tokens=fitted.tokens,
+        seconds=seconds,
+    )
+
+
+def _trained_windows(reader: CheckpointReader, dataset: TokenDataset) -> Iterator[int]:
+    """The window of every sample that the run has trained on, repetitions included."""
+    samples = reader.manifest.progress.global_batch_size
+    loader = TrainLoader(
+        dataset,
+        reader.config.data.model_copy(update={"num_workers": 0}),
+        plan=BatchPlan(samples, 1, samples),
+        rank=0,
+        world_size=1,
+    )
+    return (window for step in range(reader.step) for window in loader.sample_ids(step))
+
+
+def _pairs(dataset: TokenDataset, windows: Sequence[int], *, length: int) -> Pairs:
+    for first in range(0, len(windows), _ROWS_PER_READ):
+        rows = pack(
+            dataset.train,
+            windows[first : first + _ROWS_PER_READ],
+            length=length,
+            pad_token_id=IGNORED_LABEL,
+        )
+        yield rows.input_ids, rows.labels
+
+
+def _training_history(run_dir: Path) -> tuple[float | None, float]:
+    """Mean loss of the last training records, and seconds spent; a repeated step counts once."""
+    records = {(r["step"], "loss" in r): r for r in read_metrics(run_dir)}
+    training = [r for (_, is_training), r in sorted(records.items()) if is_training]
+    seconds, before = 0.0, 0.0
+    for record in training:
+        seconds += (record["step_s"] or 0.0) * ((record["step"] or 0.0) - before)
+        before = record["step"] or 0.0
+    seconds += sum(
+        r["seconds"] or 0.0 for (_, is_training), r in records.items() if not is_training
+    )
+    losses = [r["loss"] for r in training[-_FINAL_RECORDS:] if r["loss"] is not None]
+    return (sum(losses) / len(losses) if losses else None), seconds
+
+
+def _print_summary(summary: Summary) -> None:
+    rows = {
+        "training loss (last records)": summary.train_loss,
+        "validation loss": summary.val_loss,
+        "unigram, fitted on the trained tokens": summary.unigram_loss,
+        "Witten-Bell bigram, fitted on the trained tokens": summary.bigram_loss,
+        "Witten-Bell bigram, whole training split": summary.bigram_full_loss,
+    }
+    print(f"\nnats per token after {summary.tokens:,} tokens, {summary.seconds:.0f} s of training")
+    for name, loss in rows.items():
+        print(f"  {name:50}{'none' if loss is None else f'{loss:7.4f}'}")
+    gain = summary.unigram_loss - summary.val_loss
+    beaten = "below" if summary.val_loss < summary.bigram_loss else "NOT below"
+    print(f"the model is {gain:.2f} nats below the unigram and {beaten} the bigram\n")

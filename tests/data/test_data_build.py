@@ -1,0 +1,444 @@
+import fcntl
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from made_data import SilentListener, build, folder_bytes, made_texts
+
+from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.tokenization import load_tokenizer, train_bpe
+from mamba_dist.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, corpus_path: Path, tokenizer_path: Path
+) -> Path:
+    """The corpus tokenised by one worker without interruption."""
+    output = tmp_path_factory.mktemp("finished") / "set"
+    build(corpus_path, output, tokenizer_path)
+    return output
+
+
+def documents(folder: Path, split: str) -> dict[int, list[int]]:
+    """The ids of every document of a split, by its number in the corpus, through plain pyarrow."""
+    found: dict[int, list[int]] = {}
+    for shard in open_dataset(folder).manifest.shards_of(split):
+        with pa.ipc.open_file(str(folder / shard.file)) as reader:
+            table = reader.read_all()
+        found.update(zip(table["doc_id"].to_pylist(), table["tokens"].to_pylist(), strict=True))
+    return found
+
+
+def test_every_document_is_there_once_with_its_end_token(
+    finished: Path, corpus_path: Path, tokenizer_path: Path
+) -> None:
+    train, val = documents(finished, "train"), documents(finished, "val")
+    assert not set(train) & set(val)
+    everything = {**train, **val}
+    tokenizer = load_tokenizer(tokenizer_path)
+    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus_path.rglob("*.txt"))]
+    expected = tokenizer.encode_batch(texts)
+    assert sorted(everything) == list(range(len(texts)))
+    for number, ids in enumerate(expected):
+        assert everything[number] == [*ids.tolist(), tokenizer.eos_id]
+    assert 2 <= len(val) <= 25
+    assert list(train) == sorted(train)
+
+
+def test_a_data_set_folder_holds_nothing_but_its_files(finished: Path) -> None:
+    manifest = open_dataset(finished).manifest
+    shards = {shard.file for shard in manifest.shards}
+    lists = {"manifest.json", "inputs.jsonl", "bad_documents.jsonl", "tokenizer.json"}
+    assert {path.name for path in finished.iterdir()} == shards | lists
+    assert len(shards) > 3
+
+
+def test_the_inputs_are_listed_with_their_first_document(finished: Path, corpus_path: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "inputs.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines][:2] == ["corpus/a/00.txt", "corpus/a/02.txt"]
+    assert [line["first_doc_id"] for line in lines] == list(range(60))
+
+
+@pytest.mark.parametrize("options", [{"workers": 3}, {"workers": 2, "batch_documents": 3}])
+def test_the_bytes_do_not_depend_on_workers_or_grouping(
+    finished: Path,
+    corpus_path: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    options: dict[str, int],
+) -> None:
+    build(corpus_path, tmp_path, tokenizer_path, **options)
+    assert folder_bytes(tmp_path) == folder_bytes(finished)
+
+
+def test_the_shards_do_not_depend_on_the_units(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    build(corpus_path, tmp_path, tokenizer_path, unit_bytes=1)
+    assert folder_bytes(tmp_path) == folder_bytes(finished)
+
+
+BUILDER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from made_data import SilentListener, build
+
+class Loud(SilentListener):
+    def advanced(self, unit, record):
+        print(unit.index, flush=True)
+        sys.stdin.readline()
+
+if __name__ == "__main__":
+    corpus, output, tokenizer, workers = sys.argv[1:]
+    build(Path(corpus), Path(output), Path(tokenizer), workers=int(workers), listener=Loud(), unit_bytes=900)
+"""
+
+
+def start_builder(
+    tmp_path: Path, corpus: Path, output: Path, tokenizer: Path, *, workers: int
+) -> "subprocess.Popen[str]":
+    """A build in a process of its own that stops after each unit until it is told to go on."""
+    script = tmp_path / "builder.py"
+    script.write_text(BUILDER.format(tests=str(Path(__file__).parent)))
+    return subprocess.Popen(
+        [sys.executable, str(script), str(corpus), str(output), str(tokenizer), str(workers)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def go_on(builder: "subprocess.Popen[str]", units: int) -> None:
+    assert builder.stdout is not None
+    assert builder.stdin is not None
+    for unit in range(units):
+        if unit:
+            builder.stdin.write("\n")
+            builder.stdin.flush()
+        assert builder.stdout.readline().strip().isdigit()
+
+
+@pytest.mark.parametrize("units", [1, 6])
+@pytest.mark.parametrize("with_workers", [True, False])
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(
+    finished: Path,
+    corpus_path: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    units: int,
+    with_workers: bool,
+) -> None:
+    output = tmp_path / "set"
+    builder = start_builder(tmp_path, corpus_path, output, tokenizer_path, workers=2)
+    go_on(builder, units)
+    if with_workers:
+        os.killpg(builder.pid, signal.SIGKILL)
+    else:
+        builder.kill()
+    builder.communicate()
+    with pytest.raises(DataError, match=r"holds no manifest.json"):
+        open_dataset(output)
+    listener = SilentListener()
+    build(corpus_path, output, tokenizer_path, listener=listener, unit_bytes=900)
+    assert listener.done_bytes > 0
+    assert listener.units <= 20 - units
+    assert folder_bytes(output) == folder_bytes(finished)
+
+
+def test_a_torn_journal_line_and_a_lost_part_are_made_again(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "set"
+    builder = start_builder(tmp_path, corpus_path, output, tokenizer_path, workers=1)
+    go_on(builder, 5)
+    os.killpg(builder.pid, signal.SIGKILL)
+    builder.communicate()
+    [staging] = output.glob(".partial-*")
+    journal = staging / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    min((staging / "parts").glob("*.part")).unlink()
+    listener = SilentListener()
+    build(corpus_path, output, tokenizer_path, listener=listener, unit_bytes=900)
+    assert listener.done_bytes > 0
+    assert folder_bytes(output) == folder_bytes(finished)
+
+
+def test_a_second_build_into_the_same_folder_is_refused(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "set"
+    builder = start_builder(tmp_path, corpus_path, output, tokenizer_path, workers=1)
+    try:
+        go_on(builder, 1)
+        with pytest.raises(DataError, match="another process is writing into"):
+            build(corpus_path, output, tokenizer_path)
+    finally:
+        os.killpg(builder.pid, signal.SIGKILL)
+        builder.communicate()
+
+
+def test_the_lock_goes_away_with_its_holder(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".lock").write_text("")  # as a killed process leaves it
+    build(corpus_path, tmp_path, tokenizer_path)
+    assert not (tmp_path / ".lock").exists()
+    with (tmp_path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process"):
+            build(corpus_path, tmp_path, tokenizer_path)
+
+
+def copy_of(finished: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for name, content in folder_bytes(finished).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_finished_build_has_nothing_to_do(
+    finished: Path, corpus_path: Path, tokenizer_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    result = build(corpus_path, finished, tokenizer_path, workers=4, max_bad=0, batch_documents=7)
+    assert result.was_complete
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"text_field": "body"}, "text_field was 'text', is 'body'"),
+        ({"train_split": 0.7, "val_split": 0.3}, "train_split was 0.8, is 0.7"),
+        ({"batch_tokens": 99}, "batch_tokens was 500, is 99"),
+        ({"eos_token": "!"}, "eos_token was None, is '!'"),
+        ({"exclude": ("b",)}, "30 input files removed: corpus/b/01.txt, corpus/b/03.txt"),
+    ],
+)
+def test_a_finished_build_with_other_settings_is_refused_with_the_difference(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, options: dict[str, object], said: str
+) -> None:
+    before = folder_bytes(finished)
+    with pytest.raises(DataError) as caught:
+        build(corpus_path, finished, tokenizer_path, **options)  # type: ignore[arg-type]
+    assert said in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+    assert folder_bytes(finished) == before
+
+
+def test_another_tokenizer_into_a_finished_folder_is_refused(
+    finished: Path, corpus_path: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "tokenizer.json"
+    other.write_text(train_bpe(made_texts(20), vocab_size=300))
+    with pytest.raises(DataError, match="tokenizer was "):
+        build(corpus_path, finished, other)
+
+
+def test_a_changed_input_of_equal_size_is_noticed(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    corpus = copy_of(corpus_path / "a", tmp_path / "corpus")
+    build(corpus, tmp_path / "set", tokenizer_path)
+    path = corpus / "04.txt"
+    path.write_bytes(path.read_bytes().replace(b"the", b"THE").replace(b"text", b"TEXT"))
+    with pytest.raises(DataError, match="1 input files changed: corpus/04.txt"):
+        build(corpus, tmp_path / "set", tokenizer_path)
+    (corpus / "new.txt").write_text("a new file")
+    with pytest.raises(DataError, match="1 input files added: corpus/new.txt"):
+        build(corpus, tmp_path / "set", tokenizer_path)
+
+
+def test_an_unfinished_build_with_other_settings_is_refused_and_can_be_dropped(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "set"
+    builder = start_builder(tmp_path, corpus_path, output, tokenizer_path, workers=1)
+    go_on(builder, 2)
+    os.killpg(builder.pid, signal.SIGKILL)
+    builder.communicate()
+    with pytest.raises(DataError, match="unfinished data set .*batch_tokens was 500, is 99"):
+        build(corpus_path, output, tokenizer_path, batch_tokens=99, unit_bytes=900)
+    build(corpus_path, output, tokenizer_path, batch_tokens=99, overwrite=True)
+    assert not list(output.glob(".partial-*"))
+
+
+def test_overwriting_replaces_a_finished_data_set(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "set"
+    build(corpus_path / "a", output, tokenizer_path, batch_tokens=50, shard_bytes=200)
+    build(corpus_path, output, tokenizer_path, overwrite=True)
+    assert folder_bytes(output) == folder_bytes(finished)
+
+
+def test_a_folder_of_other_things_is_never_written_into(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.doc").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"not a data set \(it holds thesis.doc\)"):
+            build(corpus_path, tmp_path, tokenizer_path, overwrite=overwrite)
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.doc"}
+
+
+def test_a_truncated_shard_of_a_finished_build_is_not_called_complete(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = copy_of(finished, tmp_path / "set")
+    shard = output / "train-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"train-00000.arrow is truncated"):
+        build(corpus_path, output, tokenizer_path)
+    build(corpus_path, output, tokenizer_path, overwrite=True)
+    assert folder_bytes(output) == folder_bytes(finished)
+
+
+def test_equal_documents_fall_into_the_same_split(tokenizer_path: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    texts = made_texts(40)
+    for copy in range(3):
+        for number, text in enumerate(texts):
+            (corpus / f"{copy}-{number:02}.txt").write_text(text, encoding="utf-8")
+    build(corpus, tmp_path / "set", tokenizer_path)
+    sides = [set(map(tuple, documents(tmp_path / "set", s).values())) for s in ("train", "val")]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 40
+
+
+def test_a_corpus_too_small_for_both_splits_names_the_counts(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("the only document")
+    with pytest.raises(DataError, match=r"has 1 documents: \d for training and \d for validation"):
+        build(tmp_path / "a.txt", tmp_path / "set", tokenizer_path)
+    assert list((tmp_path / "set").iterdir()) == []
+
+
+def write_jsonl(path: Path, texts: list[str]) -> bytes:
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path.write_bytes(content)
+    return content
+
+
+def test_every_input_format_gives_the_same_tokens(tokenizer_path: Path, tmp_path: Path) -> None:
+    texts = made_texts(50, seed=4)
+    content = write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(content))
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    found = []
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"):
+        output = tmp_path / f"set-{name}"
+        build(tmp_path / name, output, tokenizer_path)
+        found.append((documents(output, "train"), documents(output, "val")))
+    assert found.count(found[0]) == 5
+    assert sum(map(len, found[0])) == 50
+
+
+def test_bad_documents_are_listed_and_the_others_are_kept(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    texts = made_texts(40)
+    content = write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": ""}\n{"text"\n' + content + b'{"body": "x"}\n')
+    result = build(tmp_path / "a.jsonl", tmp_path / "set", tokenizer_path, max_bad=2)
+    assert result.manifest.inputs.bad_documents == 3
+    listed = (tmp_path / "set" / "bad_documents.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["line"], json.loads(line)["fault"]) for line in listed] == [
+        (1, "empty"),
+        (2, "broken JSON"),
+        (43, "no text field"),
+    ]
+    numbers = documents(tmp_path / "set", "train") | documents(tmp_path / "set", "val")
+    assert sorted(numbers) == list(range(40))
+
+
+def test_too_many_bad_documents_stop_the_build_and_name_file_and_line(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    content = write_jsonl(tmp_path / "a.jsonl", made_texts(40))
+    (tmp_path / "a.jsonl").write_bytes(content + b"{broken\n" * 4)
+    output = tmp_path / "set"
+    with pytest.raises(DataError) as caught:
+        build(tmp_path / "a.jsonl", output, tokenizer_path, max_bad=3)
+    assert "4 bad documents, more than --max-bad 3" in str(caught.value)
+    assert "a.jsonl:41: broken JSON" in str(caught.value)
+    assert not (output / "manifest.json").exists()
+    assert not list(output.glob("*.arrow"))
+    build(tmp_path / "a.jsonl", output, tokenizer_path, max_bad=4)
+
+
+def test_a_corpus_of_empty_files_is_one_clear_error(tokenizer_path: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(3):
+        (corpus / f"{number}.py").write_text("\n")
+    with pytest.raises(DataError, match=r"no usable document in 3 files \(3 empty\)"):
+        build(corpus, tmp_path / "set", tokenizer_path)
+
+
+def test_a_wrong_text_field_is_one_clear_error(tokenizer_path: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", made_texts(20))
+    with pytest.raises(DataError, match=r"20 no text field\); the first: .*fields: text"):
+        build(tmp_path / "a.jsonl", tmp_path / "set", tokenizer_path, text_field="body")
+
+
+def test_a_damaged_input_stops_the_build_with_its_name(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    content = write_jsonl(tmp_path / "a.jsonl", made_texts(20))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content)[:-20])
+    with pytest.raises(DataError, match=r"b.jsonl.gz is cut short"):
+        build([tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"], tmp_path / "set", tokenizer_path)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_a_missing_tokenizer_leaves_nothing_behind(corpus_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        build(corpus_path, tmp_path / "set", tmp_path / "none.json")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_tokenizer_is_trained_on_the_corpus_when_none_is_given(
+    corpus_path: Path, tmp_path: Path
+) -> None:
+    listener = SilentListener()
+    result = build(corpus_path, tmp_path / "one", None, listener=listener)
+    assert listener.notices == ["training a byte-level BPE tokenizer of 300 ids"]
+    assert result.manifest.tokenizer.vocab_size == 300
+    assert load_tokenizer(tmp_path / "one" / "tokenizer.json").vocab_size == 300
+    build(corpus_path, tmp_path / "two", None, workers=2)
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+    assert build(corpus_path, tmp_path / "one", None).was_complete
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    content = json.loads(tokenizer_path.read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": 70000, "content": "<|far|>", "special": True, **flags})
+    path = tmp_path / "wide.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    build(corpus_path, tmp_path / "set", path, eos_token="<|far|>")
+    dataset = open_dataset(tmp_path / "set")
+    assert dataset.manifest.dtype == "uint32"
+    ids, begins = dataset.train.read(0, dataset.train.tokens)
+    assert (ids[np.flatnonzero(begins)[1:] - 1] == 70000).all()

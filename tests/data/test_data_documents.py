@@ -1,0 +1,181 @@
+import gzip
+import json
+import lzma
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from made_data import made_texts
+
+from mamba_dist.data.documents import BadDocument, Document, read_documents
+from mamba_dist.data.sources import DiscoveryOptions, discover
+from mamba_dist.errors import DataError
+
+TEXTS = made_texts(3000)
+
+
+def read(path: Path, text_field: str = "text") -> list[Document | BadDocument]:
+    [file] = discover([path], DiscoveryOptions()).files
+    return list(read_documents(file, text_field))
+
+
+def json_lines(texts: list[str], field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts).encode()
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    pq.write_table(
+        pa.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=700
+    )
+
+
+def write_arrow(path: Path, texts: list[str], *, stream: bool) -> None:
+    table = pa.table({"text": texts})
+    new = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=1700)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda p: p.write_bytes(json_lines(TEXTS)),
+    "a.json": lambda p: p.write_bytes(b"\xef\xbb\xbf" + json_lines(TEXTS).rstrip(b"\n")),
+    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(json_lines(TEXTS))),
+    "a.jsonl.zst": lambda p: p.write_bytes(zstandard.compress(json_lines(TEXTS))),
+    "a.jsonl.xz": lambda p: p.write_bytes(lzma.compress(json_lines(TEXTS))),
+    "frames.jsonl.zst": lambda p: p.write_bytes(
+        zstandard.compress(json_lines(TEXTS[:99])) + zstandard.compress(json_lines(TEXTS[99:]))
+    ),
+    "members.jsonl.gz": lambda p: p.write_bytes(
+        gzip.compress(json_lines(TEXTS[:99])) + gzip.compress(json_lines(TEXTS[99:]))
+    ),
+    "a.parquet": lambda p: write_parquet(p, TEXTS),
+    "file.arrow": lambda p: write_arrow(p, TEXTS, stream=False),
+    "stream.arrow": lambda p: write_arrow(p, TEXTS, stream=True),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    found = read(tmp_path / name)
+    assert found == [Document(text, line) for line, text in enumerate(TEXTS, 1)]
+
+
+def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbf# head\r\n\r\nbody\n")
+    assert read(tmp_path / "a.md") == [Document("# head\r\n\r\nbody\n", 1)]
+
+
+def test_bad_lines_are_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "caf\xe9"}',
+        b'{"text": "cut',
+        b'{"body": "x", "url": "y"}',
+        b'{"text": 5}',
+        b"[1, 2]",
+        b"",
+        b'{"text": "  \\n "}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "also good"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    found = read(tmp_path / "a.jsonl")
+    assert [d.text for d in found if isinstance(d, Document)] == ["good", "also good"]
+    bad = [(d.line, d.fault) for d in found if isinstance(d, BadDocument)]
+    assert bad == [
+        (2, "not UTF-8"),
+        (3, "broken JSON"),
+        (4, "no text field"),
+        (5, "no text field"),
+        (6, "no text field"),
+        (8, "empty"),
+        (9, "not UTF-8"),
+    ]
+    assert "a.jsonl:4: no text field (fields: body, url)" in [str(d) for d in found]
+
+
+def test_a_text_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
+    [bad] = read(tmp_path / "a.txt")
+    assert isinstance(bad, BadDocument)
+    assert (bad.line, bad.fault) == (3, "not UTF-8")
+
+
+def test_an_empty_file_is_an_empty_document(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(b"")
+    [bad] = read(tmp_path / "a.py")
+    assert isinstance(bad, BadDocument)
+    assert bad.fault == "empty"
+
+
+def test_null_rows_of_a_table_are_bad_documents(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")
+    assert isinstance(found[1], BadDocument)
+    assert (found[1].line, found[1].fault) == (2, "no text field")
+
+
+def test_another_text_field_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["x", "y"], field="body"))
+    assert [d.text for d in read(tmp_path / "a.jsonl", "body") if isinstance(d, Document)] == [
+        "x",
+        "y",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
+def test_a_table_without_the_column_names_those_it_has(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    with pytest.raises(DataError, match=r"has no column 'body', only .*text; choose one by"):
+        read(tmp_path / name, "body")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz"])
+@pytest.mark.parametrize("kept", [-3, 2000, 9])
+def test_a_compressed_stream_that_is_cut_short_is_an_error(
+    tmp_path: Path, name: str, kept: int
+) -> None:
+    WRITERS[name](tmp_path / name)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=rf"{name} is cut short"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz", "a.parquet"])
+def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"plain text, nothing else" * 10)
+    with pytest.raises(DataError, match=rf"{name} is damaged"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow"])
+def test_a_truncated_table_is_an_error(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match=rf"{name} is damaged"):
+        read(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    path.chmod(0)
+    with pytest.raises(DataError, match=r"cannot read .*a.txt: Permission denied"):
+        read(path)
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    [file] = discover([path], DiscoveryOptions()).files
+    path.unlink()
+    with pytest.raises(DataError, match=r"cannot read .*a.txt: No such file"):
+        list(read_documents(file, "text"))

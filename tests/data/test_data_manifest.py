@@ -1,0 +1,90 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_data import made_documents, write_dataset
+
+from mamba_dist.data.dataset import TokenDataset, open_dataset
+from mamba_dist.data.manifest import check_splits, check_vocabulary, read_manifest
+from mamba_dist.errors import DataError
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> TokenDataset:
+    return write_dataset(tmp_path, made_documents(30, seed=1), made_documents(9, seed=2))
+
+
+def edit(dataset: TokenDataset, change: Callable[[dict[str, Any]], object]) -> None:
+    path = dataset.path / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_manifest_is_read_as_it_was_written(dataset: TokenDataset) -> None:
+    assert read_manifest(dataset.path) == dataset.manifest
+
+
+def test_a_folder_without_manifest_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no manifest.json.*data_prep/tokenize.py"):
+        open_dataset(tmp_path)
+
+
+def test_a_torn_manifest_is_one_clear_error(dataset: TokenDataset) -> None:
+    path = dataset.path / "manifest.json"
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(DataError, match=r"manifest.json cannot be read"):
+        open_dataset(dataset.path)
+
+
+def test_a_newer_format_is_refused_by_its_version(dataset: TokenDataset) -> None:
+    edit(dataset, lambda content: content.update(format_version=2))
+    with pytest.raises(DataError, match="format version 2, this program reads 1"):
+        open_dataset(dataset.path)
+
+
+def test_a_missing_field_is_named(dataset: TokenDataset) -> None:
+    edit(dataset, lambda content: content["tokenizer"].pop("eos_id"))
+    with pytest.raises(DataError, match=r"is damaged .*eos_id"):
+        open_dataset(dataset.path)
+
+
+def test_a_changed_field_is_noticed_by_the_fingerprint(dataset: TokenDataset) -> None:
+    edit(dataset, lambda content: content["settings"].update(train_split=0.5))
+    with pytest.raises(DataError, match="was changed by hand"):
+        open_dataset(dataset.path)
+
+
+def test_a_shard_outside_the_folder_is_refused(dataset: TokenDataset) -> None:
+    edit(dataset, lambda content: content["shards"][0].update(file="../other.arrow"))
+    with pytest.raises(DataError, match="is damaged"):
+        open_dataset(dataset.path)
+
+
+def test_the_fingerprint_follows_tokens_tokenizer_and_splits(dataset: TokenDataset) -> None:
+    manifest = dataset.manifest
+    shard = replace(manifest.shards[0], sha256="1" * 64)
+    others = [
+        replace(manifest, shards=(shard, *manifest.shards[1:])),
+        replace(manifest, shards=manifest.shards[::-1]),
+        replace(manifest, tokenizer=replace(manifest.tokenizer, sha256="1" * 64)),
+        replace(manifest, settings=replace(manifest.settings, train_split=0.8)),
+    ]
+    fingerprints = {manifest.fingerprint, *(other.fingerprint for other in others)}
+    assert len(fingerprints) == 5
+    assert replace(manifest, tool_version="9").fingerprint == manifest.fingerprint
+
+
+def test_training_with_other_splits_is_refused(dataset: TokenDataset) -> None:
+    check_splits(dataset.manifest, train_split=0.9, val_split=0.1 + 1e-9)
+    with pytest.raises(DataError, match=r"split 0.9/0.1 .* asks for 0.8/0.2"):
+        check_splits(dataset.manifest, train_split=0.8, val_split=0.2)
+
+
+def test_a_model_with_too_few_embeddings_is_refused(dataset: TokenDataset) -> None:
+    check_vocabulary(dataset.manifest, 1000)
+    with pytest.raises(DataError, match=r"has 1000 ids, model\.vocab_size is 999"):
+        check_vocabulary(dataset.manifest, 999)

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import pytest
+
+from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.errors import DataError
+
+
+def write(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}")
+    return folder
+
+
+def names(*roots: Path, **options: object) -> list[str]:
+    found = discover(list(roots), DiscoveryOptions(**options))  # type: ignore[arg-type]
+    return [file.name for file in found.files]
+
+
+def test_files_come_in_the_order_of_their_names_wherever_the_corpus_lies(tmp_path: Path) -> None:
+    listed = ("b.txt", "a/z.py", "a/B.md", "a/b/c.rst", "c.jsonl")
+    first = write(tmp_path / "one" / "corpus", *listed)
+    second = write(tmp_path / "two" / "corpus", *reversed(listed))
+    expected = ["a/B.md", "a/b/c.rst", "a/z.py", "b.txt", "c.jsonl"]
+    assert names(first) == names(second) == [f"corpus/{name}" for name in expected]
+
+
+def test_the_format_is_told_by_the_extension(tmp_path: Path) -> None:
+    listed = ("a.jsonl", "b.jsonl.zst", "c.json.gz", "d.parquet", "e.arrow", "f.PY", "g.txt.xz")
+    corpus = discover([write(tmp_path, *listed)], DiscoveryOptions())
+    assert [(file.format, file.compression) for file in corpus.files] == [
+        ("jsonl", "none"),
+        ("jsonl", "zstd"),
+        ("jsonl", "gzip"),
+        ("parquet", "none"),
+        ("arrow", "none"),
+        ("text", "none"),
+        ("text", "xz"),
+    ]
+
+
+def test_hidden_entries_and_unknown_kinds_are_left_out_and_counted(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", ".hidden.txt", ".git/x.txt", "b.bin", "c.bin", "Makefile")
+    corpus = discover([tmp_path], DiscoveryOptions())
+    assert [file.name for file in corpus.files] == [f"{tmp_path.name}/a.txt"]
+    assert dict(corpus.ignored_extensions) == {".bin": 2, "(none)": 1}
+
+
+def test_what_symbolic_links_repeat_is_seen_once(tmp_path: Path) -> None:
+    write(tmp_path / "corpus", "docs/a.txt", "docs/b.txt")
+    (tmp_path / "corpus" / "again").symlink_to(tmp_path / "corpus" / "docs")
+    (tmp_path / "corpus" / "docs" / "up").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "z.txt").symlink_to(tmp_path / "corpus" / "docs" / "a.txt")
+    corpus = discover([tmp_path / "corpus"], DiscoveryOptions())
+    assert len(corpus.files) == 2
+    assert corpus.duplicates == 1
+    assert len(names(tmp_path / "corpus", tmp_path / "corpus" / "docs")) == 2
+
+
+def test_a_linked_folder_outside_the_corpus_is_followed(tmp_path: Path) -> None:
+    outside = write(tmp_path / "elsewhere", "a.txt")
+    write(tmp_path / "corpus", "b.txt")
+    (tmp_path / "corpus" / "linked").symlink_to(outside)
+    assert names(tmp_path / "corpus") == ["corpus/b.txt", "corpus/linked/a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("site-packages", ["a.py", "lib/b.py"]),
+        ("*.py", []),
+        ("lib/*", ["a.py"]),
+        ("lib/site-packages/*", ["a.py", "lib/b.py"]),
+        ("site-packages/", ["a.py", "lib/b.py"]),
+        ("nothing", ["a.py", "lib/b.py", "lib/site-packages/c.py"]),
+    ],
+)
+def test_globs_exclude_names_and_paths(tmp_path: Path, pattern: str, left: list[str]) -> None:
+    corpus = write(tmp_path / "c", "a.py", "lib/b.py", "lib/site-packages/c.py", "d.txt")
+    assert names(corpus, exclude=(pattern,)) == [
+        f"c/{name}" for name in [*sorted([*left, "d.txt"])]
+    ]
+
+
+def test_given_extensions_replace_the_default_ones(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c", "a.py", "b.log", "c.jsonl")
+    assert names(corpus, extensions=frozenset({".log", ".jsonl"})) == ["c/b.log", "c/c.jsonl"]
+
+
+def test_a_named_file_is_read_whatever_its_extension(tmp_path: Path) -> None:
+    write(tmp_path, "LICENSE", "notes.weird")
+    assert names(tmp_path / "LICENSE", tmp_path / "notes.weird") == ["LICENSE", "notes.weird"]
+
+
+def test_the_output_folder_and_the_tokenizer_are_no_input(tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "out/b.txt", "tokenizer.json")
+    skip = (tmp_path / "out", tmp_path / "tokenizer.json")
+    assert names(tmp_path, skip=skip) == [f"{tmp_path.name}/a.txt"]
+
+
+def test_an_empty_corpus_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no files found in"):
+        discover([tmp_path], DiscoveryOptions())
+
+
+def test_a_corpus_of_other_files_names_their_kinds(tmp_path: Path) -> None:
+    write(tmp_path, "a.pdf", "b.pdf", "c.png")
+    with pytest.raises(DataError, match=r"only files of other kinds \(2 .pdf, 1 .png\)"):
+        discover([tmp_path], DiscoveryOptions())
+
+
+def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere does not exist"):
+        discover([tmp_path / "nowhere"], DiscoveryOptions())
+
+
+def test_units_bundle_small_files_and_keep_the_order(tmp_path: Path) -> None:
+    for number, size in enumerate((10, 20, 30, 500, 10, 10)):
+        (tmp_path / f"{number}.txt").write_text("x" * size)
+    files = discover([tmp_path], DiscoveryOptions()).files
+    units = cut_units(files, unit_bytes=60)
+    assert [unit.bytes for unit in units] == [60, 500, 20]
+    assert [unit.index for unit in units] == [0, 1, 2]
+    assert tuple(piece.file for unit in units for piece in unit.slices) == files

@@ -1,0 +1,112 @@
+"""Starts launch/train.py the ways a user does, on the tiny data set of the tests."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import ROOT, clean_environment, free_port
+
+BIN = Path(sys.executable).parent
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+def write_config(folder: Path, data: Path, **changes: dict[str, Any]) -> Path:
+    """A small run of ten steps with a checkpoint in the middle; `changes` are merged by section."""
+    config: dict[str, dict[str, Any]] = {
+        "model": {"d_model": 64, "n_layers": 2, "vocab_size": 304},
+        "training": {
+            "run_dir": str(folder / "run"),
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "max_steps": 10,
+            "eval_steps": 5,
+            "eval_sequences": 4,
+            "precision": "fp32",
+        },
+        "data": {
+            "dataset_path": str(data / "shards"),
+            "tokenizer_path": str(data / "tokenizer.json"),
+            "sequence_length": 128,
+            "num_workers": 0,
+        },
+        "engine": {"zero_stage": 1},
+        "checkpoint": {"save_steps": 5},
+        "telemetry": {"log_steps": 1, "tensorboard": False, "progress_bar": False},
+    }
+    for section, fields in changes.items():
+        config[section].update(fields)
+    path = folder / "config.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"schema_version": 2, **config}))
+    return path
+
+
+def deepspeed_command(config: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    port = ["--master_port", str(free_port())]
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), *port]
+    return [*launcher, TRAIN, "--config", str(config), *overrides]
+
+
+def torchrun_command(config: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", str(ranks)]
+    port = ["--master_port", str(free_port())]
+    return [*launcher, *port, TRAIN, "--config", str(config), *overrides]
+
+
+def python_command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, TRAIN, "--config", str(config), *overrides]
+
+
+def finish(command: Sequence[str], *, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
+    """Runs a launch to its end."""
+    return subprocess.run(
+        command, env=clean_environment(), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def begin(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a launch in a session of its own, its output in a file."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command,
+            env=clean_environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {what}"
+        time.sleep(0.01)
+
+
+def ranks_of(config: Path) -> list[int]:
+    """Process ids of the training processes of a config, launchers not counted."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        is_rank = TRAIN.encode() in words and b"deepspeed.launcher.launch" not in words
+        launched_directly = not any(w.endswith((b"/deepspeed", b"/torchrun")) for w in words)
+        if entry.name.isdigit() and is_rank and launched_directly:
+            if str(config).encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+def kill_all(config: Path) -> None:
+    for pid in ranks_of(config):
+        os.kill(pid, signal.SIGKILL)

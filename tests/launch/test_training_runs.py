@@ -1,0 +1,161 @@
+"""Whole runs on two gloo ranks: same run by every launcher, bit-exact after a kill, clean stops."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import launching
+import pytest
+from launching import begin, finish, ranks_of, wait_until, write_config
+
+from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
+from mamba_dist.checkpoint.manifest import read_manifest
+from mamba_dist.telemetry.metrics import read_metrics
+from mamba_dist.train.stop import EXIT_STOPPED
+
+# A rank needs a few seconds to import torch and DeepSpeed; the tests below wait for steps.
+START_S = 90
+
+
+def state_hashes(run_dir: Path, step: int) -> set[tuple[object, ...]]:
+    """Identity of parameters and moments, bit for bit."""
+    fragments = read_manifest(checkpoint_folder(run_dir, step)).fragments
+    return {
+        (f.name, f.start, f.numel, f.master_sha256, f.exp_avg_sha256, f.exp_avg_sq_sha256)
+        for f in fragments
+    }
+
+
+def losses(run_dir: Path) -> dict[float | None, float | None]:
+    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if "loss" in r}
+
+
+def require_success(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_five_steps_kill_nine_and_five_more_are_ten_steps_bit_for_bit(
+    tiny_data: Path, tmp_path: Path, stage: int
+) -> None:
+    whole = write_config(tmp_path / "whole", tiny_data, engine={"zero_stage": stage})
+    require_success(finish(launching.torchrun_command(whole)))
+
+    # Slow enough after step 5 that the kill comes before step 10: validation at every step.
+    broken = write_config(
+        tmp_path / "broken",
+        tiny_data,
+        engine={"zero_stage": stage},
+        training={"eval_steps": 1, "eval_sequences": 64, "run_dir": str(tmp_path / "broken/run")},
+    )
+    run_dir = tmp_path / "broken/run"
+    process = begin(launching.torchrun_command(broken), tmp_path / "log")
+    wait_until(lambda: committed_steps(run_dir) == [5], timeout_s=START_S, what="a checkpoint")
+    launching.kill_all(broken)
+    process.wait(timeout=60)
+    assert committed_steps(run_dir) == [5]
+
+    result = finish(launching.torchrun_command(broken))
+    require_success(result)
+    assert "resumed after step 5" in result.stderr
+    assert state_hashes(run_dir, 10) == state_hashes(tmp_path / "whole/run", 10)
+    assert losses(run_dir) == losses(tmp_path / "whole/run")
+    progress = read_manifest(checkpoint_folder(run_dir, 10)).progress
+    assert progress == read_manifest(checkpoint_folder(tmp_path / "whole/run", 10)).progress
+
+
+def test_deepspeed_torchrun_and_python_give_the_same_run(tiny_data: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, command in {
+        "deepspeed": launching.deepspeed_command,
+        "torchrun": launching.torchrun_command,
+        "python": launching.python_command,
+    }.items():
+        config = write_config(tmp_path / name, tiny_data)
+        require_success(finish(command(config)))
+        runs[name] = tmp_path / name / "run"
+    assert state_hashes(runs["deepspeed"], 10) == state_hashes(runs["torchrun"], 10)
+    two_ranks, one_rank = losses(runs["deepspeed"]), losses(runs["python"])
+    assert two_ranks.keys() == one_rank.keys() == set(range(1, 11))
+    for step, loss in one_rank.items():
+        assert two_ranks[step] == pytest.approx(loss, rel=1e-5)
+    assert losses(runs["python"])[10] < losses(runs["python"])[1] - 0.5
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
+
+
+def long_run(tmp_path: Path, tiny_data: Path) -> Path:
+    return write_config(
+        tmp_path / "long",
+        tiny_data,
+        training={"max_steps": 100_000, "eval_steps": None},
+        checkpoint={"save_steps": 50_000},
+    )
+
+
+def wait_for_steps(run_dir: Path) -> None:
+    wait_until(lambda: len(losses(run_dir)) >= 2, timeout_s=START_S, what="two steps")
+
+
+def test_sigterm_to_the_deepspeed_command_ends_in_a_checkpoint_and_no_orphan(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = long_run(tmp_path, tiny_data)
+    run_dir = tmp_path / "long/run"
+    process = begin(launching.deepspeed_command(config), tmp_path / "log")
+    wait_for_steps(run_dir)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+    wait_until(lambda: not ranks_of(config), timeout_s=40, what="the end of all ranks")
+    [step] = committed_steps(run_dir)
+    result = finish(launching.python_command(config, f"training.max_steps={step + 1}"))
+    require_success(result)
+    assert f"resumed after step {step}" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_a_rank_ends_in_a_checkpoint_and_says_continue(
+    tiny_data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = long_run(tmp_path, tiny_data)
+    process = begin(launching.python_command(config), tmp_path / "log")
+    wait_for_steps(tmp_path / "long/run")
+    process.send_signal(number)
+    assert process.wait(timeout=60) == EXIT_STOPPED
+    log = (tmp_path / "log").read_text()
+    assert f"stopped by {number.name} after step" in log
+    [step] = committed_steps(tmp_path / "long/run")
+    assert read_manifest(checkpoint_folder(tmp_path / "long/run", step)).progress.step == step
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = long_run(tmp_path, tiny_data)
+    first = begin(launching.python_command(config), tmp_path / "log")
+    wait_for_steps(tmp_path / "long/run")
+    second = finish(launching.python_command(config))
+    assert second.returncode == 2
+    assert "another run is training in it" in second.stderr
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=60) == EXIT_STOPPED
+
+
+def test_the_run_folder_holds_what_the_readme_draws(tiny_data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "folder", tiny_data, telemetry={"tensorboard": True})
+    require_success(finish(launching.python_command(config)))
+    run_dir = tmp_path / "folder/run"
+    assert sorted(p.name for p in run_dir.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "lock",
+        "metrics.jsonl",
+        "parameters.txt",
+        "tensorboard",
+    ]
+    assert "mixer.A_log" in (run_dir / "parameters.txt").read_text()
+    assert {"torch", "deepspeed"} <= json.loads((run_dir / "environment.json").read_text()).keys()
+    validations = [r for r in read_metrics(run_dir) if "val_loss" in r]
+    assert [r["step"] for r in validations] == [5, 10]
