@@ -1,28 +1,14 @@
 """What tests of several folders need: real ranks as real processes."""
 
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import clean_environment, free_port, run_script
 
 RunRanks = Callable[..., list[str]]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without anything a launcher or an earlier test may have left in it."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("SLURM_")}
-    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -61,23 +47,6 @@ def run_ranks() -> RunRanks:
         return [out for out, _ in outputs]
 
     return run
-
-
-ROOT = Path(__file__).parents[1]
-
-
-def run_script(
-    *command: str | Path, cwd: Path, timeout_s: float = 120
-) -> subprocess.CompletedProcess[str]:
-    """A script of the repository as a user starts it, `python script arguments…`."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
-        cwd=cwd,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from mamba_dist.config.load import LoadedConfig, load_config
 from mamba_dist.errors import MambaDistError
 
 EXIT_USER_ERROR = 2
-_LET_FIRST_RANK_SPEAK_S = 3.0
+_LET_FIRST_RANK_SPEAK_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:

@@ -28,10 +28,21 @@ def validate_config_compatibility(config: RunConfig) -> None:
 
 def compatibility_problems(config: RunConfig) -> list[Problem]:
     """The broken rules, in the order of the sections."""
-    problems = [*_precision_problems(config), *_length_problems(config), *_retention(config)]
+    problems = [
+        *_engine_kind(config),
+        *_precision_problems(config),
+        *_length_problems(config),
+        *_retention(config),
+    ]
     if config.engine.ops_backend == "cuda":
         problems += [*_kernel_problems(config.model), *_offset_problems(config)]
     return problems
+
+
+def _engine_kind(config: RunConfig) -> list[Problem]:
+    if config.engine.kind == "fsdp2":
+        return [Problem("engine.kind", "fsdp2 is not available yet; set engine.kind: zero")]
+    return []
 
 
 def _precision_problems(config: RunConfig) -> list[Problem]:

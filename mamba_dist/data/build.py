@@ -204,21 +204,26 @@ def _make_parts(
     todo = [unit for unit in units if unit.index not in finished]
     done_bytes = sum(unit.bytes for unit in units if unit.index in finished)
     listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
-    _check_bad(finished.values(), request.max_bad)
+    bad = [document for record in finished.values() for document in _bad_of(record)]
+    _check_bad(bad, request.max_bad)
     workers = start_workers(tokenize_units, [settings] * min(request.workers, len(todo)))
     try:
         for record in distribute(workers, todo):
             staging.commit(record)
             finished[record.unit] = record
             listener.advanced(units[record.unit], record)
-            _check_bad(finished.values(), request.max_bad)
+            bad += _bad_of(record)
+            _check_bad(bad, request.max_bad)
     finally:
         stop_workers(workers)
     return [finished[unit.index] for unit in units]
 
 
-def _check_bad(records: Iterable[PartRecord], max_bad: int) -> None:
-    bad = [document for record in records for document in record.bad if document.fault != "empty"]
+def _bad_of(record: PartRecord) -> list[BadDocument]:
+    return [document for document in record.bad if document.fault != "empty"]
+
+
+def _check_bad(bad: list[BadDocument], max_bad: int) -> None:
     if len(bad) > max_bad:
         listed = "".join(f"\n  {document}" for document in bad[:_NAMED_BAD])
         raise DataError(

@@ -14,12 +14,10 @@ import torch
 from mamba_dist.config.batch import BatchPlan
 from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.batch import NO_SAMPLE, Batch, PackedRows, count_windows, pack
-from mamba_dist.data.dataset import TokenDataset, open_dataset
+from mamba_dist.data.dataset import TokenDataset
 from mamba_dist.data.order import SampleOrder
 from mamba_dist.data.prefetch import MicrostepPlan, PrefetchJob, read_ahead, read_here
 from mamba_dist.errors import DataError
-
-__all__ = ["TokenDataset", "TrainLoader", "ValidationLoader", "open_dataset"]
 
 
 class TrainLoader:

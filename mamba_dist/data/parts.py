@@ -92,15 +92,18 @@ def tokenize_units(connection: Connection, settings: PartSettings) -> None:
     # One thread a worker: the library's own pool would multiply with the number of workers.
     os.putenv("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(settings.tokenizer, eos_token=settings.eos_token)
-    while True:
-        try:
-            unit = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(make_part(unit, settings, tokenizer))
-        except DataError as error:
-            connection.send(WorkerFailure(str(error)))
+    try:
+        while True:
+            connection.send(_answer(connection.recv(), settings, tokenizer))
+    except (EOFError, ConnectionError):
+        return  # nobody wants more
+
+
+def _answer(unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> PartRecord | WorkerFailure:
+    try:
+        return make_part(unit, settings, tokenizer)
+    except DataError as error:
+        return WorkerFailure(str(error))
 
 
 def make_part(unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> PartRecord:

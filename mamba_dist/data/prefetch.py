@@ -110,5 +110,5 @@ def _prefetch(connection: Connection, job: PrefetchJob) -> None:
             connection.send(rows)
     except DataError as error:
         connection.send(WorkerFailure(str(error)))
-    except (BrokenPipeError, ConnectionResetError):
+    except ConnectionError:
         return  # nobody wants more

@@ -50,6 +50,7 @@ class InputFile:
     path: str
     name: str
     bytes: int
+    changed_at_ns: int
     format: FileFormat
     compression: Compression
 
@@ -116,7 +117,8 @@ def discover(roots: Sequence[Path], options: DiscoveryOptions) -> Corpus:
                 duplicates += 1
                 continue
             seen.add(real)
-            files.append(InputFile(str(path), name, path.stat().st_size, *kind))
+            status = path.stat()
+            files.append(InputFile(str(path), name, status.st_size, status.st_mtime_ns, *kind))
     corpus = Corpus(tuple(files), duplicates, tuple(ignored.most_common()))
     if not files:
         raise DataError(_nothing_found(roots, corpus))

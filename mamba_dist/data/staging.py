@@ -43,7 +43,7 @@ class BuildPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json; a file is known by name, size and time of change."""
-        inputs = [[file.name, file.bytes, os.stat(file.path).st_mtime_ns] for file in self.files]
+        inputs = [[file.name, file.bytes, file.changed_at_ns] for file in self.files]
         return {
             "settings": asdict(self.settings),
             "unit_bytes": self.unit_bytes,

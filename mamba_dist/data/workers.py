@@ -5,6 +5,7 @@ that starting one costs a fraction of a second. Spawn, since a fork beside the t
 deadlocks.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -55,6 +56,9 @@ def start_workers(
         ours, theirs = context.Pipe()
         process = context.Process(target=_run, args=(target, theirs, payload), daemon=True)
         process.start()
+        # Runs before multiprocessing's own clean-up, which would wait for ever for a worker that
+        # takes no SIGTERM.
+        atexit.register(process.kill)
         # The worker must hold the only other end, or its death would not be seen as the end of the
         # pipe.
         theirs.close()
@@ -116,17 +120,18 @@ def stop_workers(workers: Sequence[Worker]) -> None:
     """Ends the workers, whatever they are doing, and waits until they are gone."""
     for worker in workers:
         worker.connection.close()
-        worker.process.terminate()
+        worker.process.kill()
     for worker in workers:
-        worker.process.join(_END_S)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        worker.process.join()
+        atexit.unregister(worker.process.kill)
 
 
 def _run(target: Callable[[Connection, Any], None], connection: Connection, payload: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, who stops the workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # Ctrl-C and a cluster's signals reach the whole group; the parent decides what they mean, and
+    # may want to go on for a while, to write a checkpoint.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    pass
     target(connection, payload)
 
 

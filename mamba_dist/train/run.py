@@ -25,9 +25,9 @@ def run_training(config: RunConfig) -> int:
     stop = StopRequest()
     stop.listen()
     watch_launcher(stop, launcher_pids())
-    world = start_world(timeout_minutes=config.engine.timeout_minutes)
-    setup_logging(rank=world.rank, world_size=world.size)
     try:
+        world = start_world(timeout_minutes=config.engine.timeout_minutes)
+        setup_logging(rank=world.rank, world_size=world.size)
         with prepare_run_folder(config, world=world):
             run = build_run(config, world=world, stop=stop)
             try:
@@ -37,6 +37,7 @@ def run_training(config: RunConfig) -> int:
             world.barrier()
     finally:
         stop_world()
+        stop.release()
     if outcome.stopped_by is None:
         _log.info("finished at step %d", outcome.progress.step)
         return 0

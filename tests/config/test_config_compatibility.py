@@ -33,6 +33,9 @@ def test_a_config_made_in_code_is_checked_too() -> None:
     )
     with pytest.raises(ConfigError, match=r"^engine\.reduce_dtype: bf16 would round"):
         validate_config_compatibility(bad)
+    checkpoint = config.checkpoint.model_copy(update={"keep_every_steps": 1})
+    with pytest.raises(ConfigError, match=r"^config has 2 problems:\n  engine.*\n  checkpoint"):
+        validate_config_compatibility(bad.model_copy(update={"checkpoint": checkpoint}))
 
 
 @pytest.mark.parametrize(
@@ -55,8 +58,11 @@ def test_fp32_gradients_are_not_reduced_in_bf16(
     )
 
 
-def test_fsdp2_is_left_to_the_engine(write_config: WriteConfig, minimal: dict[str, Any]) -> None:
-    load_config(write_config(minimal), ["engine.kind=fsdp2"])
+def test_fsdp2_is_refused_as_not_available_yet(
+    write_config: WriteConfig, minimal: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.kind: fsdp2 is not available yet"):
+        load_config(write_config(minimal), ["engine.kind=fsdp2"])
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ RANGES: list[Row] = [
     ("data.train_split", [0.9], [0, 1], "a number above 0 and below 1"),
     ("data.val_split", [0.1], [0, 1], "a number above 0 and below 1"),
     ("data.tokenize_batch_documents", [1, 10**6], [0, 10**6 + 1], "an integer from 1 to 1000000"),
-    ("engine.kind", ["zero", "fsdp2"], ["ddp"], "one of 'zero', 'fsdp2'"),
+    ("engine.kind", ["zero"], ["ddp"], "one of 'zero', 'fsdp2'"),
     ("engine.zero_stage", [0, 1, 2, 3], [-1, 4, "3"], "one of 0, 1, 2, 3"),
     ("engine.reduce_dtype", ["fp32", "bf16"], ["fp16"], "one of 'fp32', 'bf16'"),
     ("engine.bucket_elements", [1, 10**10], [0, 10**10 + 1], "an integer from 1 to 10000000000"),

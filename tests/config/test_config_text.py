@@ -151,6 +151,7 @@ scalars = (
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(["a\x85b", "\u2028", "\u2029 a"])
     | st.sampled_from(
         ["1e5", "3e-4", "010", "yes", "null", "1_000", "0x1f", "<<", "2024-01-01", ""]
     )

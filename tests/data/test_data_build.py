@@ -11,10 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import zstandard
 from made_data import SilentListener, build, folder_bytes, made_texts
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
 from mamba_dist.data.tokenization import load_tokenizer, train_bpe
 from mamba_dist.errors import DataError
 
@@ -60,7 +64,7 @@ def test_a_data_set_folder_holds_nothing_but_its_files(finished: Path) -> None:
     shards = {shard.file for shard in manifest.shards}
     lists = {"manifest.json", "inputs.jsonl", "bad_documents.jsonl", "tokenizer.json"}
     assert {path.name for path in finished.iterdir()} == shards | lists
-    assert len(shards) > 3
+    assert len(shards) >= 3
 
 
 def test_the_inputs_are_listed_with_their_first_document(finished: Path, corpus_path: Path) -> None:
@@ -100,8 +104,9 @@ class Loud(SilentListener):
         sys.stdin.readline()
 
 if __name__ == "__main__":
-    corpus, output, tokenizer, workers = sys.argv[1:]
-    build(Path(corpus), Path(output), Path(tokenizer), workers=int(workers), listener=Loud(), unit_bytes=900)
+    corpus, output, tokenizer = map(Path, sys.argv[1:4])
+    options = {{"workers": int(sys.argv[4]), "unit_bytes": 900}}
+    build(corpus, output, tokenizer, listener=Loud(), **options)
 """
 
 
@@ -130,6 +135,10 @@ def go_on(builder: "subprocess.Popen[str]", units: int) -> None:
         assert builder.stdout.readline().strip().isdigit()
 
 
+def total_units(corpus: Path) -> int:
+    return len(cut_units(discover([corpus], DiscoveryOptions()).files, unit_bytes=900))
+
+
 @pytest.mark.parametrize("units", [1, 6])
 @pytest.mark.parametrize("with_workers", [True, False])
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(
@@ -153,7 +162,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(
     listener = SilentListener()
     build(corpus_path, output, tokenizer_path, listener=listener, unit_bytes=900)
     assert listener.done_bytes > 0
-    assert listener.units <= 20 - units
+    assert listener.units <= total_units(corpus_path) - units
     assert folder_bytes(output) == folder_bytes(finished)
 
 
@@ -169,10 +178,42 @@ def test_a_torn_journal_line_and_a_lost_part_are_made_again(
     journal = staging / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-7])
     min((staging / "parts").glob("*.part")).unlink()
+    # Killed once more, after lines were added behind the torn one.
+    builder = start_builder(tmp_path, corpus_path, output, tokenizer_path, workers=1)
+    go_on(builder, 3)
+    os.killpg(builder.pid, signal.SIGKILL)
+    builder.communicate()
     listener = SilentListener()
     build(corpus_path, output, tokenizer_path, listener=listener, unit_bytes=900)
     assert listener.done_bytes > 0
     assert folder_bytes(output) == folder_bytes(finished)
+
+
+@pytest.mark.parametrize("step", ["publish", "write_manifest"])
+def test_a_crash_at_the_very_end_leaves_no_data_set_and_is_mended(
+    finished: Path,
+    corpus_path: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    class PowerCut(BaseException):
+        pass
+
+    def cut(*_: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mamba_dist.data.build.{step}", cut)
+        with pytest.raises(PowerCut):
+            build(corpus_path, tmp_path, tokenizer_path)
+    with pytest.raises(DataError, match="holds no manifest"):
+        open_dataset(tmp_path)
+    listener = SilentListener()
+    build(corpus_path, tmp_path, tokenizer_path, listener=listener)
+    assert listener.units == 0
+    assert folder_bytes(tmp_path) == folder_bytes(finished)
 
 
 def test_a_second_build_into_the_same_folder_is_refused(
@@ -254,10 +295,10 @@ def test_a_changed_input_of_equal_size_is_noticed(
     build(corpus, tmp_path / "set", tokenizer_path)
     path = corpus / "04.txt"
     path.write_bytes(path.read_bytes().replace(b"the", b"THE").replace(b"text", b"TEXT"))
-    with pytest.raises(DataError, match="1 input files changed: corpus/04.txt"):
+    with pytest.raises(DataError, match=r"1 input files changed: corpus/04\.txt"):
         build(corpus, tmp_path / "set", tokenizer_path)
     (corpus / "new.txt").write_text("a new file")
-    with pytest.raises(DataError, match="1 input files added: corpus/new.txt"):
+    with pytest.raises(DataError, match=r"1 input files added: corpus/new\.txt"):
         build(corpus, tmp_path / "set", tokenizer_path)
 
 
@@ -269,7 +310,7 @@ def test_an_unfinished_build_with_other_settings_is_refused_and_can_be_dropped(
     go_on(builder, 2)
     os.killpg(builder.pid, signal.SIGKILL)
     builder.communicate()
-    with pytest.raises(DataError, match="unfinished data set .*batch_tokens was 500, is 99"):
+    with pytest.raises(DataError, match=r"unfinished data set .*batch_tokens was 500, is 99"):
         build(corpus_path, output, tokenizer_path, batch_tokens=99, unit_bytes=900)
     build(corpus_path, output, tokenizer_path, batch_tokens=99, overwrite=True)
     assert not list(output.glob(".partial-*"))
@@ -429,16 +470,14 @@ def test_a_tokenizer_is_trained_on_the_corpus_when_none_is_given(
     assert build(corpus_path, tmp_path / "one", None).was_complete
 
 
-def test_large_vocabularies_are_stored_in_four_bytes(
-    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
-) -> None:
-    content = json.loads(tokenizer_path.read_text(encoding="utf-8"))
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"].append({"id": 70000, "content": "<|far|>", "special": True, **flags})
-    path = tmp_path / "wide.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    build(corpus_path, tmp_path / "set", path, eos_token="<|far|>")
+def test_large_vocabularies_are_stored_in_four_bytes(corpus_path: Path, tmp_path: Path) -> None:
+    words = WordLevel({"?": 0, "the": 65_535, "text": 65_536, "<eos>": 70_000}, unk_token="?")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "wide.json"))
+    build(corpus_path, tmp_path / "set", tmp_path / "wide.json")
     dataset = open_dataset(tmp_path / "set")
     assert dataset.manifest.dtype == "uint32"
     ids, begins = dataset.train.read(0, dataset.train.tokens)
-    assert (ids[np.flatnonzero(begins)[1:] - 1] == 70000).all()
+    assert set(ids.tolist()) == {0, 65_535, 65_536, 70_000}
+    assert (ids[np.flatnonzero(begins)[1:] - 1] == 70_000).all()

@@ -177,6 +177,18 @@ def test_a_killed_loader_process_ends_the_run_with_a_clear_error(dataset: TokenD
     assert not other.is_alive()
 
 
+def test_signals_to_the_group_leave_the_loader_at_work(dataset: TokenDataset) -> None:
+    # The trainer wants to finish its step and write a checkpoint before it ends.
+    steps = iter(loader(dataset, workers=2))
+    next(steps)
+    next(steps)
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            assert process.pid is not None
+            os.kill(process.pid, number)
+    assert len(list(islice(steps, 10))) == 10
+
+
 TRAINER = """
 import sys
 from dataclasses import replace
@@ -191,6 +203,7 @@ if __name__ == "__main__":
     next(rows)
     print("reading, torch:", "torch" in sys.modules, flush=True)
     sys.stdin.read()
+    sys.keep_alive = rows
 """
 
 
@@ -215,6 +228,18 @@ def test_loader_processes_end_when_the_trainer_is_killed(
     while session_members(session) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not session_members(session)
+
+
+def test_a_trainer_that_ends_with_its_loader_open_does_not_hang(
+    dataset: TokenDataset, tmp_path: Path
+) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    done = subprocess.run(
+        [sys.executable, str(script), str(dataset.path)], input=b"", capture_output=True, timeout=30
+    )
+    assert done.returncode == 0
+    assert done.stderr == b""
 
 
 def session_members(session: int) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from made_data import made_texts, write_dataset
 
 from mamba_dist.data.manifest import Manifest, Probe
@@ -115,7 +116,8 @@ def test_a_sentencepiece_model_without_eos_needs_one_named(tmp_path: Path) -> No
     path = train_sentencepiece(tmp_path, eos_id=-1, user_defined_symbols=["<end>"])
     with pytest.raises(DataError, match=r"none of the usual end-of-text tokens .* by --eos"):
         load_tokenizer(path)
-    assert load_tokenizer(path, eos_token="<end>").pieces([3]) == ["<end>"]
+    tokenizer = load_tokenizer(path, eos_token="<end>")
+    assert tokenizer.pieces([tokenizer.eos_id]) == ["<end>"]
 
 
 def test_the_end_token_can_be_named(tmp_path: Path) -> None:
@@ -153,13 +155,10 @@ def test_truncation_padding_and_templates_of_a_file_are_ignored(
     assert found.tolist() == expected.tolist()
 
 
-def test_added_tokens_beyond_the_model_count_as_vocabulary(
-    tokenizer_path: Path, tmp_path: Path
-) -> None:
-    content = json.loads(tokenizer_path.read_text(encoding="utf-8"))
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"].append({"id": 350, "content": "<|late|>", "special": True, **flags})
-    assert load_tokenizer(with_content(tmp_path / "t.json", content)).vocab_size == 351
+def test_the_vocabulary_reaches_to_the_largest_id(tmp_path: Path) -> None:
+    words = tokenizers.models.WordLevel({"?": 0, "<eos>": 500}, unk_token="?")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "t.json"))
+    assert load_tokenizer(tmp_path / "t.json").vocab_size == 501
 
 
 def test_a_missing_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:

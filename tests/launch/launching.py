@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import ROOT, clean_environment, free_port
+from processes import ROOT, clean_environment, free_port
 
 BIN = Path(sys.executable).parent
 TRAIN = str(ROOT / "launch" / "train.py")
 
 
-def write_config(folder: Path, data: Path, **changes: dict[str, Any]) -> Path:
+def write_config(folder: Path, made: Path, /, **changes: dict[str, Any]) -> Path:
     """A small run of ten steps with a checkpoint in the middle; `changes` are merged by section."""
     config: dict[str, dict[str, Any]] = {
         "model": {"d_model": 64, "n_layers": 2, "vocab_size": 304},
@@ -32,8 +32,8 @@ def write_config(folder: Path, data: Path, **changes: dict[str, Any]) -> Path:
             "precision": "fp32",
         },
         "data": {
-            "dataset_path": str(data / "shards"),
-            "tokenizer_path": str(data / "tokenizer.json"),
+            "dataset_path": str(made / "shards"),
+            "tokenizer_path": str(made / "tokenizer.json"),
             "sequence_length": 128,
             "num_workers": 0,
         },
@@ -94,16 +94,15 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
 def ranks_of(config: Path) -> list[int]:
     """Process ids of the training processes of a config, launchers not counted."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
             continue
         is_rank = TRAIN.encode() in words and b"deepspeed.launcher.launch" not in words
         launched_directly = not any(w.endswith((b"/deepspeed", b"/torchrun")) for w in words)
-        if entry.name.isdigit() and is_rank and launched_directly:
-            if str(config).encode() in words:
-                found.append(int(entry.name))
+        if is_rank and launched_directly and str(config).encode() in words:
+            found.append(int(entry.name))
     return found
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import launching
 import pytest
 import yaml
-from conftest import ROOT, run_script
 from launching import finish, write_config
+from processes import ROOT, run_script
 
 from mamba_dist.checkpoint.layout import committed_steps
 
@@ -104,10 +104,8 @@ def test_under_a_launcher_each_error_is_printed_once(tiny_data: Path, tmp_path: 
     config = write_config(tmp_path, tiny_data)
     result = finish(launching.deepspeed_command(config, "training.learning_rate=-1"))
     assert result.returncode != 0
-    assert (result.stdout + result.stderr).count("training.learning_rate") - 2 * (
-        result.stdout + result.stderr
-    ).count("training.learning_rate=-1") <= 1
     assert (result.stdout + result.stderr).count("error: ") == 1
+    assert (result.stdout + result.stderr).count("greater than 0") <= 1
 
 
 def test_an_error_after_the_start_is_printed_once_too(tiny_data: Path, tmp_path: Path) -> None:
@@ -153,7 +151,8 @@ def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(
 def test_fsdp2_is_refused_as_not_available_yet(tiny_data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_data, engine={"kind": "fsdp2"})
     result = run_script("launch/train.py", "--config", config, "--check", cwd=tmp_path)
-    assert "fsdp2 is not available yet" in error_of(result) + result.stderr
+    assert "fsdp2 is not available yet" in result.stderr
+    assert result.returncode == 2
 
 
 def test_a_version_one_config_trains_and_tells_what_its_fields_became(

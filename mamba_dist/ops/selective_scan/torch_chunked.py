@@ -200,7 +200,8 @@ def _forward(
     A = inputs.by_group(inputs.A)
     if initial_state is None:
         initial_state = A.new_zeros(batch, channels, d_state)
-    current = inputs.by_group(initial_state)
+    # A copy: the state is advanced in place, and the caller may use its own again.
+    current = inputs.by_group(initial_state).clone()
     scratch = _scratch(inputs, adjoint=False)
     y = torch.empty_like(inputs.u, memory_format=torch.contiguous_format)
     chunks = -(-length // _block_shape(inputs)[1])

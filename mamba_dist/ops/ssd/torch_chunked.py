@@ -238,7 +238,7 @@ def _chunk_scan(inputs: _Inputs, state: Tensor | None, dt_softplus: bool) -> tup
     if state is not None:
         from_start = log_decay.to(x.dtype).exp()[..., None]  # (R, H, Q, 1)
         after = torch.addcmul(after, from_start[:, :, -1:], state)  # section 6.3, chunk recurrence
-        carried = C_by_group @ state.view(rows, groups, -1, d_state).mT  # (R, G, Q, J P)
+        carried = C_by_group @ state.reshape(rows, groups, -1, d_state).mT  # (R, G, Q, J P)
         carried = torch.unflatten(carried, -1, (-1, headdim)).transpose(2, 3).flatten(1, 2)
         y = torch.addcmul(y, carried, from_start)  # section 6.3, left factor
     y = y.transpose(1, 2)
