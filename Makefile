@@ -34,7 +34,7 @@ quickstart: install
 		--tokenizer data/$(QUICKSTART)/tokenizer.json --output data/$(QUICKSTART)/shards \
 		--config configs/quickstart.yaml
 	$(BIN)/deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml $(QUICKSTART_OVERRIDES)
-	$(BIN)/python tools/evaluate.py runs/$(QUICKSTART) --baselines
+	$(BIN)/python tools/evaluate.py runs/$(QUICKSTART) --baselines --max-sequences 64
 	$(BIN)/python tools/generate.py runs/$(QUICKSTART) --prompt "def " --max-new-tokens 120 --temperature 0.8
 
 lint: install

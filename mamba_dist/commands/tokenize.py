@@ -285,8 +285,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_not_negative,
         default=DEFAULT_MAX_BAD,
         metavar="N",
-        help="stop after more than N bad documents (not UTF-8, broken JSON, no text field); default "
-        f"{DEFAULT_MAX_BAD}",
+        help="stop after more than N bad documents (not UTF-8, broken JSON, no text field); default"
+        f" {DEFAULT_MAX_BAD}",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what the output folder holds"

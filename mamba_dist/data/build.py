@@ -116,7 +116,7 @@ def build_dataset(request: BuildRequest, listener: BuildListener) -> BuildResult
     with exclusive_lock(request.output):
         if (request.output / MANIFEST_NAME).exists() and not request.overwrite:
             manifest = read_manifest(request.output)
-            check_same_build(request.output, manifest, plan)
+            check_same_build(request.output, manifest, plan=plan)
             return BuildResult(manifest, was_complete=True)
         staging = open_staging(request.output, plan, overwrite=request.overwrite)
         tokenizer = _stage_tokenizer(request, staging, listener)
@@ -124,7 +124,8 @@ def build_dataset(request: BuildRequest, listener: BuildListener) -> BuildResult
         records = _make_parts(request, staging, tokenizer=tokenizer, units=units, listener=listener)
         manifest = _merge(request, plan, staging, records=records, tokenizer=tokenizer)
         names = [shard.file for shard in manifest.shards]
-        publish(request.output, staging, [*names, INPUTS_NAME, BAD_DOCUMENTS_NAME, tokenizer.name])
+        names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, tokenizer.name]
+        publish(request.output, staging, names=names)
         sync_folder(request.output)
         write_manifest(request.output, manifest)
         staging.discard()
@@ -332,7 +333,7 @@ def _write_shards(
     ]
     first_doc_id = 0
     for record in records:
-        part = read_part(staging.parts, record, dtype)
+        part = read_part(staging.parts, record, dtype=dtype)
         for number, writer in enumerate(writers):
             for documents in _documents_of(part, number, first_doc_id):
                 writer.add(documents)

@@ -101,12 +101,12 @@ def tokenize_units(connection: Connection, settings: PartSettings) -> None:
 
 def _answer(unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> PartRecord | WorkerFailure:
     try:
-        return make_part(unit, settings, tokenizer)
+        return make_part(unit, settings, tokenizer=tokenizer)
     except DataError as error:
         return WorkerFailure(str(error))
 
 
-def make_part(unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> PartRecord:
+def make_part(unit: Unit, settings: PartSettings, *, tokenizer: Tokenizer) -> PartRecord:
     """Tokenises a unit and commits its part.
 
     Raises:
@@ -230,7 +230,7 @@ class Part:
     splits: npt.NDArray[np.uint8]
 
 
-def read_part(folder: Path, record: PartRecord, dtype: str) -> Part:
+def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
     """The part of a journal line.
 
     Raises:

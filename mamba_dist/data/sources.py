@@ -28,6 +28,9 @@ _TEXT = """
 TEXT_EXTENSIONS = frozenset(_TEXT.split())
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 
+# Device and inode: the same file under whatever path.
+_FileId = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class DiscoveryOptions:
@@ -103,22 +106,20 @@ def discover(roots: Sequence[Path], options: DiscoveryOptions) -> Corpus:
     """
     files: list[InputFile] = []
     ignored: Counter[str] = Counter()
-    seen: set[str] = set()
+    seen: set[_FileId] = set()
     duplicates = 0
-    skip = {os.path.realpath(path) for path in options.skip}
     for root in roots:
-        for path, name in _candidates(root, options.exclude, skip):
-            kind = _kind(path.name, options.extensions, named=path == root)
+        for path, name in _candidates(root, options):
+            kind = _kind(path, options.extensions, named=path == str(root))
             if kind is None:
-                ignored[path.suffix.lower() or "(none)"] += 1
+                ignored[os.path.splitext(path)[1].lower() or "(none)"] += 1
                 continue
-            real = os.path.realpath(path)
-            if real in seen:
+            status = os.stat(path)
+            if _file_id(status) in seen:
                 duplicates += 1
                 continue
-            seen.add(real)
-            status = path.stat()
-            files.append(InputFile(str(path), name, status.st_size, status.st_mtime_ns, *kind))
+            seen.add(_file_id(status))
+            files.append(InputFile(path, name, status.st_size, status.st_mtime_ns, *kind))
     corpus = Corpus(tuple(files), duplicates, tuple(ignored.most_common()))
     if not files:
         raise DataError(_nothing_found(roots, corpus))
@@ -144,21 +145,28 @@ def cut_units(files: Iterable[InputFile], *, unit_bytes: int) -> list[Unit]:
     return units
 
 
-def _candidates(root: Path, exclude: tuple[str, ...], skip: set[str]) -> Iterator[tuple[Path, str]]:
+def _file_id(status: os.stat_result) -> _FileId:
+    return status.st_dev, status.st_ino
+
+
+def _candidates(root: Path, options: DiscoveryOptions) -> Iterator[tuple[str, str]]:
     if not root.exists():
         raise DataError(f"corpus {root} does not exist; give files or folders of text")
-    root_name = Path(os.path.realpath(root)).name if root.is_dir() else root.name
+    skip = {_file_id(path.stat()) for path in options.skip if path.exists()}
     if not root.is_dir():
-        if os.path.realpath(root) not in skip:
-            yield root, root_name
+        if _file_id(root.stat()) not in skip:
+            yield str(root), root.name
         return
-    for path in _walk(root, {os.path.realpath(root)}, skip):
-        below = path.relative_to(root)
-        if not _is_excluded(below, exclude):
-            yield path, f"{root_name}/{below.as_posix()}"
+    root_name = os.path.basename(os.path.realpath(root))
+    # Folders that were walked, like those to skip, are not entered (again): links may form circles.
+    closed = {*skip, _file_id(root.stat())}
+    for path, below in _walk(str(root), "", exclude=options.exclude, closed=closed):
+        yield path, f"{root_name}/{below}"
 
 
-def _walk(folder: Path, visited: set[str], skip: set[str]) -> Iterator[Path]:
+def _walk(
+    folder: str, below: str, *, exclude: tuple[str, ...], closed: set[_FileId]
+) -> Iterator[tuple[str, str]]:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
@@ -166,26 +174,28 @@ def _walk(folder: Path, visited: set[str], skip: set[str]) -> Iterator[Path]:
             f"cannot list {folder}: {error.strerror}; fix its permissions or --exclude it"
         ) from error
     for entry in entries:
-        real = os.path.realpath(entry.path)
-        if entry.name.startswith(".") or real in skip:
+        inner = f"{below}/{entry.name}" if below else entry.name
+        if entry.name.startswith(".") or _is_excluded(entry.name, inner, exclude):
             continue
         if entry.is_dir():
-            if real not in visited:
-                visited.add(real)
-                yield from _walk(Path(entry.path), visited, skip)
-        elif entry.is_file():
-            yield Path(entry.path)
+            folder_id = _file_id(entry.stat())
+            if folder_id not in closed:
+                closed.add(folder_id)
+                yield from _walk(entry.path, inner, exclude=exclude, closed=closed)
+        elif entry.is_file() and _file_id(entry.stat()) not in closed:
+            yield entry.path, inner
 
 
-def _is_excluded(below: Path, patterns: tuple[str, ...]) -> bool:
-    names = (*below.parts, below.as_posix())
-    return any(fnmatchcase(name, pattern.rstrip("/")) for pattern in patterns for name in names)
+def _is_excluded(name: str, below: str, patterns: tuple[str, ...]) -> bool:
+    return any(
+        fnmatchcase(tested, pattern.rstrip("/")) for pattern in patterns for tested in (name, below)
+    )
 
 
 def _kind(
-    name: str, extensions: frozenset[str] | None, *, named: bool
+    path: str, extensions: frozenset[str] | None, *, named: bool
 ) -> tuple[FileFormat, Compression] | None:
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     compression: Compression = "none"
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         compression = _COMPRESSIONS[suffixes.pop()]

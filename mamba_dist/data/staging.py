@@ -116,7 +116,7 @@ def open_staging(output: Path, plan: BuildPlan, *, overwrite: bool) -> Staging:
     return staging
 
 
-def check_same_build(output: Path, manifest: Manifest, plan: BuildPlan) -> None:
+def check_same_build(output: Path, manifest: Manifest, *, plan: BuildPlan) -> None:
     """Nothing, if a finished data set is whole and is what the plan would make.
 
     Raises:
@@ -141,7 +141,7 @@ def check_same_build(output: Path, manifest: Manifest, plan: BuildPlan) -> None:
         )
 
 
-def publish(output: Path, staging: Staging, names: Iterable[str]) -> None:
+def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
     """Moves the finished files from `staging.shards` into the output folder, all but the manifest.
 
     What lay there of an older data set goes away, its manifest first: between the two there is no

@@ -131,7 +131,7 @@ def _run(target: Callable[[Connection, Any], None], connection: Connection, payl
     # may want to go on for a while, to write a checkpoint.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    pass
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     target(connection, payload)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from made_data import made_texts
+from made_data import build, made_texts
 
 from mamba_dist.data.tokenization import train_bpe
 
@@ -24,3 +24,13 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, corpus_path: Path, tokenizer_path: Path
+) -> Path:
+    """The corpus tokenised by one worker without interruption."""
+    output = tmp_path_factory.mktemp("finished") / "set"
+    build(corpus_path, output, tokenizer_path)
+    return output

@@ -1,0 +1,134 @@
+"""Records in every sink: lines that can be parsed, events that TensorBoard reads, the console."""
+
+import io
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mamba_dist.telemetry.metrics import (
+    METRICS_FILE,
+    ConsoleSink,
+    JsonlSink,
+    Metrics,
+    TensorBoardSink,
+    TrainRecord,
+    ValidationRecord,
+    read_metrics,
+)
+from mamba_dist.telemetry.progress import Progress
+
+TRAINED = TrainRecord(
+    step=10,
+    loss=3.25,
+    learning_rate=1e-3,
+    grad_norm=0.75,
+    skipped_steps=0,
+    tokens=4096,
+    tokens_per_s=2000.0,
+    tokens_per_s_per_device=1000.0,
+    model_tflops_per_s=0.5,
+    step_s=0.25,
+    data_wait_s=0.125,
+    peak_memory_gib=1.5,
+)
+VALIDATED = ValidationRecord(step=10, val_loss=3.5, val_tokens=512, seconds=1.25)
+
+
+def write_lines(run_dir: Path, *records: TrainRecord | ValidationRecord) -> None:
+    metrics = Metrics([JsonlSink(run_dir)])
+    for record in records:
+        metrics.write(record)
+    metrics.close()
+
+
+def test_every_field_of_a_record_can_be_read_back(tmp_path: Path) -> None:
+    write_lines(tmp_path, TRAINED, VALIDATED)
+    assert read_metrics(tmp_path) == [asdict(TRAINED), asdict(VALIDATED)]
+
+
+def test_a_record_is_in_the_file_before_the_run_ends(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path)
+    sink.write(VALIDATED)
+    assert read_metrics(tmp_path) == [asdict(VALIDATED)]
+    sink.close()
+
+
+def no_constants(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_cannot_say_becomes_null(tmp_path: Path, value: float) -> None:
+    write_lines(tmp_path, replace(TRAINED, loss=value, grad_norm=value))
+    fields = json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=no_constants)
+    assert fields["loss"] is None
+    assert fields["grad_norm"] is None
+    assert fields["learning_rate"] == 1e-3
+
+
+def test_a_resumed_run_goes_on_in_the_same_file(tmp_path: Path) -> None:
+    write_lines(tmp_path, TRAINED)
+    write_lines(tmp_path, replace(TRAINED, step=20))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [10, 20]
+
+
+def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    write_lines(tmp_path, TRAINED, VALIDATED)
+    path = tmp_path / METRICS_FILE
+    whole = path.read_bytes()
+    for cut in (1, 5, len(whole.splitlines()[1])):
+        path.write_bytes(whole[:-cut])
+        assert read_metrics(tmp_path) == [asdict(TRAINED)]
+
+
+def test_a_run_resumed_after_a_cut_line_can_still_be_read(tmp_path: Path) -> None:
+    write_lines(tmp_path, TRAINED, VALIDATED)
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(path.read_bytes()[:-10])
+    write_lines(tmp_path, replace(TRAINED, step=20), replace(TRAINED, step=30))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [10, 20, 30]
+
+
+def test_a_folder_without_a_run_has_no_records(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+
+
+def test_tensorboard_reads_the_scalars_at_their_steps(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step in (10, 20):
+        sink.write(replace(TRAINED, step=step, loss=step / 4))
+    sink.write(VALIDATED)
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 5.0)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/val_loss")] == [(10, 3.5)]
+    fields = (asdict(TRAINED).keys() | asdict(VALIDATED).keys()) - {"step"}
+    assert {tag.partition("/")[2] for tag in events.Tags()["scalars"]} == fields
+
+
+def test_the_console_shows_what_a_person_looks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ConsoleSink(Progress(20, "steps", stream=io.StringIO()), 20)
+    sink.write(TRAINED)
+    sink.write(VALIDATED)
+    sink.write(replace(VALIDATED, val_loss=1e4))  # exp of it overflows
+    sink.close()
+    trained, validated, _ = capsys.readouterr().out.splitlines()
+    assert trained.startswith("step 10/20  loss 3.2500  lr 1.00e-03  grad norm 0.75")
+    assert "2,000 tokens/s" in trained
+    assert "validation loss 3.5000" in validated
+    assert "perplexity 33.1" in validated
+
+
+def test_every_sink_gets_every_record(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    metrics = Metrics([JsonlSink(first), JsonlSink(second)])
+    metrics.write(TRAINED)
+    metrics.close()
+    assert read_metrics(first) == read_metrics(second) == [asdict(TRAINED)]
