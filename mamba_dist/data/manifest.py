@@ -184,8 +184,7 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.fingerprint != content.get("fingerprint"):
         raise DataError(
             f"{path} was changed by hand: its fingerprint is {content.get('fingerprint')}, its "
-            f"content "
-            f"gives {manifest.fingerprint}; tokenize again"
+            f"content gives {manifest.fingerprint}; tokenize again"
         )
     return manifest
 
@@ -201,8 +200,7 @@ def check_splits(manifest: Manifest, *, train_split: float, val_split: float) ->
         raise DataError(
             f"the data set was split {made[0]:g}/{made[1]:g} (train/val), the config asks for "
             f"{train_split:g}/{val_split:g}; set data.train_split and data.val_split to what was "
-            f"used, "
-            "or tokenize again with --overwrite"
+            "used, or tokenize again with --overwrite"
         )
 
 

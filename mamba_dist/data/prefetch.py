@@ -68,7 +68,7 @@ def read_ahead(jobs: list[PrefetchJob]) -> Iterator[PackedRows]:
     """The microbatches of jobs that take turns (strides and beginnings interleave), from a process
     each.
 
-    A process works one microbatch ahead: it waits in the pipe until its last one is taken.
+    A process works ahead by at least one microbatch: as far as its pipe holds them.
 
     Raises:
         DataError: the data set is damaged or was replaced, or a process died.
@@ -92,8 +92,7 @@ def _take(worker: Worker) -> PackedRows:
     except (EOFError, OSError) as error:
         raise DataError(
             f"a loader process died ({worker.describe_end()}); start the run again to resume, with "
-            f"fewer "
-            "data.num_workers if memory is short"
+            "fewer data.num_workers if memory is short"
         ) from error
     if isinstance(answer, WorkerFailure):
         raise DataError(answer.message)

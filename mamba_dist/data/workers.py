@@ -111,8 +111,7 @@ def _receive(worker: Worker, task: Any) -> Any:
 def _died(worker: Worker, task: Any) -> DataError:
     return DataError(
         f"a worker died ({worker.describe_end()}) on {task}; run the same command again to "
-        f"continue, "
-        "with fewer --workers if memory is short"
+        "continue, with fewer --workers if memory is short"
     )
 
 

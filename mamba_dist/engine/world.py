@@ -147,11 +147,15 @@ def stop_world() -> None:
 def launcher_pids() -> tuple[int, ...]:
     """Processes without which this rank is an orphan: the launcher's, outermost last.
 
-    The `deepspeed` command starts one launch.py per node, which starts the ranks; a SIGTERM to the
-    command reaches neither of them. A rank started by anything else has no launcher to outlive.
+    torchrun starts the ranks itself; the `deepspeed` command starts one launch.py per node, which
+    starts them, and a SIGTERM to the command reaches neither. A rank that anything else started
+    has no launcher to outlive.
     """
     parent = os.getppid()
-    if "deepspeed.launcher.launch" not in _command_line(parent):
+    command = _command_line(parent)
+    if "torchrun" in command or "torch.distributed.run" in command:
+        return (parent,)
+    if "deepspeed.launcher.launch" not in command:
         return ()
     outer = _parent_of(parent)
     return (parent, outer) if "deepspeed" in _command_line(outer) else (parent,)

@@ -71,7 +71,9 @@ class JsonlSink:
     """Appends one JSON object per record to metrics.jsonl."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        path = run_dir / METRICS_FILE
+        _drop_cut_line(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         # JSON has no NaN; a skipped step's norm becomes null.
@@ -142,6 +144,14 @@ class Metrics:
         """Makes what was written durable."""
         for sink in self._sinks:
             sink.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Ends the file after its last whole line; a kill while writing leaves less than a line."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        with path.open("r+b") as file:
+            file.truncate(len(whole[0]) + len(whole[1]))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:

@@ -107,9 +107,8 @@ def open_matching_dataset(config: RunConfig) -> TokenDataset:
     """The data set that the config names.
 
     Raises:
-        DataError: it cannot be opened, or was tokenised for another vocabulary, with other splits
-        or with
-            another tokenizer than the one that now stands at data.tokenizer_path.
+        DataError: it cannot be opened, or was tokenised for another vocabulary, with other splits,
+            or with another tokenizer than the one that now stands at data.tokenizer_path.
     """
     dataset = open_dataset(config.data.dataset_path)
     check_vocabulary(dataset.manifest, config.model.vocab_size)

@@ -153,36 +153,39 @@ def veto(engine: zero.ZeroEngine, world: World) -> None:
     assert not again.skipped
 
 
-def checks(world: World) -> Iterator[tuple[str, Check]]:
-    yield "deepspeed.ops.__compatible_ops__", compatible_ops
-    for stage in (0, 1, 2, 3):
-        engine = build(stage, world)
-        yield f"stage {stage}: DeepSpeedEngine", lambda e=engine: engine_privates(e)
-        if stage in (1, 2):
-            yield f"stage {stage}: flat masters", lambda e=engine: flat_master_privates(e)
-            yield f"stage {stage}: _hp_mapping", lambda e=engine: hp_mapping(e)
-        if stage == 3:
-            yield "stage 3: ds_tensor, ds_numel, ds_shape", lambda e=engine: partition_privates(e)
-            yield "stage 3: _get_norm_groups", lambda e=engine: partition_norm_privates(e)
-        yield f"stage {stage}: veto", lambda e=engine: veto(e, world)
-        if stage in (1, 2):
-            yield (
-                f"stage {stage}: update_lp_params",
-                lambda e=engine: low_precision_follows_the_master(e),
-            )
+def checks(engine: zero.ZeroEngine, stage: int, world: World) -> Iterator[tuple[str, Check]]:
+    yield "DeepSpeedEngine", lambda: engine_privates(engine)
+    if stage in (1, 2):
+        yield "flat masters", lambda: flat_master_privates(engine)
+        yield "_hp_mapping", lambda: hp_mapping(engine)
+    if stage == 3:
+        yield "ds_tensor, ds_numel, ds_shape", lambda: partition_privates(engine)
+        yield "_get_norm_groups", lambda: partition_norm_privates(engine)
+    yield "veto", lambda: veto(engine, world)
+    if stage in (1, 2):
+        yield "update_lp_params", lambda: low_precision_follows_the_master(engine)
+
+
+def report(name: str, check: Check) -> None:
+    found = None
+    try:
+        check()
+    # Whatever a changed DeepSpeed raises is the finding.
+    except Exception:
+        found = traceback.format_exc(limit=-2)
+    print(json.dumps({"check": name, "found": found}), flush=True)
 
 
 def main() -> None:
     before = shared_memory()
     world = start_world(timeout_minutes=1)
-    for name, check in checks(world):
-        found = None
-        try:
-            check()
-        # Whatever a changed DeepSpeed raises is the finding.
-        except Exception:
-            found = traceback.format_exc(limit=-2)
-        print(json.dumps({"check": name, "found": found}), flush=True)
+    report("deepspeed.ops.__compatible_ops__", compatible_ops)
+    for stage in (0, 1, 2, 3):
+        built: list[zero.ZeroEngine] = []
+        report(f"stage {stage}: ZeroEngine", lambda s=stage: built.append(build(s, world)))
+        for engine in built:
+            for name, check in checks(engine, stage, world):
+                report(f"stage {stage}: {name}", check)
     print(json.dumps({"check": "/dev/shm", "found": sorted(shared_memory() - before)}))
     stop_world()
 
