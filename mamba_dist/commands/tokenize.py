@@ -168,8 +168,7 @@ def _choose_tokenizer(
         if not path.is_file():
             raise DataError(
                 f"tokenizer {path} (data.tokenizer_path of {arguments.config}) does not exist; "
-                f"train "
-                f"it by `python tools/train_tokenizer.py {roots[0]} --vocab-size "
+                f"train it by `python tools/train_tokenizer.py {roots[0]} --vocab-size "
                 f"{config.model.vocab_size} --output {path}`, or give one by --tokenizer"
             )
         return _TokenizerChoice(path, None, f"data.tokenizer_path of {arguments.config}")
@@ -231,8 +230,7 @@ def _print_result(request: BuildRequest, result: BuildResult, console: _Console)
     vocabulary = manifest.tokenizer
     print(
         f"tokenizer  {request.output / vocabulary.file}: {vocabulary.vocab_size:,} ids, documents "
-        f"end "
-        f"with {vocabulary.eos_token} (id {vocabulary.eos_id}); model.vocab_size must be at least "
+        f"end with {vocabulary.eos_token} (id {vocabulary.eos_id}); model.vocab_size must be at least "
         f"that"
     )
 

@@ -111,8 +111,7 @@ def _lock(path: Path) -> int:
             os.close(descriptor)
             raise DataError(
                 f"another process is writing into {path.parent}; wait for it to end, or give "
-                f"another "
-                "--output"
+                "another --output"
             ) from error
         if _is_still_named(descriptor, path):
             return descriptor

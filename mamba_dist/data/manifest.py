@@ -213,8 +213,7 @@ def check_vocabulary(manifest: Manifest, vocab_size: int) -> None:
     if manifest.tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"the data set's tokenizer has {manifest.tokenizer.vocab_size} ids, model.vocab_size "
-            f"is "
-            f"{vocab_size}; set model.vocab_size to at least {manifest.tokenizer.vocab_size}"
+            f"is {vocab_size}; set model.vocab_size to at least {manifest.tokenizer.vocab_size}"
         )
 
 

@@ -130,8 +130,7 @@ class ShardReader:
         if mapped[: len(_MAGIC)] != _MAGIC or mapped[-len(_MAGIC) :] != _MAGIC:
             raise DataError(
                 f"{self.path} is no Arrow file (it does not begin and end with {_MAGIC.decode()}); "
-                f"restore "
-                "it or tokenize again with --overwrite"
+                "restore it or tokenize again with --overwrite"
             )
         try:
             # Reads the footer alone; no batch is touched.

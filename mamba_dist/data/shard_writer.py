@@ -70,8 +70,7 @@ class ShardWriter:
         if documents.ids.size and int(documents.ids.max()) >= self._vocab_size:
             raise DataError(
                 f"id {int(documents.ids.max())} is outside the vocabulary of {self._vocab_size}; "
-                f"the "
-                "tokenizer file is inconsistent"
+                "the tokenizer file is inconsistent"
             )
         while len(documents):
             ends = np.cumsum(documents.lengths) + self._pending_tokens

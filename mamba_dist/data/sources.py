@@ -218,7 +218,6 @@ def _nothing_found(roots: Sequence[Path], corpus: Corpus) -> str:
         other = ", ".join(f"{count} {name}" for name, count in corpus.ignored_extensions[:5])
         return (
             f"no text found in {where}, only files of other kinds ({other}); name the extensions "
-            f"to "
-            "read as text, such as --extensions .log,.html"
+            "to read as text, such as --extensions .log,.html"
         )
     return f"no files found in {where}; expected .txt, .md, code, .jsonl, .parquet or .arrow"

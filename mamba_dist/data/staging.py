@@ -136,8 +136,7 @@ def check_same_build(output: Path, manifest: Manifest, *, plan: BuildPlan) -> No
     if differences:
         raise DataError(
             f"{output} holds a finished data set made otherwise ({'; '.join(differences)}); give "
-            f"another "
-            "--output, or --overwrite to replace it"
+            "another --output, or --overwrite to replace it"
         )
 
 
@@ -179,8 +178,7 @@ def _refuse_foreign_files(output: Path) -> None:
     if foreign:
         raise DataError(
             f"{output} is not empty and not a data set (it holds {', '.join(foreign[:3])}); give a "
-            f"new "
-            "folder by --output"
+            "new folder by --output"
         )
 
 

@@ -95,14 +95,12 @@ def check_tokenizer(manifest: Manifest, path: Path | str) -> Tokenizer:
             f"tokenizer {path} does not match the shards: they were made with {made.file} (sha256 "
             f"{made.sha256[:12]}, {made.vocab_size} ids), this is sha256 {found.sha256[:12]} with "
             f"{found.vocab_size} ids; use the {made.file} in the data set's folder, or tokenize "
-            f"again "
-            "with this one"
+            "again with this one"
         )
     if found.probes != made.probes:
         raise DataError(
             f"tokenizer {path} is the one that made the shards, but the installed library now "
-            f"gives "
-            "other ids for the same text; install the version used then, or tokenize again"
+            "gives other ids for the same text; install the version used then, or tokenize again"
         )
     return tokenizer
 
@@ -227,8 +225,7 @@ def train_bpe(
     if vocab_size < least:
         raise DataError(
             f"--vocab-size {vocab_size} is too small: {_BYTES} bytes and {len(special_tokens)} "
-            f"special "
-            f"tokens need at least {least}"
+            f"special tokens need at least {least}"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

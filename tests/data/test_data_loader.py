@@ -173,7 +173,7 @@ def test_a_killed_loader_process_ends_the_run_with_a_clear_error(dataset: TokenD
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"a loader process died \(killed by SIGKILL"):
-        # What the victim had already put into its pipe, a few hundred tiny batches, still comes out.
+        # What the victim had put into its pipe before, hundreds of tiny batches, still comes out.
         list(islice(steps, 5000))
     assert not other.is_alive()
 

@@ -176,16 +176,21 @@ def report(name: str, check: Check) -> None:
     print(json.dumps({"check": name, "found": found}), flush=True)
 
 
+def report_stage(stage: int, world: World) -> None:
+    built: list[zero.ZeroEngine] = []
+    report(f"stage {stage}: ZeroEngine", lambda: built.append(build(stage, world)))
+    # Without an engine there is nothing more to look at.
+    for engine in built:
+        for name, check in checks(engine, stage, world):
+            report(f"stage {stage}: {name}", check)
+
+
 def main() -> None:
     before = shared_memory()
     world = start_world(timeout_minutes=1)
     report("deepspeed.ops.__compatible_ops__", compatible_ops)
     for stage in (0, 1, 2, 3):
-        built: list[zero.ZeroEngine] = []
-        report(f"stage {stage}: ZeroEngine", lambda s=stage: built.append(build(s, world)))
-        for engine in built:
-            for name, check in checks(engine, stage, world):
-                report(f"stage {stage}: {name}", check)
+        report_stage(stage, world)
     print(json.dumps({"check": "/dev/shm", "found": sorted(shared_memory() - before)}))
     stop_world()
 
