@@ -7,7 +7,13 @@ these classes as one line and exits, and lets everything else show its traceback
 
 
 class MambaDistError(Exception):
-    """Base of every error that a user can mend; commands print it without a traceback."""
+    """Base of every error that a user can mend; commands print it without a traceback.
+
+    `of_one_rank` marks an error that the other ranks do not have; it is printed by the rank that
+    has it, where one that all ranks share is printed by the first.
+    """
+
+    of_one_rank = False
 
 
 class ConfigError(MambaDistError):

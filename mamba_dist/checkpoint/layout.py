@@ -1,9 +1,11 @@
 """Names of a run folder's checkpoints, and which of them are committed.
 
-checkpoints/step-00001000/                 committed: the rename onto this name is the commit
+checkpoints/step-00001000/             committed: the rename onto this name is the commit
     manifest.json
-    rank-00000.safetensors                 the fragments of rank 0
-checkpoints/step-00002000.partial/         being written, or left behind by a kill
+    rank-00000.safetensors             the fragments of rank 0
+checkpoints/step-00002000.partial/     being written, or left behind by a kill
+checkpoints/step-00003000.removed/     being deleted, or left behind by a kill
+checkpoints/step-00004000.damaged/     found damaged at a resume, kept for a person
 """
 
 import os
@@ -63,6 +65,16 @@ def remove_checkpoint(run_dir: Path, step: int) -> None:
     doomed = folder.with_suffix(".removed")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def set_aside(run_dir: Path, step: int) -> str:
+    """New name of a damaged checkpoint, under which nothing reads it; it is kept for a person."""
+    folder = checkpoint_folder(run_dir, step)
+    kept = folder.with_suffix(".damaged")
+    if kept.exists():
+        shutil.rmtree(kept)
+    os.rename(folder, kept)
+    return kept.name
 
 
 def steps_to_remove(steps: list[int], *, keep_last: int, keep_every: int | None) -> list[int]:

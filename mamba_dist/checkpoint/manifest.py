@@ -36,6 +36,14 @@ class Progress(_Record):
     """Fingerprint of the data set's manifest."""
 
 
+class TokenizerRecord(_Record):
+    """The tokenizer of the data that the model was trained on."""
+
+    sha256: str
+    eos_token: str
+    """Given again when the tokenizer is loaded, since it may have been chosen by hand."""
+
+
 class FileRecord(_Record):
     """Size and hash of one file of the checkpoint."""
 
@@ -74,6 +82,7 @@ class CheckpointManifest(_Record):
     engine: str
     versions: dict[str, str]
     config: RunConfig
+    tokenizer: TokenizerRecord
     shapes: dict[str, list[int]]
     files: list[FileRecord]
     fragments: list[FragmentRecord]

@@ -26,6 +26,7 @@ from mamba_dist.checkpoint.layout import (
     committed_steps,
     rank_file,
     remove_checkpoint,
+    set_aside,
     staging_folder,
     steps_to_remove,
     sync_folder,
@@ -36,6 +37,7 @@ from mamba_dist.checkpoint.manifest import (
     FragmentRecord,
     Progress,
     RankRecord,
+    TokenizerRecord,
     manifest_text,
     read_manifest,
 )
@@ -63,6 +65,7 @@ class Snapshot:
     adam_steps: int
     fragments: Iterable[Fragment]
     config: RunConfig
+    tokenizer: TokenizerRecord
     engine: str
     versions: dict[str, str]
 
@@ -77,15 +80,13 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> Path:
     """
     step = snapshot.progress.step
     folder, staging = checkpoint_folder(run_dir, step), staging_folder(run_dir, step)
-    if not ranks.any_rank(not folder.is_dir()):
-        return folder
-    with _agreed(ranks, staging) as failure:
+    with _agreed(ranks, staging):
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-    with _agreed(ranks, staging, failure) as failure:
+    with _agreed(ranks, staging):
         _write_rank(staging, ranks.rank, snapshot.fragments)
-    with _agreed(ranks, staging, failure):
+    with _agreed(ranks, staging):
         if ranks.rank == 0:
             _commit(staging, folder, snapshot, ranks.size)
     return folder
@@ -179,8 +180,10 @@ class CheckpointReader:
         return tensor
 
 
-def open_checkpoint(path: Path) -> CheckpointReader:
+def open_checkpoint(path: Path, *, notice: Callable[[str], None]) -> CheckpointReader:
     """The checkpoint at `path`, or the newest one that is whole if `path` is a run folder.
+
+    `notice` is told of every checkpoint of the run that is passed over.
 
     Raises:
         CheckpointError: there is none, or the named one is damaged.
@@ -191,7 +194,7 @@ def open_checkpoint(path: Path) -> CheckpointReader:
         if damage:
             raise CheckpointError(f"{damage}; use another checkpoint")
         return reader
-    found = find_checkpoint(path, ranks=_OneRank(), notice=lambda text: None)
+    found = find_checkpoint(path, ranks=_OneRank(), notice=notice)
     if found is None:
         raise CheckpointError(
             f"{path}: no whole checkpoint found; name a run folder with checkpoints/step-… in it"
@@ -239,6 +242,14 @@ def require_same_model(reader: CheckpointReader, model: MambaConfig) -> None:
             )
 
 
+def set_aside_newer(run_dir: Path, step: int) -> list[str]:
+    """Renames the checkpoints after `step`, which were found damaged; call on one rank only.
+
+    Their steps are trained again, and neither their names nor retention may mistake them for whole.
+    """
+    return [set_aside(run_dir, damaged) for damaged in committed_steps(run_dir) if damaged > step]
+
+
 class _OneRank:
     rank = 0
     size = 1
@@ -248,22 +259,21 @@ class _OneRank:
 
 
 @contextmanager
-def _agreed(
-    ranks: Ranks, staging: Path, earlier: list[OSError] | None = None
-) -> Iterator[list[OSError]]:
+def _agreed(ranks: Ranks, staging: Path) -> Iterator[None]:
     """Runs a stage of a save; if it fails on any rank, all raise and none waits for ever."""
-    failures = earlier if earlier is not None else []
+    failure: Exception | None = None
     try:
-        yield failures
-    except OSError as error:
-        failures.append(error)
-    if ranks.any_rank(bool(failures)):
+        yield
+    except Exception as error:
+        # Whatever it was: a rank that left here alone would leave the others in the collective.
+        failure = error
+    if ranks.any_rank(failure is not None):
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        reason = str(failures[0]) if failures else "another rank could not write"
+        reason = failure or "another rank could not write"
         raise CheckpointError(
             f"{staging}: checkpoint not written ({reason}); the ones before are untouched"
-        )
+        ) from failure
 
 
 def _write_rank(staging: Path, rank: int, fragments: Iterable[Fragment]) -> None:
@@ -314,6 +324,7 @@ def _commit(staging: Path, folder: Path, snapshot: Snapshot, world_size: int) ->
         engine=snapshot.engine,
         versions=snapshot.versions,
         config=snapshot.config,
+        tokenizer=snapshot.tokenizer,
         shapes=shapes,
         files=[record.file for record in records],
         fragments=[fragment for record in records for fragment in record.fragments],

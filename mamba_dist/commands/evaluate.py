@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         run_dir = Path(arguments.run)
-        reader = open_checkpoint(run_dir)
+        reader = open_checkpoint(run_dir, notice=lambda text: print(text, file=sys.stderr))
+        if arguments.baselines and run_dir == reader.folder:
+            raise CheckpointError(
+                f"{run_dir}: is one checkpoint; --baselines writes summary.json into a run folder, "
+                "name that"
+            )
         dataset = open_matching_dataset(reader.config)
         _require_trained_on(dataset, reader)
         batches = _validation(reader.config, dataset, max_sequences=arguments.max_sequences)
@@ -91,9 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         help="also fit unigram and bigram baselines, and write summary.json into the run folder",
     )
     parser.add_argument(
-        "--max-sequences", type=int, default=256, help="validation sequences; default 256"
+        "--max-sequences", type=_positive, default=256, help="validation sequences; default 256"
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
 
 
 def _require_trained_on(dataset: TokenDataset, reader: CheckpointReader) -> None:
@@ -155,7 +168,7 @@ def _summary(
     val_pairs = [(b.input_ids.numpy(), b.labels.numpy()) for b in batches]
 
     def counts(windows: Iterable[int]) -> NgramCounts:
-        pairs = _pairs(dataset, list(windows), length=length)
+        pairs = _pairs(dataset, iter(windows), length=length)
         return count_ngrams(pairs, vocab_size=vocab_size)
 
     fitted = baseline_losses(counts(trained), val_pairs)
@@ -174,7 +187,7 @@ def _summary(
 
 
 def _trained_windows(reader: CheckpointReader, dataset: TokenDataset) -> Iterator[int]:
-    """The window of every sample that the run has trained on, repetitions included."""
+    """The window of every sample that the run has read, those of skipped steps included."""
     samples = reader.manifest.progress.global_batch_size
     loader = TrainLoader(
         dataset,
@@ -186,11 +199,11 @@ def _trained_windows(reader: CheckpointReader, dataset: TokenDataset) -> Iterato
     return (window for step in range(reader.step) for window in loader.sample_ids(step))
 
 
-def _pairs(dataset: TokenDataset, windows: Sequence[int], *, length: int) -> Pairs:
-    for first in range(0, len(windows), _ROWS_PER_READ):
+def _pairs(dataset: TokenDataset, windows: Iterator[int], *, length: int) -> Pairs:
+    while some := list(islice(windows, _ROWS_PER_READ)):
         rows = pack(
             dataset.train,
-            windows[first : first + _ROWS_PER_READ],
+            some,
             length=length,
             pad_token_id=IGNORED_LABEL,
         )

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from mamba_dist.checkpoint.store import open_checkpoint
-from mamba_dist.config.schema import MambaConfig
-from mamba_dist.data.tokenization import Tokenizer, load_tokenizer
+from mamba_dist.config.schema import MambaConfig, RunConfig
+from mamba_dist.data.tokenization import Tokenizer, dataset_file_name, load_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
 from mamba_dist.inference.generate import GenerationSettings, generate, stream
 from mamba_dist.inference.sampling import SamplingSettings
@@ -79,17 +79,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(checkpoint: Path, tokenizer: str | None) -> _Trained:
-    reader = open_checkpoint(checkpoint)
-    config = reader.config
-    loaded = load_tokenizer(Path(tokenizer or config.data.tokenizer_path))
-    if loaded.vocab_size > config.model.vocab_size:
+    reader = open_checkpoint(checkpoint, notice=_notice)
+    config, trained_with = reader.config, reader.manifest.tokenizer
+    path = Path(tokenizer) if tokenizer else _tokenizer_of(config)
+    loaded = load_tokenizer(path, eos_token=trained_with.eos_token)
+    if loaded.identity.sha256 != trained_with.sha256:
         raise DataError(
-            f"the tokenizer has {loaded.vocab_size} ids, the model {config.model.vocab_size}; give "
-            "the tokenizer that the model was trained with by --tokenizer"
+            f"tokenizer {path} has sha256 {loaded.identity.sha256[:12]}, the model was trained "
+            f"with {trained_with.sha256[:12]}; give that one by --tokenizer"
         )
     model = _build(config.model)
     load_parameters(model, reader.read_parameters())
     return _Trained(model, loaded, reader.step)
+
+
+def _tokenizer_of(config: RunConfig) -> Path:
+    """The configured tokenizer, or the copy that the data set keeps if that is gone."""
+    configured = Path(config.data.tokenizer_path)
+    copy = Path(config.data.dataset_path) / dataset_file_name(configured)
+    return copy if copy.is_file() and not configured.is_file() else configured
+
+
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _build(config: MambaConfig) -> MambaLM:

@@ -230,8 +230,8 @@ def _print_result(request: BuildRequest, result: BuildResult, console: _Console)
     vocabulary = manifest.tokenizer
     print(
         f"tokenizer  {request.output / vocabulary.file}: {vocabulary.vocab_size:,} ids, documents "
-        f"end with {vocabulary.eos_token} (id {vocabulary.eos_id}); model.vocab_size must be at least "
-        f"that"
+        f"end with {vocabulary.eos_token} (id {vocabulary.eos_id}); model.vocab_size must be "
+        "at least that"
     )
 
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
             return 0
         return run_training(loaded.config)
     except MambaDistError as error:
-        if not first_rank:
+        if not first_rank and not error.of_one_rank:
             # The launcher ends all ranks once one has failed; if the first rank has nothing to say
             # within this time, the error is this rank's own.
             time.sleep(_LET_FIRST_RANK_SPEAK_S)

@@ -111,6 +111,16 @@ def build_dataset(request: BuildRequest, listener: BuildListener) -> BuildResult
         DataError: see the messages; until the last moment the folder holds no manifest, or the
         older one.
     """
+    try:
+        return _build(request, listener)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or request.output}: {error.strerror or error}; mend that and run the "
+            "same command again to continue"
+        ) from error
+
+
+def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
     plan = _plan(request)
     request.output.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(request.output):
@@ -289,11 +299,11 @@ def _write_lists(folder: Path, records: list[PartRecord]) -> tuple[str, list[Bad
                 "documents": file.documents,
                 "first_doc_id": first,
             }
-            lines.append(json.dumps(line, ensure_ascii=False))
+            lines.append(json.dumps(line))
             first += file.documents
     write_durably(folder / INPUTS_NAME, "".join(line + "\n" for line in lines).encode())
     bad = [document for record in records for document in record.bad]
-    listed = [json.dumps(vars(document), ensure_ascii=False) + "\n" for document in bad]
+    listed = [json.dumps(vars(document)) + "\n" for document in bad]
     write_durably(folder / BAD_DOCUMENTS_NAME, "".join(listed).encode())
     return hash_file(folder / INPUTS_NAME).sha256, bad
 

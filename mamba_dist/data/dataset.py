@@ -60,8 +60,8 @@ class TokenStream:
             batch = int(np.searchsorted(self._begins, at, side="right")) - 1
             raise DataError(
                 f"shard {self._batches[batch][0].path} holds id {int(ids.max())}, outside the "
-                f"vocabulary of {self._vocab_size}: the file is damaged; restore it or tokenize again with "
-                f"--overwrite"
+                f"vocabulary of {self._vocab_size}: the file is damaged; restore it or tokenize "
+                "again with --overwrite"
             )
 
 

@@ -148,7 +148,8 @@ def _json_lines(
             record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             yield BadDocument(file.name, number, "not UTF-8", error.reason)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
+            # A ValueError that is no JSONDecodeError: a number of more digits than Python converts.
             yield BadDocument(file.name, number, "broken JSON", str(error))
         else:
             yield _field(file, record, text_field, line=number)

@@ -18,7 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from mamba_dist.errors import EngineError
+from mamba_dist.errors import EngineError, MambaDistError
 
 _SHM_OP = "deepspeed_shm_comm"
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
@@ -50,9 +50,20 @@ class World:
             dist.all_reduce(total)
         return [float(v) for v in total.tolist()]
 
-    def sum_tokens(self, tokens: int) -> int:
-        """Tokens over all ranks."""
-        return int(self.sum_over_ranks([tokens])[0])
+    def sum_tokens_or_raise(self, tokens: int, fault: MambaDistError | None) -> int:
+        """Tokens over all ranks, if none of them has a fault.
+
+        Raises:
+            MambaDistError: this rank's fault, or on the other ranks that some rank has one; so
+                nobody waits in a collective for a rank that has left.
+        """
+        total, faults = self.sum_over_ranks([tokens, float(fault is not None)])
+        if fault is not None:
+            fault.of_one_rank = True
+            raise fault
+        if faults:
+            raise EngineError("another rank could not go on; its own message says why")
+        return int(total)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank; the same answer on every rank."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
 from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
@@ -49,6 +49,7 @@ class Run:
     world: World
     engine: Engine
     engine_name: str
+    tokenizer: TokenizerRecord
     versions: dict[str, str]
     start: Progress
     total_steps: int
@@ -83,6 +84,10 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         world=world,
         engine=engine,
         engine_name=f"zero-{config.engine.zero_stage}",
+        tokenizer=TokenizerRecord(
+            sha256=dataset.manifest.tokenizer.sha256,
+            eos_token=dataset.manifest.tokenizer.eos_token,
+        ),
         versions=_versions(),
         start=start,
         total_steps=steps,
@@ -118,6 +123,11 @@ def open_matching_dataset(config: RunConfig) -> TokenDataset:
     tokenizer = Path(config.data.tokenizer_path)
     if tokenizer.exists():
         check_tokenizer(dataset.manifest, tokenizer)
+    else:
+        _log.warning(
+            "data.tokenizer_path %s does not exist; generation will use the data set's own copy",
+            tokenizer,
+        )
     return dataset
 
 
@@ -138,7 +148,7 @@ def planned_steps(config: RunConfig, *, plan: BatchPlan, dataset: TokenDataset) 
 def _build_engine(
     config: RunConfig, *, plan: BatchPlan, world: World
 ) -> tuple[Engine, list[ParamClass]]:
-    training, optimizer = config.training, config.training
+    training = config.training
     settings = zero.zero_settings(
         config.engine,
         precision=training.precision,
@@ -160,7 +170,7 @@ def _build_engine(
             ParameterGroup(tuple(c.name for c in classes if not c.decay), 0.0),
         ],
         optimizer=OptimizerSettings(
-            beta1=optimizer.adam_beta1, beta2=optimizer.adam_beta2, eps=optimizer.adam_eps
+            beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
         ),
         settings=settings,
         world=world,

@@ -9,6 +9,7 @@ from mamba_dist.data.batch import IGNORED_LABEL, Batch
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
 from mamba_dist.telemetry.metrics import ValidationRecord
+from mamba_dist.train.stop import StopRequest
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -22,13 +23,18 @@ def label_count(batch: Batch) -> int:
 
 
 def evaluate(
-    engine: Engine, batches: Iterable[Batch], *, world: World, step: int
-) -> ValidationRecord:
-    """The loss after `step` optimizer steps; every rank must pass equally many batches."""
+    engine: Engine, batches: Iterable[Batch], *, world: World, stop: StopRequest, step: int
+) -> ValidationRecord | None:
+    """The loss after `step` optimizer steps; every rank must pass equally many batches.
+
+    None if some rank was told to stop meanwhile: a launcher that waits for the end kills soon.
+    """
     started_at = time.perf_counter()
     loss_sum = 0.0
     tokens = 0
     for batch in batches:
+        if world.any_rank(stop.reason is not None):
+            return None
         loss_sum += float(engine.evaluate(model_inputs(batch)))
         tokens += label_count(batch)
     total_loss, total_tokens = world.sum_over_ranks([loss_sum, tokens])

@@ -1,11 +1,12 @@
 """The training loop."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 from mamba_dist.checkpoint.manifest import Progress
 from mamba_dist.checkpoint.store import Snapshot, apply_retention, save_checkpoint
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, TrainingError
 from mamba_dist.train.build import Run
 from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
 from mamba_dist.train.schedule import learning_rate
@@ -26,7 +27,7 @@ def train(run: Run) -> Outcome:
     """Trains until the last step, or until some rank is told to stop.
 
     Raises:
-        TrainingError: too many steps in a row were skipped.
+        TrainingError: too many steps in a row were skipped, or the final loss is not finite.
         DataError: the loader failed.
         CheckpointError: the last checkpoint of this start could not be written.
     """
@@ -34,10 +35,11 @@ def train(run: Run) -> Outcome:
     progress = run.start
     while progress.step < run.total_steps:
         lr = learning_rate(config.training, step=progress.step, total_steps=run.total_steps)
-        batches = meter.next_batches(run.steps)
+        batches, fault = meter.next_batches(run.steps)
         # The loss is a sum over labels divided once by their number in the whole step, so that
         # neither padding, accumulation nor the number of ranks changes the weight of a token.
-        tokens = world.sum_tokens(sum(label_count(batch) for batch in batches))
+        labels = sum(label_count(batch) for batch in batches)
+        tokens = world.sum_tokens_or_raise(labels, fault)
         losses = [
             engine.forward_backward(
                 model_inputs(batch), step_tokens=max(tokens, 1), last=batch is batches[-1]
@@ -65,8 +67,7 @@ def train(run: Run) -> Outcome:
         if last or stopping:
             meter.flush(progress, lr=lr, grad_norm=stats.grad_norm)
         if last or (not stopping and _due(config.training.eval_steps, progress.step)):
-            record = evaluate(engine, run.validation, world=world, step=progress.step)
-            run.metrics.write(record)
+            _validate(run, progress, last=last)
         if last or stopping or _due(config.checkpoint.save_steps, progress.step):
             _save(run, progress, must_succeed=last or stopping)
         if stopping:
@@ -78,6 +79,20 @@ def _due(every_steps: int | None, step: int) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
+def _validate(run: Run, progress: Progress, *, last: bool) -> None:
+    record = evaluate(
+        run.engine, run.validation, world=run.world, stop=run.stop, step=progress.step
+    )
+    if record is None:
+        return
+    run.metrics.write(record)
+    if last and not math.isfinite(record.val_loss):
+        raise TrainingError(
+            f"the run ends at step {progress.step} with a validation loss of {record.val_loss}; "
+            "its weights are broken: resume from an older checkpoint"
+        )
+
+
 def _save(run: Run, progress: Progress, *, must_succeed: bool) -> None:
     run_dir, policy = run_folder(run.config), run.config.checkpoint
     snapshot = Snapshot(
@@ -85,6 +100,7 @@ def _save(run: Run, progress: Progress, *, must_succeed: bool) -> None:
         adam_steps=run.engine.adam_steps,
         fragments=run.engine.fragments(),
         config=run.config,
+        tokenizer=run.tokenizer,
         engine=run.engine_name,
         versions=run.versions,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from mamba_dist.checkpoint.manifest import Progress
 from mamba_dist.data.batch import Batch
 from mamba_dist.engine.base import StepStats
+from mamba_dist.errors import DataError
 from mamba_dist.telemetry.metrics import Metrics, TrainRecord
 from mamba_dist.telemetry.timers import Stopwatch, peak_memory_gib
 
@@ -31,11 +32,14 @@ class Meter:
         self._step_started_at = time.perf_counter()
         self._clear()
 
-    def next_batches(self, steps: Iterator[list[Batch]]) -> list[Batch]:
-        """The loader's next optimizer step; the wait for it is measured."""
+    def next_batches(self, steps: Iterator[list[Batch]]) -> tuple[list[Batch], DataError | None]:
+        """The loader's next optimizer step, or why there is none; the wait for it is measured."""
         self._step_started_at = time.perf_counter()
         with self._data_wait.running():
-            return next(steps)
+            try:
+                return next(steps), None
+            except DataError as error:
+                return [], error
 
     def observe(
         self, progress: Progress, *, loss_sum: float, tokens: int, lr: float, stats: StepStats

@@ -30,6 +30,12 @@ def run_training(config: RunConfig) -> int:
         setup_logging(rank=world.rank, world_size=world.size)
         with prepare_run_folder(config, world=world):
             run = build_run(config, world=world, stop=stop)
+            if run.start.step >= run.total_steps:
+                _log.warning(
+                    "nothing to train: the run is at step %d, and is %d steps long",
+                    run.start.step,
+                    run.total_steps,
+                )
             try:
                 outcome = train(run)
             finally:

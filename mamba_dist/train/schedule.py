@@ -26,7 +26,11 @@ def learning_rate(config: TrainingConfig, *, step: int, total_steps: int) -> flo
         case "cosine":
             share = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         case "wsd":
-            decay_steps = max(1, round(config.decay_share * total_steps))
+            # The decay never reaches back into the warm-up.
+            decay_steps = min(
+                max(1, round(config.decay_share * total_steps)),
+                max(1, total_steps - config.warmup_steps),
+            )
             left = (total_steps - 1 - step) / decay_steps
             share = floor + (1 - floor) * min(1.0, left)
     return config.learning_rate * share

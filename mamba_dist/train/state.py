@@ -10,7 +10,12 @@ from pathlib import Path
 
 from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.store import CheckpointReader, find_checkpoint, require_same_model
+from mamba_dist.checkpoint.store import (
+    CheckpointReader,
+    find_checkpoint,
+    require_same_model,
+    set_aside_newer,
+)
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
@@ -66,6 +71,12 @@ def resume(config: RunConfig, *, engine: Engine, world: World, fresh: Progress) 
             )
         return fresh
     _require_same_run(reader, config, fresh)
+    if world.rank == 0:
+        for name in set_aside_newer(run_dir, reader.step):
+            _log.warning("damaged checkpoint set aside as %s", name)
+    world.barrier()
+    for line in _changes(reader.config, config):
+        _log.warning("changed since step %d: %s", reader.step, line)
     engine.load_fragments(reader, adam_steps=reader.manifest.adam_steps)
     _log.info("resumed after step %d from %s", reader.step, reader.folder)
     return reader.manifest.progress
@@ -104,6 +115,19 @@ def run_folder(config: RunConfig) -> Path:
     if config.training.run_dir is None:
         raise ValueError("training.run_dir is filled in when a config is loaded from a file")
     return Path(config.training.run_dir)
+
+
+def _changes(saved: RunConfig, now: RunConfig) -> list[str]:
+    """What the run goes on with that it did not have before."""
+    lines = []
+    for section in ("training", "data", "engine"):
+        old, new = getattr(saved, section).model_dump(), getattr(now, section).model_dump()
+        lines += [
+            f"{section}.{field} was {old[field]!r}, is {new[field]!r}"
+            for field in new
+            if new[field] != old[field]
+        ]
+    return lines
 
 
 def _require_same_run(reader: CheckpointReader, config: RunConfig, fresh: Progress) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from mamba_dist.checkpoint import store
 from mamba_dist.checkpoint.layout import (
@@ -16,7 +17,7 @@ from mamba_dist.checkpoint.layout import (
     staging_folder,
     steps_to_remove,
 )
-from mamba_dist.checkpoint.manifest import FragmentRecord, Progress
+from mamba_dist.checkpoint.manifest import FragmentRecord, Progress, TokenizerRecord
 from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
 from mamba_dist.checkpoint.store import (
     Snapshot,
@@ -25,6 +26,7 @@ from mamba_dist.checkpoint.store import (
     open_checkpoint,
     require_same_model,
     save_checkpoint,
+    set_aside_newer,
 )
 from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
 from mamba_dist.engine.base import STATE_KINDS, Fragment, flat_share
@@ -87,6 +89,7 @@ def snapshot(step: int, **kwargs) -> Snapshot:
         adam_steps=step - 1,
         fragments=fragments_of(step, **kwargs),
         config=run_config(),
+        tokenizer=TokenizerRecord(sha256="0", eos_token="e"),
         engine="test",
         versions={"torch": torch.__version__},
     )
@@ -210,22 +213,22 @@ def test_if_every_checkpoint_is_damaged_the_run_does_not_start_afresh(tmp_path: 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path, notice=print)
 
 
 def test_one_checkpoint_folder_can_be_opened_by_name(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
-    assert open_checkpoint(tmp_path).step == 2
-    assert open_checkpoint(checkpoint_folder(tmp_path, 1)).step == 1
+    assert open_checkpoint(tmp_path, notice=print).step == 2
+    assert open_checkpoint(checkpoint_folder(tmp_path, 1), notice=print).step == 1
     victim = checkpoint_folder(tmp_path, 1) / "rank-00000.safetensors"
     os.truncate(victim, 10)
     with pytest.raises(CheckpointError, match=r"rank-00000.*10 bytes"):
-        open_checkpoint(checkpoint_folder(tmp_path, 1))
+        open_checkpoint(checkpoint_folder(tmp_path, 1), notice=print)
 
 
 def test_another_models_checkpoint_is_refused_by_the_field(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    reader = open_checkpoint(tmp_path)
+    reader = open_checkpoint(tmp_path, notice=print)
     require_same_model(reader, run_config().model)
     with pytest.raises(CheckpointError, match=r"model\.expand = 2.*3"):
         require_same_model(reader, run_config(expand=3).model)
@@ -248,9 +251,47 @@ def test_a_full_disk_raises_and_leaves_the_checkpoints_before_untouched(
         save(tmp_path, 2)
     monkeypatch.undo()
     assert not staging_folder(tmp_path, 2).exists()
-    assert open_checkpoint(tmp_path).step == 1
+    assert open_checkpoint(tmp_path, notice=print).step == 1
     save(tmp_path, 2)
-    assert open_checkpoint(tmp_path).step == 2
+    assert open_checkpoint(tmp_path, notice=print).step == 2
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left"), OSError("gone")])
+def test_a_failure_on_one_rank_fails_the_save_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class Second(RankOf):
+        def __init__(self) -> None:
+            super().__init__(rank=1, size=2)
+            self.votes: list[bool] = []
+
+        def any_rank(self, flag: bool) -> bool:
+            self.votes.append(flag)
+            return flag
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "save_file", fail)
+    staging_folder(tmp_path, 1).mkdir(parents=True)
+    ranks = Second()
+    with pytest.raises(CheckpointError, match="not written"):
+        save_checkpoint(tmp_path, snapshot(1), ranks=ranks)
+    assert ranks.votes == [False, True]
+
+
+def test_damaged_checkpoints_are_set_aside_and_their_step_can_be_saved_again(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, 1, 2)
+    os.truncate(checkpoint_folder(tmp_path, 2) / "rank-00000.safetensors", 10)
+    reader = newest(tmp_path)
+    assert reader is not None
+    assert set_aside_newer(tmp_path, reader.step) == ["step-00000002.damaged"]
+    assert committed_steps(tmp_path) == [1]
+    save(tmp_path, 2)
+    assert apply_retention(tmp_path, keep_last=1, keep_every=None) == [1]
+    assert open_checkpoint(tmp_path, notice=print).step == 2
 
 
 def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:

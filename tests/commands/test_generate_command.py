@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
 from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
 from mamba_dist.commands import generate as command
 from mamba_dist.commands.generate import main
@@ -48,7 +48,12 @@ def write_checkpoint(run_dir: Path, tokenizer: Path, *, vocab_size: int) -> Path
     progress = Progress(
         step=7, next_sample=224, trained_tokens=100, global_batch_size=32, data_fingerprint="none"
     )
-    snapshot = Snapshot(progress, 7, fragments, config, "zero", {"torch": torch.__version__})
+    made_with = TokenizerRecord(
+        sha256=load_tokenizer(tokenizer).identity.sha256, eos_token="<|endoftext|>"
+    )
+    snapshot = Snapshot(
+        progress, 7, fragments, config, made_with, "zero", {"torch": torch.__version__}
+    )
     return save_checkpoint(run_dir, snapshot, ranks=OneRank())
 
 
@@ -183,12 +188,13 @@ def test_a_missing_tokenizer_is_named(run_dir: Path, capsys: pytest.CaptureFixtu
     assert "tokenizer elsewhere/tokenizer.json does not exist" in error
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
-    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_another_tokenizer_than_the_one_trained_with_is_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_checkpoint(tmp_path, tokenizer, vocab_size=100)
-    error = failed(capsys, tmp_path, "--prompt", "x")
-    assert "ids, the model 100" in error
+    other = tmp_path / "other.json"
+    other.write_text(train_bpe(CORPUS, vocab_size=290), encoding="utf-8")
+    error = failed(capsys, run_dir, "--prompt", "x", "--tokenizer", other)
+    assert "the model was trained with" in error
 
 
 def test_an_empty_prompt_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

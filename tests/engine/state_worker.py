@@ -12,7 +12,7 @@ from pathlib import Path
 import tiny_lm as tiny
 import torch
 
-from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
 from mamba_dist.checkpoint.store import Snapshot, find_checkpoint, save_checkpoint
 from mamba_dist.config.schema import RunConfig, TrainingConfig
 from mamba_dist.engine.base import STATE_KINDS
@@ -41,6 +41,7 @@ def save(engine, folder: Path, world: World) -> None:
         config=RunConfig(
             training=TrainingConfig(max_steps=4, warmup_steps=1, global_batch_size=32)
         ),
+        tokenizer=TokenizerRecord(sha256="0", eos_token="e"),
         engine="zero",
         versions={},
     )

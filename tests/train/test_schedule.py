@@ -79,7 +79,7 @@ def test_wsd_is_flat_and_decays_in_the_last_share_of_the_run_only() -> None:
 def test_wsd_that_decays_all_along_still_warms_up_first() -> None:
     found = rates("wsd", decay_share=1.0, min_lr_ratio=0.0)
     assert found[0] == pytest.approx(PEAK / WARMUP)
-    assert found[WARMUP] == pytest.approx(PEAK * (TOTAL - 1 - WARMUP) / TOTAL)
+    assert found[WARMUP] == pytest.approx(PEAK * (TOTAL - 1 - WARMUP) / (TOTAL - WARMUP))
 
 
 def test_a_run_of_one_step_after_warm_up_is_finite() -> None:
