@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
+from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.batch import BatchPlan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.config.text import write_text
@@ -97,16 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         help="also fit unigram and bigram baselines, and write summary.json into the run folder",
     )
     parser.add_argument(
-        "--max-sequences", type=_positive, default=256, help="validation sequences; default 256"
+        "--max-sequences", type=positive_int, default=256, help="validation sequences; default 256"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _require_trained_on(dataset: TokenDataset, reader: CheckpointReader) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import DataConfig, RunConfig
 from mamba_dist.data.build import (
@@ -249,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--train-bpe",
-        type=_positive,
+        type=positive_int,
         metavar="VOCAB_SIZE",
         help="train a byte-level BPE tokenizer on the corpus",
     )
@@ -259,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive_int,
         default=_processors(),
         help="processes; default: all processors",
     )
@@ -294,13 +295,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _processors() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _not_negative(text: str) -> int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.load import LoadedConfig, load_config
 from mamba_dist.errors import MambaDistError
 
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the resolved plan and train nothing"
     )
     parser.add_argument(
-        "--ranks", type=_positive, default=1, help="number of ranks that --dry-run plans for"
+        "--ranks", type=positive_int, default=1, help="number of ranks that --dry-run plans for"
     )
     parser.add_argument(
         "--version", action="version", version=f"mamba-dist {version('mamba-dist')}"
@@ -70,13 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     # The DeepSpeed launcher passes it before the user's arguments; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
 
 
 def _print_account(loaded: LoadedConfig) -> None:

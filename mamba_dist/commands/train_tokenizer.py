@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mamba_dist.commands.arguments import positive_int
 from mamba_dist.data.build import sample_texts
 from mamba_dist.data.sources import DiscoveryOptions, discover
 from mamba_dist.data.tokenization import (
@@ -81,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, help="file to write, such as tokenizer.json")
     parser.add_argument(
-        "--sample-mb", type=_positive, default=200, help="train on about so much text; default 200"
+        "--sample-mb",
+        type=positive_int,
+        default=200,
+        help="megabytes of text to train on; default 200",
     )
     parser.add_argument(
         "--special-tokens",
@@ -101,10 +105,3 @@ def _parser() -> argparse.ArgumentParser:
         "--text-field", default="text", help="field or column that holds the text; default text"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value

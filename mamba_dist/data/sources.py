@@ -177,13 +177,22 @@ def _walk(
         inner = f"{below}/{entry.name}" if below else entry.name
         if entry.name.startswith(".") or _is_excluded(entry.name, inner, exclude):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             folder_id = _file_id(entry.stat())
             if folder_id not in closed:
                 closed.add(folder_id)
                 yield from _walk(entry.path, inner, exclude=exclude, closed=closed)
         elif entry.is_file() and _file_id(entry.stat()) not in closed:
             yield entry.path, inner
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        raise DataError(
+            f"cannot follow {entry.path}: {error.strerror}; mend the link or --exclude it"
+        ) from error
 
 
 def _is_excluded(name: str, below: str, patterns: tuple[str, ...]) -> bool:

@@ -1,6 +1,7 @@
 """Whole runs on two gloo ranks: same run by every launcher, bit-exact after a kill, clean stops."""
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import launching
 import pytest
 from launching import begin, finish, ranks_of, wait_until, write_config
+from processes import run_script
 
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.checkpoint.manifest import read_manifest
@@ -159,3 +161,68 @@ def test_the_run_folder_holds_what_the_readme_draws(tiny_data: Path, tmp_path: P
     assert {"torch", "deepspeed"} <= json.loads((run_dir / "environment.json").read_text()).keys()
     validations = [r for r in read_metrics(run_dir) if "val_loss" in r]
     assert [r["step"] for r in validations] == [5, 10]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_trained_again(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_data, checkpoint={"keep_last": 1})
+    run_dir = tmp_path / "run"
+    require_success(finish(launching.python_command(config, "checkpoint.keep_last=3")))
+    wanted = state_hashes(run_dir, 10)
+    victim = checkpoint_folder(run_dir, 10) / "rank-00000.safetensors"
+    os.truncate(victim, victim.stat().st_size - 1)
+    result = finish(launching.python_command(config))
+    require_success(result)
+    assert f"passing over step 10: {victim}" in result.stderr
+    assert "resumed after step 5" in result.stderr
+    assert state_hashes(run_dir, 10) == wanted
+    assert committed_steps(run_dir) == [10]
+    assert (run_dir / "checkpoints/step-00000010.damaged").is_dir()
+
+
+def loaders_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(c) for c in children if b"multiprocessing" in Path(f"/proc/{c}/cmdline").read_bytes()
+    ]
+
+
+def test_a_loader_that_dies_on_one_rank_ends_the_run_with_its_reason(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path / "long",
+        tiny_data,
+        training={"max_steps": 100_000, "eval_steps": None},
+        data={"num_workers": 1},
+    )
+    process = begin(launching.deepspeed_command(config), tmp_path / "log")
+    wait_for_steps(tmp_path / "long/run")
+    victims = [loader for rank in ranks_of(config) for loader in loaders_of(rank)]
+    assert len(victims) == 2
+    os.kill(victims[-1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert "a loader process died" in (tmp_path / "log").read_text()
+    wait_until(lambda: not ranks_of(config), timeout_s=20, what="the end of all ranks")
+
+
+def test_evaluation_writes_the_summary_beside_the_baselines(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    run_dir = tmp_path / "run"
+    require_success(finish(launching.python_command(config)))
+    evaluate = ("tools/evaluate.py", run_dir, "--baselines", "--max-sequences", "4")
+    require_success(run_script(*evaluate, cwd=tmp_path))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    last = [r for r in read_metrics(run_dir) if "val_loss" in r][-1]
+    assert summary["val_loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+    assert summary["tokens"] == [r for r in read_metrics(run_dir) if "loss" in r][-1]["tokens"]
+    # Ten steps of eight windows; text of ten words is easier for a bigram than for a unigram.
+    assert 0 < summary["bigram_full_loss"] <= summary["bigram_loss"] < summary["unigram_loss"]
+    assert summary["seconds"] > 0
+    one = run_script(evaluate[0], checkpoint_folder(run_dir, 10), "--baselines", cwd=tmp_path)
+    assert one.returncode == 2
+    assert "is one checkpoint" in one.stderr
+    assert not (checkpoint_folder(run_dir, 10) / "summary.json").exists()
