@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,6 +194,8 @@ def main() -> None:
         report_stage(stage, world)
     print(json.dumps({"check": "/dev/shm", "found": sorted(shared_memory() - before)}))
     stop_world()
+    sys.stdout.flush()
+    os._exit(0)  # as launch/train.py does, and for the same reason
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Prints one JSON line per case from rank 0.
 """
 
 import json
+import os
 import sys
 
 import tiny_lm as tiny
@@ -150,6 +151,8 @@ def main() -> None:
             for result in results:
                 print(json.dumps(result), flush=True)
     stop_world()
+    sys.stdout.flush()
+    os._exit(0)  # as launch/train.py does, and for the same reason
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ FOLDER/stage-N. `state_worker.py read FOLDER`: loads those on another number of 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def main() -> None:
         for result in results:
             print(json.dumps(result), flush=True)
     stop_world()
+    sys.stdout.flush()
+    os._exit(0)  # as launch/train.py does, and for the same reason
 
 
 if __name__ == "__main__":

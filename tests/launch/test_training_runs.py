@@ -183,9 +183,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_trained_again(
 
 def loaders_of(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(c) for c in children if b"multiprocessing" in Path(f"/proc/{c}/cmdline").read_bytes()
-    ]
+    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 def test_a_loader_that_dies_on_one_rank_ends_the_run_with_its_reason(

@@ -6,6 +6,7 @@ was seen and leaves the weights before and after the step in FOLDER/NAME.pt.
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, replace
 from itertools import chain
@@ -115,6 +116,8 @@ def main() -> None:
     runs = [observe(folder, name, world) for name in sys.argv[2:]]
     assert len(runs) == len(sys.argv[2:])
     stop_world()
+    sys.stdout.flush()
+    os._exit(0)  # as launch/train.py does, and for the same reason
 
 
 if __name__ == "__main__":
