@@ -6,8 +6,8 @@ step is dropped on all ranks. Precision is `torch_autocast` with an empty list o
 modules: all parameters are stored, reduced and gathered in float32 (`bf16.enabled` would round
 A_log, D and dt_bias).
 
-Private parts of DeepSpeed are touched in this file only, but for one switch in world.py; tests/engine/test_deepspeed_canary.py
-watches them.
+Private parts of DeepSpeed are touched in this file only, but for one switch in world.py;
+tests/engine/test_deepspeed_canary.py watches them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
