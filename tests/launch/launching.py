@@ -13,6 +13,7 @@ import yaml
 from processes import ROOT, clean_environment, free_port
 
 BIN = Path(sys.executable).parent
+_BEGUN: list[tuple[subprocess.Popen[bytes], Path]] = []
 TRAIN = str(ROOT / "launch" / "train.py")
 
 
@@ -75,13 +76,25 @@ def finish(command: Sequence[str], *, timeout_s: float = 150) -> subprocess.Comp
 def begin(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """Starts a launch in a session of its own, its output in a file."""
     with log.open("wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=clean_environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    _BEGUN.append((process, Path(command[command.index("--config") + 1])))
+    return process
+
+
+def end_all() -> None:
+    """Ends what `begin` started and a failed test left running."""
+    while _BEGUN:
+        process, config = _BEGUN.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        kill_all(config)
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
