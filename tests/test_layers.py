@@ -31,6 +31,7 @@ OWNERS = {
     "sentencepiece": {"data"},
     "zstandard": {"data"},
     "xxhash": {"data"},
+    "platformdirs": {"ops"},
     "triton": {"ops"},
     "mamba_ssm": {"ops"},
     "causal_conv1d": {"ops"},

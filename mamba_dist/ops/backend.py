@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeVar, get_args
 
 from mamba_dist.errors import BackendError
 
-Backend = Literal["reference", "torch"]
+Backend = Literal["reference", "torch", "cpu"]
 
 _Implementation = TypeVar("_Implementation")
 _logger = logging.getLogger(__name__)
@@ -25,9 +25,10 @@ _AVAILABLE: Final = MappingProxyType[Backend, _BackendRecord](
     {
         "reference": _BackendRecord("loop over time steps, slow, the truth for tests"),
         "torch": _BackendRecord("chunked, plain PyTorch"),
+        "cpu": _BackendRecord("native kernels", frozenset({"cpu"})),
     }
 )
-_PLANNED: Final = ("cpu", "triton", "cuda")
+_PLANNED: Final = ("triton", "cuda")
 # `auto` takes the first one that runs on the device: the fastest comes first.
 _AUTO_ORDER: Final[tuple[Backend, ...]] = ("torch",)
 

@@ -80,12 +80,18 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def assert_agrees(
-    op: Op, arguments: Arguments, dtype: torch.dtype, low_precision: set[str], **options: Any
+    op: Op,
+    arguments: Arguments,
+    dtype: torch.dtype,
+    low_precision: set[str],
+    *,
+    backend: str = "torch",
+    **options: Any,
 ) -> None:
-    """The torch backend in `dtype` equals the float64 reference on the same rounded inputs."""
+    """The backend in `dtype` equals the float64 reference on the same rounded inputs."""
     inputs = leaves(arguments, dtype, low_precision)
     exact = leaves(inputs, torch.float64, low_precision)
-    found = run(op, inputs, backend="torch", **options)
+    found = run(op, inputs, backend=backend, **options)
     truth = run(op, exact, backend="reference", **options)
     for name, value in truth.items():
         error = relative_error(found[name], value)
@@ -107,6 +113,7 @@ def assert_no_leak(
     row: int,
     document: slice,
     value: float | None,
+    backend: str = "torch",
 ) -> None:
     """Replacing one document changes no bit of other documents' outputs and input gradients.
 
@@ -118,8 +125,8 @@ def assert_no_leak(
             changed[name] = changed[name].clone()
             part = changed[name][row, document]
             part[:] = random_tensor(*part.shape, seed=77) if value is None else value
-    before = run(op, leaves(arguments, torch.float32, set()), backend="torch")
-    after = run(op, leaves(changed, torch.float32, set()), backend="torch")
+    before = run(op, leaves(arguments, torch.float32, set()), backend=backend)
+    after = run(op, leaves(changed, torch.float32, set()), backend=backend)
     others = torch.ones(before["y"].shape[:2], dtype=torch.bool)
     others[row, document] = False
     for name in {"y"} | {f"d {name}" for name in per_position if changed.get(name) is not None}:
@@ -135,13 +142,15 @@ def assert_no_leak(
         assert torch.equal(before["d initial_state"][row], after["d initial_state"][row])
 
 
-def assert_checkpointing_changes_no_bit(op: Op, arguments: Arguments, *, reentrant: bool) -> None:
+def assert_checkpointing_changes_no_bit(
+    op: Op, arguments: Arguments, *, reentrant: bool, **options: Any
+) -> None:
     """Recomputing the op under `torch.utils.checkpoint` gives the same outputs and gradients."""
-    plain = run(op, leaves(arguments, torch.float32, set()))
+    plain = run(op, leaves(arguments, torch.float32, set()), **options)
     inputs = leaves(arguments, torch.float32, set())
 
     def recomputed(*values: Any) -> Any:
-        return op(**dict(zip(inputs, values, strict=True)), return_final_state=True)
+        return op(**dict(zip(inputs, values, strict=True)), return_final_state=True, **options)
 
     y, state = checkpoint(recomputed, *inputs.values(), use_reentrant=reentrant)
     # torch.autograd.grad refuses reentrant checkpoints; backward takes both kinds.
@@ -150,14 +159,16 @@ def assert_checkpointing_changes_no_bit(op: Op, arguments: Arguments, *, reentra
     assert_identical(found | {"y": y, "final_state": state}, plain)
 
 
-def assert_autocast_changes_no_bit(op: Op, arguments: Arguments) -> None:
-    plain = run(op, leaves(arguments, torch.float32, set()))
+def assert_autocast_changes_no_bit(op: Op, arguments: Arguments, **options: Any) -> None:
+    plain = run(op, leaves(arguments, torch.float32, set()), **options)
     with torch.autocast("cpu", torch.bfloat16):
-        found = run(op, leaves(arguments, torch.float32, set()))
+        found = run(op, leaves(arguments, torch.float32, set()), **options)
     assert_identical(found, plain)
 
 
-def assert_strides_change_no_bit(op: Op, arguments: Arguments, per_position: set[str]) -> None:
+def assert_strides_change_no_bit(
+    op: Op, arguments: Arguments, per_position: set[str], **options: Any
+) -> None:
     """Slices of wider tensors, as a projection's chunks are, give what contiguous inputs give."""
     inputs = leaves(arguments, torch.float32, set())
     strided = dict(inputs)
@@ -165,19 +176,60 @@ def assert_strides_change_no_bit(op: Op, arguments: Arguments, per_position: set
         wide = torch.cat([inputs[name], inputs[name]], dim=-1).detach()
         strided[name] = wide[..., : inputs[name].shape[-1]].requires_grad_()
         assert not strided[name].is_contiguous()
-    assert_identical(run(op, strided), run(op, inputs))
+    assert_identical(run(op, strided, **options), run(op, inputs, **options))
 
 
-def assert_two_runs_are_identical(op: Op, arguments: Arguments) -> None:
-    first, second = (run(op, leaves(arguments, torch.float32, set())) for _ in range(2))
+def assert_two_runs_are_identical(op: Op, arguments: Arguments, **options: Any) -> None:
+    first, second = (run(op, leaves(arguments, torch.float32, set()), **options) for _ in range(2))
     assert_identical(first, second)
 
 
-def assert_inference_equals_training(op: Op, arguments: Arguments) -> None:
+def assert_threads_change_no_bit(
+    op: Op, arguments: Arguments, dtype: torch.dtype, low_precision: set[str], **options: Any
+) -> None:
+    """One, two and three threads give the same outputs and gradients."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(op, leaves(arguments, dtype, low_precision), **options))
+    finally:
+        torch.set_num_threads(before)
+    assert_identical(results[1], results[0])
+    assert_identical(results[2], results[0])
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Context in which every uninitialised tensor is full of NaN, so that reading one shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def assert_poisoned_memory_changes_no_bit(op: Op, arguments: Arguments, **options: Any) -> None:
+    plain = run(op, leaves(arguments, torch.float32, set()), **options)
+    with poisoned_memory():
+        found = run(op, leaves(arguments, torch.float32, set()), **options)
+    assert_identical(found, plain)
+
+
+def assert_inference_equals_training(op: Op, arguments: Arguments, **options: Any) -> None:
     inputs = leaves(arguments, torch.float32, set())
     with torch.no_grad():
-        inferred = op(**inputs)
-    assert torch.equal(inferred, op(**inputs))
+        inferred = op(**inputs, **options)
+    assert torch.equal(inferred, op(**inputs, **options))
 
 
 def assert_finite_differences(op: Op, arguments: Arguments, *, fast: bool, **options: Any) -> None:
@@ -215,16 +267,16 @@ def assert_halves_chain(
 
 
 def assert_packed_equals_alone(
-    op: Op, arguments: Arguments, per_position: set[str], lengths: list[int]
+    op: Op, arguments: Arguments, per_position: set[str], lengths: list[int], **options: Any
 ) -> None:
     """One row of documents gives each document's own output; the final state is the last one's."""
     inputs = arguments | {"initial_state": None, "seq_idx": document_ids(lengths)}
-    y, final = op(**inputs, return_final_state=True)
+    y, final = op(**inputs, return_final_state=True, **options)
     start = 0
     for length in lengths:
         part = slice(start, start + length)
         alone = {n: v[:, part] if n in per_position else v for n, v in inputs.items()}
-        y_alone, final_alone = op(**alone | {"seq_idx": None}, return_final_state=True)
+        y_alone, final_alone = op(**alone | {"seq_idx": None}, return_final_state=True, **options)
         assert relative_error(y[:, part], y_alone) < 1e-12
         start += length
     assert relative_error(final, final_alone) < 1e-12

@@ -1,0 +1,1 @@
+"""Compiling and loading the C++ kernels of the `cpu` backend; the kernels lie beside their ops."""
