@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from mamba_dist.ops.causal_conv1d import causal_conv1d
+from mamba_dist.ops.linear import linear
 
 
 class Linear(nn.Linear):
     """nn.Linear in fp32 whose constructor leaves the values unset."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, backend: str) -> None:
         super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
+        self._backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., out_features) in autocast's dtype if it is on, else in the input's."""
+        return linear(input, self.weight, self.bias, backend=self._backend)
 
     def reset_parameters(self) -> None:
         """Leaves the values alone, see the head of this file."""

@@ -9,7 +9,6 @@ B batch, L length, D d_model, V vocabulary with padding.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +18,7 @@ from mamba_dist.model.layers import Embedding
 from mamba_dist.model.norm import RMSNorm
 from mamba_dist.model.state import LayerState
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
+from mamba_dist.ops.linear import linear
 
 
 class Backbone(nn.Module):
@@ -77,7 +77,7 @@ class Head(nn.Module):
             return linear_cross_entropy(
                 hidden, self.weight, labels, vocab_size=self._vocab_size, backend=self._backend
             )
-        logits = F.linear(hidden, self.weight)
+        logits = linear(hidden, self.weight, backend=self._backend)
         logits[..., self._vocab_size :] = -torch.inf
         return logits
 

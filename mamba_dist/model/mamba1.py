@@ -4,12 +4,12 @@ B batch, L length, D d_model, E d_inner, N d_state, R dt_rank, K d_conv.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.model.layers import CausalConv1d, Linear, wide
 from mamba_dist.model.state import LayerState, layer_state
+from mamba_dist.ops.linear import linear
 from mamba_dist.ops.selective_scan import selective_scan
 
 
@@ -21,15 +21,15 @@ class Mamba1Mixer(nn.Module):
         inner, d_state, rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self._backend = backend
         self._x_proj_widths = (rank, d_state, d_state)
-        self.in_proj = Linear(config.d_model, 2 * inner, bias=config.proj_bias)
+        self.in_proj = Linear(config.d_model, 2 * inner, bias=config.proj_bias, backend=backend)
         self.conv1d = CausalConv1d(
             inner, width=config.d_conv, bias=config.conv_bias, backend=backend
         )
-        self.x_proj = Linear(inner, sum(self._x_proj_widths), bias=False)
-        self.dt_proj = Linear(rank, inner, bias=True)
+        self.x_proj = Linear(inner, sum(self._x_proj_widths), bias=False, backend=backend)
+        self.dt_proj = Linear(rank, inner, bias=True, backend=backend)
         self.A_log = nn.Parameter(torch.empty(inner, d_state, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(inner, dtype=torch.float32))
-        self.out_proj = Linear(inner, config.d_model, bias=config.proj_bias)
+        self.out_proj = Linear(inner, config.d_model, bias=config.proj_bias, backend=backend)
 
     def forward(
         self,
@@ -55,7 +55,7 @@ class Mamba1Mixer(nn.Module):
         result = selective_scan(
             x,
             # The bias is added inside the scan, in fp32: in bf16 it costs up to 1.6 % of dt.
-            F.linear(dt, self.dt_proj.weight),
+            linear(dt, self.dt_proj.weight, backend=self._backend),
             -torch.exp(wide(self.A_log)),
             B.unsqueeze(2),
             C.unsqueeze(2),

@@ -24,7 +24,12 @@ class Mamba2Mixer(nn.Module):
         self._headdim, self._groups, self._chunk_size = config.headdim, groups, config.chunk_size
         self._in_proj_widths = (inner, inner + 2 * shared, heads)
         self._conv_widths = (inner, shared, shared)
-        self.in_proj = Linear(config.d_model, sum(self._in_proj_widths), bias=config.proj_bias)
+        self.in_proj = Linear(
+            config.d_model,
+            sum(self._in_proj_widths),
+            bias=config.proj_bias,
+            backend=backend,
+        )
         self.conv1d = CausalConv1d(
             sum(self._conv_widths), width=config.d_conv, bias=config.conv_bias, backend=backend
         )
@@ -32,7 +37,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.norm = GatedRMSNorm(inner, groups=groups, eps=config.norm_eps)
-        self.out_proj = Linear(inner, config.d_model, bias=config.proj_bias)
+        self.out_proj = Linear(inner, config.d_model, bias=config.proj_bias, backend=backend)
 
     def forward(
         self,

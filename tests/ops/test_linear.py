@@ -1,0 +1,98 @@
+"""The linear map: every backend gives torch's products and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_comparison import random_tensor, relative_error
+
+from mamba_dist.ops.linear import linear
+
+BACKENDS = ["torch", "cpu"]
+
+
+def arguments(*leading: int, bias: bool) -> list[torch.Tensor | None]:
+    tensors = [random_tensor(*leading, 24, seed=1), random_tensor(10, 24, seed=2)]
+    values: list[torch.Tensor | None] = [t.float().requires_grad_() for t in tensors]
+    return [*values, random_tensor(10, seed=3).float().requires_grad_() if bias else None]
+
+
+def outcome(function, values, **options):  # type: ignore[no-untyped-def]
+    y = function(*values, **options)
+    leaves = [v for v in values if v is not None]
+    gradient = random_tensor(*y.shape, seed=4).to(y.dtype)
+    return [y, *torch.autograd.grad(y, leaves, gradient)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("leading", [(1,), (7,), (2, 65), (1, 1)])
+def test_product_and_all_gradients_equal_float64(
+    leading: tuple[int, ...], bias: bool, backend: str
+) -> None:
+    values = arguments(*leading, bias=bias)
+    wide = [None if v is None else v.detach().double().requires_grad_() for v in values]
+    for found, truth in zip(
+        outcome(linear, values, backend=backend), outcome(F.linear, wide), strict=True
+    ):
+        assert found.shape == truth.shape
+        assert found.dtype == torch.float32
+        assert relative_error(found, truth) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slice_of_a_wider_tensor_gives_the_same_bits(backend: str) -> None:
+    x, weight, bias = arguments(3, 40, bias=True)
+    assert x is not None
+    sliced = torch.cat([x, x], dim=-1).detach()[..., :24].requires_grad_()
+    assert not sliced.is_contiguous()
+    for found, expected in zip(
+        outcome(linear, [sliced, weight, bias], backend=backend),
+        outcome(linear, [x, weight, bias], backend=backend),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_gives_bf16_as_torch_does(backend: str) -> None:
+    values = arguments(2, 8, bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear(*values, backend=backend)  # type: ignore[arg-type]
+        expected = F.linear(*values)  # type: ignore[arg-type]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_wanted_gradients_are_computed(backend: str) -> None:
+    x, weight, bias = arguments(5, bias=True)
+    assert x is not None
+    assert weight is not None
+    linear(x.detach(), weight, bias, backend=backend).sum().backward()
+    assert weight.grad is not None
+    linear(x, weight.detach(), None, backend=backend).sum().backward()
+    assert torch.allclose(x.grad, weight.detach().sum(0).expand(5, 24), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_dtypes_keep_their_precision(backend: str) -> None:
+    x, weight = random_tensor(4, 24, seed=1), random_tensor(10, 24, seed=2)
+    assert torch.equal(linear(x, weight, backend=backend), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiler_traces_it_without_a_break(backend: str) -> None:
+    values = arguments(2, 9, bias=True)
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(
+        outcome(compiled, values, backend=backend),
+        outcome(linear, values, backend=backend),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_that_do_not_fit_are_refused(backend: str) -> None:
+    with pytest.raises(RuntimeError):
+        linear(torch.ones(2, 5), torch.ones(3, 4), backend=backend)
