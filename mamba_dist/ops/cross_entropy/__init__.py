@@ -11,10 +11,16 @@ from torch import Tensor
 
 from mamba_dist.ops.arguments import check_floating, check_rank, check_shape
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.cross_entropy import reference, torch_chunked
+from mamba_dist.ops.cross_entropy import cpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
-    {"reference": reference.linear_cross_entropy, "torch": torch_chunked.linear_cross_entropy}
+    {
+        "reference": reference.linear_cross_entropy,
+        "torch": torch_chunked.linear_cross_entropy,
+        "cpu": cpu.linear_cross_entropy,
+        # mamba-ssm has none.
+        "cuda": torch_chunked.linear_cross_entropy,
+    }
 )
 
 

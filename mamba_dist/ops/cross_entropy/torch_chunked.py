@@ -10,6 +10,7 @@ V4096 D256 and 2,048 tokens on one Zen 5 core: 163 ms, where F.linear and F.cros
 T tokens (B L), D d_model, V rows of the head.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +28,23 @@ _SHORTEST_CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """What another backend may do in its own way.
+
+    product: x (t, I) and weight (O, I), both of the matmuls' dtype -> x @ weight^T (t, O).
+    softmax_loss: logits (t, V), which it may overwrite, targets (t,) and whether the gradient is
+        wanted -> losses (t,) in fp32 or fp64, and the gradient (t, V) in any dtype.
+    """
+
+    product: Callable[[Tensor, Tensor], Tensor]
+    softmax_loss: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class _Plan:
     """How a call computes: the softmax's rows, the matmuls' dtype, which gradients are wanted."""
 
+    pieces: Pieces
     vocab_size: int
     matmul_dtype: torch.dtype
     grad_hidden: bool
@@ -38,9 +53,17 @@ class _Plan:
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Scalar sum of -log p over labels other than -100; arguments as in the package."""
+    return chunked(hidden, weight, labels, vocab_size, Pieces(_product, _softmax_loss))
+
+
+def chunked(
+    hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, pieces: Pieces
+) -> Tensor:
+    """`linear_cross_entropy` out of `pieces`."""
     tokens, targets = hidden.flatten(0, 1), labels.flatten()
     with_gradient = torch.is_grad_enabled()
     plan = _Plan(
+        pieces,
         vocab_size,
         _matmul_dtype(hidden, weight),
         with_gradient and hidden.requires_grad,
@@ -95,12 +118,13 @@ def _forward(
     for start in range(0, len(tokens), chunk):
         where = slice(start, start + chunk)
         inputs = tokens[where].to(plan.matmul_dtype)
-        losses, logits_grad = _softmax_loss((inputs @ head.t()).to(dtype), targets[where])
+        losses, logits_grad = plan.pieces.softmax_loss(
+            plan.pieces.product(inputs, head), targets[where], plan.grad_hidden or plan.grad_weight
+        )
         loss += losses.sum(dtype=torch.float64)
-        if plan.grad_hidden or plan.grad_weight:
-            logits_grad = logits_grad.to(plan.matmul_dtype)
+        logits_grad = logits_grad.to(plan.matmul_dtype)
         if grad_tokens is not None:
-            grad_tokens[where] = logits_grad @ head
+            grad_tokens[where] = plan.pieces.product(logits_grad, head.t())
         if grad_weight is not None:
             # In one call where the dtypes allow it: no second (V, D) for the product.
             if logits_grad.dtype == dtype:
@@ -115,14 +139,21 @@ def _chunk_tokens(tokens: Tensor, vocab_size: int) -> int:
     return max(_SHORTEST_CHUNK_TOKENS, logits // vocab_size)
 
 
-def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (t,) and their gradient with respect to the logits (t, V), which it overwrites."""
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+def _softmax_loss(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Losses (t,) and their gradient with respect to the logits (t, V), as in `Pieces`."""
+    logits = logits.to(compute_dtype(logits))
     ignored = (targets == _IGNORED_LABEL)[:, None]
     labels = targets[:, None].masked_fill(ignored, 0)
     logits -= logits.amax(-1, keepdim=True)
     chosen = logits.gather(-1, labels)
     total = logits.exp_().sum(-1, keepdim=True)
     losses = (total.log() - chosen).masked_fill_(ignored, 0.0)
+    if not wanted:
+        return losses, logits
     gradient = logits.div_(total)
     gradient.scatter_add_(-1, labels, torch.full_like(chosen, -1.0))
     return losses, gradient.masked_fill_(ignored, 0.0)

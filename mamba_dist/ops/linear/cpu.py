@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Looked up once: a compiler cannot trace the question.
-_HAS_ONEDNN: Final = torch.backends.mkldnn.is_available()
+_HAS_ONEDNN: Final[bool] = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
