@@ -1,55 +1,93 @@
 """Resolve which implementation of the ops a run uses: once, logged, no silent fallback."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, TypeVar, get_args
 
 from mamba_dist.errors import BackendError
+from mamba_dist.ops import cuda_packages
+from mamba_dist.ops.native import library
 
-Backend = Literal["reference", "torch", "cpu"]
+Backend = Literal["reference", "torch", "cpu", "cuda"]
 
 _Implementation = TypeVar("_Implementation")
 _logger = logging.getLogger(__name__)
+
+_KERNEL_SOURCES: Final = tuple(
+    Path(__file__).parent / op / "cpu.cpp"
+    for op in ("causal_conv1d", "cross_entropy", "selective_scan", "ssd")
+)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend works here; `detail` describes it, or says why not and what to install."""
+
+    name: Backend
+    available: bool
+    detail: str
+
+
+def _require_kernels() -> None:
+    missing = [source for source in _KERNEL_SOURCES if not source.is_file()]
+    if missing:
+        raise BackendError(
+            f"ops backend 'cpu' lacks {', '.join(map(str, missing))}; reinstall mamba-dist, or use "
+            "engine.ops_backend: torch"
+        )
+    library.build_kernels(_KERNEL_SOURCES)
 
 
 @dataclass(frozen=True)
 class _BackendRecord:
     description: str
-    # Device types on which the backend runs; None is every device that torch knows.
-    device_types: frozenset[str] | None = None
+    # Device type on which alone the backend runs; None is every device that torch knows.
+    device_type: str | None = None
+    # Makes the backend ready, or raises BackendError that says what to install.
+    prepare: Callable[[], None] | None = None
 
 
-_AVAILABLE: Final = MappingProxyType[Backend, _BackendRecord](
+_RECORDS: Final = MappingProxyType[Backend, _BackendRecord](
     {
         "reference": _BackendRecord("loop over time steps, slow, the truth for tests"),
         "torch": _BackendRecord("chunked, plain PyTorch"),
-        "cpu": _BackendRecord("native kernels", frozenset({"cpu"})),
+        "cpu": _BackendRecord("native kernels", "cpu", _require_kernels),
+        "cuda": _BackendRecord(
+            "mamba-ssm and causal-conv1d, whose gradients vary in the last bits from run to run",
+            "cuda",
+            cuda_packages.require_packages,
+        ),
     }
 )
-_PLANNED: Final = ("triton", "cuda")
-# `auto` takes the first one that runs on the device: the fastest comes first.
-_AUTO_ORDER: Final[tuple[Backend, ...]] = ("torch",)
+_PLANNED: Final = ("triton",)
+# `auto` takes the first one that works on the device: the fastest comes first.
+_AUTO_ORDER: Final[tuple[Backend, ...]] = ("cuda", "cpu", "torch")
 
 
 def resolve_backend(requested: str, *, device_type: str) -> Backend:
     """Name of the backend to hand to every op; `auto` becomes the fastest one on `device_type`.
 
-    Logs the choice (INFO), so call it once per run. `device_type` is `torch.device.type`.
+    Logs the choice in one line, so call it once per run; the line is a warning if `auto` had to
+    take a slower one. Compiles or imports what the backend needs. `device_type` is
+    `torch.device.type`.
 
     Raises:
-        BackendError: the backend is unknown, not in this version, or not for this device.
+        BackendError: the backend is unknown, not for this device, or cannot work on this machine.
     """
-    chosen = _pick(requested, device_type)
-    _logger.info(
-        "ops backend: %s (%s), asked for %r on %s",
-        chosen,
-        _AVAILABLE[chosen].description,
-        requested,
-        device_type,
-    )
+    if requested == "auto":
+        return _fastest(device_type)
+    chosen = _known(requested)
+    _prepare(chosen, device_type)
+    _log_choice(chosen, requested, device_type)
     return chosen
+
+
+def describe_backends(device_type: str) -> list[BackendStatus]:
+    """Every backend of this version, tried out on `device_type` as `resolve_backend` would."""
+    return [_status(name, device_type) for name in _RECORDS]
 
 
 def implementation(table: Mapping[str, _Implementation], backend: str) -> _Implementation:
@@ -67,12 +105,22 @@ def implementation(table: Mapping[str, _Implementation], backend: str) -> _Imple
     )
 
 
-def _pick(requested: str, device_type: str) -> Backend:
-    if requested == "auto":
-        candidates = [name for name in _AUTO_ORDER if _runs_on(name, device_type)]
-        if candidates:
-            return candidates[0]
-        raise BackendError(f"no ops backend runs on device type {device_type!r}")
+def _fastest(device_type: str) -> Backend:
+    failures = []
+    for name in _AUTO_ORDER:
+        if not _runs_on(name, device_type):
+            continue
+        try:
+            _prepare(name, device_type)
+        except BackendError as error:
+            failures.append(str(error))
+        else:
+            _log_choice(name, "auto", device_type, instead_of=failures)
+            return name
+    raise BackendError(f"no ops backend runs on device type {device_type!r}")
+
+
+def _known(requested: str) -> Backend:
     if requested in _PLANNED:
         raise BackendError(
             f"ops backend {requested!r} is not available in this version; "
@@ -80,22 +128,46 @@ def _pick(requested: str, device_type: str) -> Backend:
         )
     for name in get_args(Backend):
         if name == requested:
-            return _checked(name, device_type)
+            return name  # type: ignore[no-any-return]
     raise BackendError(
-        f"ops backend {requested!r} is unknown, expected one of auto, {', '.join(_AVAILABLE)}; "
+        f"ops backend {requested!r} is unknown, expected one of auto, {', '.join(_RECORDS)}; "
         "use engine.ops_backend: auto or torch"
     )
 
 
-def _checked(name: Backend, device_type: str) -> Backend:
-    if _runs_on(name, device_type):
-        return name
-    raise BackendError(
-        f"ops backend {name!r} does not run on device type {device_type!r}; "
-        "use engine.ops_backend: auto"
-    )
+def _prepare(name: Backend, device_type: str) -> None:
+    record = _RECORDS[name]
+    if not _runs_on(name, device_type):
+        raise BackendError(
+            f"ops backend {name!r} needs device type {record.device_type!r}, and this is "
+            f"{device_type!r}; use engine.ops_backend: auto"
+        )
+    if record.prepare is not None:
+        record.prepare()
 
 
 def _runs_on(name: Backend, device_type: str) -> bool:
-    device_types = _AVAILABLE[name].device_types
-    return device_types is None or device_type in device_types
+    return _RECORDS[name].device_type in (None, device_type)
+
+
+def _status(name: Backend, device_type: str) -> BackendStatus:
+    try:
+        _prepare(name, device_type)
+    except BackendError as error:
+        return BackendStatus(name, available=False, detail=str(error))
+    return BackendStatus(name, available=True, detail=_RECORDS[name].description)
+
+
+def _log_choice(
+    chosen: Backend, requested: str, device_type: str, *, instead_of: list[str] | None = None
+) -> None:
+    reasons = f", because {'; '.join(instead_of)}" if instead_of else ""
+    _logger.log(
+        logging.WARNING if instead_of else logging.INFO,
+        "ops backend: %s (%s), asked for %r on %s%s",
+        chosen,
+        _RECORDS[chosen].description,
+        requested,
+        device_type,
+        reasons,
+    )

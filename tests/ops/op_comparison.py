@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-# Largest error of an output or gradient, relative to its largest entry, by the dtype of the input.
-# bf16 is half an ulp (2^-9) of an output, and as much again where rounded values are summed.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 6e-3}
+from mamba_dist.ops.agreement import TOLERANCE, relative_error
 
 LENGTHS = (1, 63, 64, 65, 200)
 
@@ -69,14 +67,6 @@ def output_gradients(y: Tensor, state: Tensor) -> list[Tensor]:
         random_tensor(*output.shape, seed=90 + i).bfloat16().to(output)
         for i, output in enumerate((y, state))
     ]
-
-
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Largest deviation over the largest entry of the truth."""
-    if truth.numel() == 0:
-        return 0.0
-    scale = truth.detach().abs().max().clamp_min(1e-30)
-    return float((found.detach().double() - truth.detach().double()).abs().max() / scale)
 
 
 def assert_agrees(

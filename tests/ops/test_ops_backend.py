@@ -1,42 +1,156 @@
-"""Backend resolution: what `auto` takes, what is refused, what is logged."""
+"""Backend resolution: what `auto` takes, what is refused and why, what is logged."""
 
 import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import fake_cuda_packages
+import platformdirs
 import pytest
 import torch
 
 from mamba_dist.errors import BackendError
-from mamba_dist.ops.backend import resolve_backend
+from mamba_dist.ops import backend
+from mamba_dist.ops.backend import BackendStatus, describe_backends, resolve_backend
 from mamba_dist.ops.causal_conv1d import causal_conv1d
+from mamba_dist.ops.native.library import load_kernel
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine without a compiler on which no kernel has been built yet."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_: tmp_path / "cache")
+    load_kernel.cache_clear()
+    yield
+    load_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_what_runs_anywhere_is_resolved_by_name(name: str, device_type: str) -> None:
+    assert resolve_backend(name, device_type=device_type) == name
+
+
+def test_auto_on_a_cpu_takes_the_native_kernels_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="mamba_dist"):
+        assert resolve_backend("auto", device_type="cpu") == "cpu"
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "cpu (native kernels), asked for 'auto' on cpu" in record.getMessage()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_auto_without_a_compiler_takes_torch_and_warns_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="mamba_dist"):
+        assert resolve_backend("auto", device_type="cpu") == "torch"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "torch (chunked, plain PyTorch), asked for 'auto' on cpu" in record.getMessage()
+    assert "needs a C++ compiler" in record.getMessage()
+    assert "apt install g++" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_native_kernels_asked_for_without_a_compiler_say_what_to_install() -> None:
+    with pytest.raises(BackendError, match=r"needs a C\+\+ compiler.*apt install g\+\+"):
+        resolve_backend("cpu", device_type="cpu")
+
+
+def test_a_kernel_source_left_out_of_the_installation_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(backend, "_KERNEL_SOURCES", (tmp_path / "scan" / "cpu.cpp",))
+    with pytest.raises(BackendError, match=r"scan/cpu.cpp; reinstall mamba-dist"):
+        resolve_backend("cpu", device_type="cpu")
+
+
+def test_auto_on_a_gpu_takes_the_packages_if_they_can_be_imported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_cuda_packages.install(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="mamba_dist"):
+        assert resolve_backend("auto", device_type="cuda") == "cuda"
+        assert resolve_backend("cuda", device_type="cuda") == "cuda"
+    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.INFO]
+
+
 @pytest.mark.parametrize(
-    ("requested", "resolved"), [("auto", "torch"), ("torch", "torch"), ("reference", "reference")]
+    "missing",
+    [
+        "causal_conv1d",
+        "mamba_ssm.ops.selective_scan_interface",
+        "mamba_ssm.ops.triton.ssd_combined",
+    ],
 )
-def test_a_present_backend_is_resolved(requested: str, resolved: str, device_type: str) -> None:
-    assert resolve_backend(requested, device_type=device_type) == resolved
+def test_auto_on_a_gpu_without_one_of_the_packages_takes_torch_and_warns_once(
+    missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_cuda_packages.install(monkeypatch)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with caplog.at_level(logging.INFO, logger="mamba_dist"):
+        assert resolve_backend("auto", device_type="cuda") == "torch"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert missing in record.getMessage()
+    assert "pip install 'mamba-dist[cuda]'" in record.getMessage()
 
 
-@pytest.mark.parametrize("requested", ["triton", "cuda"])
-def test_a_backend_of_a_later_version_is_refused_with_a_remedy(requested: str) -> None:
-    with pytest.raises(BackendError, match=rf"'{requested}' is not available.*ops_backend: auto"):
-        resolve_backend(requested, device_type="cpu")
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "raise OSError('undefined symbol: _ZN3c10')",
+        "raise RuntimeError('built for another CUDA')",
+        "raise ImportError('no selective_scan_cuda')",
+    ],
+)
+def test_packages_that_are_there_but_broken_give_their_cause(
+    problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(problem)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cause = problem.split("'")[1]
+    with pytest.raises(BackendError, match=rf"{cause}.*pip install 'mamba-dist\[cuda\]'"):
+        resolve_backend("cuda", device_type="cuda")
+
+
+@pytest.mark.parametrize(("name", "device_type"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_backend_for_another_device_is_refused(name: str, device_type: str) -> None:
+    with pytest.raises(BackendError, match=rf"'{name}' needs device type '{name}'.*backend: auto"):
+        resolve_backend(name, device_type=device_type)
+
+
+def test_a_backend_of_a_later_version_is_refused_with_a_remedy() -> None:
+    with pytest.raises(BackendError, match=r"'triton' is not available.*ops_backend: auto"):
+        resolve_backend("triton", device_type="cpu")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(BackendError, match=r"'fast' is unknown.*auto, reference, torch, cpu"):
+    with pytest.raises(BackendError, match=r"'fast' is unknown.*auto, reference, torch, cpu, cuda"):
         resolve_backend("fast", device_type="cpu")
 
 
-def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="mamba_dist"):
-        resolve_backend("auto", device_type="cpu")
-    assert len(caplog.messages) == 1
-    assert "torch" in caplog.messages[0]
-    assert "'auto' on cpu" in caplog.messages[0]
+def test_each_backend_is_described_as_working_or_with_what_it_needs() -> None:
+    on_cpu = {status.name: status for status in describe_backends("cpu")}
+    assert [s.available for s in on_cpu.values()] == [True, True, True, False]
+    assert on_cpu["cpu"] == BackendStatus("cpu", available=True, detail="native kernels")
+    assert "needs device type 'cuda'" in on_cpu["cuda"].detail
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_backend_that_lacks_something_is_described_with_the_install_line() -> None:
+    (status,) = (s for s in describe_backends("cpu") if s.name == "cpu")
+    assert not status.available
+    assert "apt install g++" in status.detail
 
 
 def test_an_op_refuses_a_backend_that_was_not_resolved() -> None:
-    with pytest.raises(ValueError, match=r"'auto'.*reference, torch"):
+    with pytest.raises(ValueError, match=r"'auto'.*reference, torch, cpu, cuda"):
         causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4), backend="auto")

@@ -1,4 +1,9 @@
-"""SSD scan: the torch backend against the float64 loop, and what packing must never do."""
+"""SSD scan: the backends against the float64 loop, and what packing must never do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,16 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_comparison import (
     LENGTHS,
+    TOLERANCE,
     Arguments,
     assert_agrees,
     assert_autocast_changes_no_bit,
     assert_checkpointing_changes_no_bit,
     assert_finite_differences,
     assert_halves_chain,
+    assert_identical,
     assert_inference_equals_training,
     assert_no_leak,
     assert_packed_equals_alone,
+    assert_poisoned_memory_changes_no_bit,
     assert_strides_change_no_bit,
+    assert_threads_change_no_bit,
     assert_two_runs_are_identical,
     document_ids,
     largest_tensor,
@@ -26,11 +35,14 @@ from op_comparison import (
     run,
     saved_bytes,
 )
+from processes import clean_environment
 
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
 
 PER_POSITION = {"x", "dt", "B", "C", "z"}
+
+each_backend = pytest.mark.parametrize("backend", ["torch", "cpu"])
 
 
 def ssd_arguments(
@@ -64,30 +76,41 @@ def ssd_arguments(
     }
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_outputs_and_all_gradients_equal_the_reference(
-    length: int, with_documents: bool, options: bool, groups: int, dtype: torch.dtype
+    length: int, with_documents: bool, options: bool, groups: int, dtype: torch.dtype, backend: str
 ) -> None:
     seq_idx = packed(length) if with_documents else None
     arguments = ssd_arguments(length=length, groups=groups, options=options, seq_idx=seq_idx)
-    assert_agrees(ssd, arguments, dtype, PER_POSITION)
+    assert_agrees(ssd, arguments, dtype, PER_POSITION, backend=backend)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_long_sequence_equals_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("cpu", torch.float32),
+        pytest.param("cpu", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("torch", torch.float32, marks=pytest.mark.slow),
+        pytest.param("torch", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_a_long_sequence_equals_the_reference(backend: str, dtype: torch.dtype) -> None:
     seq_idx = document_ids([1000, 1048], [2048])
     arguments = ssd_arguments(length=2048, headdim=16, d_state=16, seq_idx=seq_idx)
-    assert_agrees(ssd, arguments, dtype, PER_POSITION)
+    assert_agrees(ssd, arguments, dtype, PER_POSITION, backend=backend)
 
 
+@each_backend
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_shape_and_chunk_equals_the_reference_in_fp64(data: st.DataObject) -> None:
+def test_any_shape_and_chunk_equals_the_reference_in_fp64(
+    backend: str, data: st.DataObject
+) -> None:
     draw = data.draw
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 90))
     groups, d_state = draw(st.integers(1, 3)), draw(st.integers(1, 5))
@@ -104,10 +127,11 @@ def test_any_shape_and_chunk_equals_the_reference_in_fp64(data: st.DataObject) -
         seq_idx=draw(st.sampled_from([None, torch.tensor(ids, dtype=torch.int32)])),
     )
     chunk_size = draw(st.sampled_from([1, 7, 64, 256]))
-    assert_agrees(ssd, arguments, torch.float64, PER_POSITION, chunk_size=chunk_size)
+    options = {"chunk_size": chunk_size, "backend": backend}
+    assert_agrees(ssd, arguments, torch.float64, PER_POSITION, **options)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 @pytest.mark.parametrize("length", [1, 7, 66])
 def test_gradients_equal_finite_differences(backend: str, length: int) -> None:
     seq_idx = None if length == 1 else document_ids([2, length - 2])
@@ -118,9 +142,10 @@ def test_gradients_equal_finite_differences(backend: str, length: int) -> None:
     assert_finite_differences(ssd, arguments, fast=length > 7, **options)
 
 
-def test_one_state_per_head_is_the_selective_scan_with_a_repeated_decay() -> None:
+@each_backend
+def test_one_state_per_head_is_the_selective_scan_with_a_repeated_decay(backend: str) -> None:
     arguments = ssd_arguments(length=70, heads=4, headdim=3, d_state=5, seq_idx=packed(70))
-    y = ssd(**arguments)
+    y = ssd(**arguments, backend=backend)
 
     def per_channel(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.repeat_interleave(3, dim=-1)
@@ -142,76 +167,88 @@ def test_one_state_per_head_is_the_selective_scan_with_a_repeated_decay() -> Non
     assert relative_error(y.flatten(2), expected) < 1e-12
 
 
-def test_strong_decay_gives_finite_gradients() -> None:
+@each_backend
+def test_strong_decay_gives_finite_gradients(backend: str) -> None:
     arguments = ssd_arguments(length=130, options=False)
     arguments["A"] = torch.full((4,), -50.0, dtype=torch.float64)
     arguments["dt"] = arguments["dt"] * 20
-    results = run(ssd, leaves(arguments, torch.float32, set()))
+    results = run(ssd, leaves(arguments, torch.float32, set()), backend=backend)
     for name, value in results.items():
         assert torch.isfinite(value).all(), name
-    assert_agrees(ssd, arguments, torch.float32, PER_POSITION)
+    assert_agrees(ssd, arguments, torch.float32, PER_POSITION, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
 @pytest.mark.parametrize("at", [1, 83, 149])
 def test_two_halves_chained_by_the_state_equal_the_whole(backend: str, at: int) -> None:
     assert_halves_chain(ssd, ssd_arguments(length=150), PER_POSITION, at=at, backend=backend)
 
 
-def test_a_packed_row_equals_its_documents_alone() -> None:
+@each_backend
+def test_a_packed_row_equals_its_documents_alone(backend: str) -> None:
     arguments = ssd_arguments(batch=1, length=100)
-    assert_packed_equals_alone(ssd, arguments, PER_POSITION, [33, 1, 66])
+    assert_packed_equals_alone(ssd, arguments, PER_POSITION, [33, 1, 66], backend=backend)
 
 
+@each_backend
 @pytest.mark.parametrize("value", [None, float("inf"), float("nan")])
 @pytest.mark.parametrize(
     ("row", "start", "stop"), [(0, 0, 30), (0, 30, 64), (0, 64, 130), (1, 0, 130)]
 )
 def test_no_bit_leaks_between_documents(
-    row: int, start: int, stop: int, value: float | None
+    row: int, start: int, stop: int, value: float | None, backend: str
 ) -> None:
     arguments = ssd_arguments(batch=2, length=130, seq_idx=document_ids([30, 34, 66], [130]))
     document = slice(start, stop)
-    assert_no_leak(ssd, arguments, PER_POSITION, row=row, document=document, value=value)
+    where = {"row": row, "document": document}
+    assert_no_leak(ssd, arguments, PER_POSITION, **where, value=value, backend=backend)
 
 
+@each_backend
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_no_bit(reentrant: bool) -> None:
+def test_activation_checkpointing_changes_no_bit(reentrant: bool, backend: str) -> None:
     arguments = ssd_arguments(length=70, seq_idx=packed(70))
-    assert_checkpointing_changes_no_bit(ssd, arguments, reentrant=reentrant)
+    assert_checkpointing_changes_no_bit(ssd, arguments, reentrant=reentrant, backend=backend)
 
 
-def test_autocast_changes_no_bit() -> None:
-    assert_autocast_changes_no_bit(ssd, ssd_arguments(length=70))
+@each_backend
+def test_autocast_changes_no_bit(backend: str) -> None:
+    assert_autocast_changes_no_bit(ssd, ssd_arguments(length=70), backend=backend)
 
 
-def test_two_runs_are_bit_identical() -> None:
+@each_backend
+def test_two_runs_are_bit_identical(backend: str) -> None:
     arguments = ssd_arguments(length=130, headdim=64, d_state=64)
-    assert_two_runs_are_identical(ssd, arguments)
+    assert_two_runs_are_identical(ssd, arguments, backend=backend)
 
 
-def test_strided_inputs_give_the_same_bits() -> None:
-    assert_strides_change_no_bit(ssd, ssd_arguments(length=70), PER_POSITION)
+@each_backend
+def test_strided_inputs_give_the_same_bits(backend: str) -> None:
+    arguments = ssd_arguments(length=70, groups=2)
+    assert_strides_change_no_bit(ssd, arguments, PER_POSITION, backend=backend)
 
 
-def test_without_gradients_the_output_is_the_same() -> None:
-    assert_inference_equals_training(ssd, ssd_arguments(length=70))
+@each_backend
+def test_without_gradients_the_output_is_the_same(backend: str) -> None:
+    assert_inference_equals_training(ssd, ssd_arguments(length=70), backend=backend)
 
 
-def test_one_output_without_a_gradient_is_fine() -> None:
+@each_backend
+def test_one_output_without_a_gradient_is_fine(backend: str) -> None:
     inputs = leaves(ssd_arguments(length=20), torch.float64, set())
     for pick in (0, 1):
         found, truth = (
             torch.autograd.grad(
-                ssd(**inputs, return_final_state=True, backend=backend)[pick].sum(),
+                ssd(**inputs, return_final_state=True, backend=name)[pick].sum(),
                 [inputs["dt"], inputs["initial_state"]],
             )
-            for backend in ("torch", "reference")
+            for name in (backend, "reference")
         )
         assert all(relative_error(f, t) < 1e-12 for f, t in zip(found, truth, strict=True))
 
 
-def test_neither_states_nor_mixing_matrices_of_all_chunks_exist() -> None:
+@each_backend
+def test_neither_states_nor_mixing_matrices_of_all_chunks_exist(backend: str) -> None:
     batch, length, heads, headdim, d_state = 2, 1024, 4, 16, 16
     arguments = leaves(
         ssd_arguments(batch=batch, length=length, heads=heads, headdim=headdim, d_state=d_state),
@@ -221,7 +258,7 @@ def test_neither_states_nor_mixing_matrices_of_all_chunks_exist() -> None:
     history = batch * length * heads * headdim * d_state
     sizes: list[int] = []
     with saved_bytes(sizes), largest_tensor() as largest:
-        run(ssd, arguments)
+        run(ssd, arguments, backend=backend)
     inputs = sum(v.numel() * 4 for v in arguments.values() if isinstance(v, torch.Tensor))
     assert sum(sizes[: len(arguments) + length // 64]) - inputs < history * 4 / 15
     assert largest.elements < history / 8
@@ -240,3 +277,135 @@ def test_neither_states_nor_mixing_matrices_of_all_chunks_exist() -> None:
 def test_a_wrong_argument_is_named(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ssd(**ssd_arguments(length=8) | {name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    arguments = ssd_arguments(length=300, heads=10, headdim=16, d_state=20, seq_idx=packed(300))
+    assert_threads_change_no_bit(ssd, arguments, dtype, PER_POSITION, backend="cpu")
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_kernels_read_nothing_that_nobody_wrote(with_documents: bool) -> None:
+    seq_idx = packed(300) if with_documents else None
+    for options in (False, True):
+        arguments = ssd_arguments(length=300, heads=5, options=options, seq_idx=seq_idx)
+        assert_poisoned_memory_changes_no_bit(ssd, arguments, backend="cpu")
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_the_kernels_take_sizes_that_fill_no_vector(data: st.DataObject) -> None:
+    draw = data.draw
+    groups, length = draw(st.integers(1, 2)), draw(st.integers(1, 300))
+    heads, headdim = groups * draw(st.integers(1, 7)), draw(st.integers(1, 70))
+    cut = draw(st.integers(1, length))
+    arguments = ssd_arguments(
+        batch=draw(st.integers(1, 2)),
+        length=length,
+        heads=heads,
+        headdim=headdim,
+        d_state=draw(st.integers(1, 40)),
+        groups=groups,
+        options=draw(st.booleans()),
+    )
+    if draw(st.booleans()):
+        arguments["seq_idx"] = document_ids(*[[cut, length - cut]] * len(arguments["x"]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    assert_agrees(ssd, arguments, dtype, PER_POSITION, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [False, True])
+def test_decoding_step_by_step_equals_the_reference(options: bool, dtype: torch.dtype) -> None:
+    arguments = ssd_arguments(length=6, headdim=8, d_state=20, groups=2, options=options)
+    inputs = leaves(arguments, dtype, PER_POSITION)
+    exact = leaves(inputs, torch.float64, PER_POSITION)
+    state, outputs = inputs.pop("initial_state", None), []
+    with torch.no_grad():
+        for t in range(6):
+            now = {n: v[:, t : t + 1] if n in PER_POSITION else v for n, v in inputs.items()}
+            y, state = ssd(**now, initial_state=state, return_final_state=True, backend="cpu")
+            outputs.append(y)
+    truth, final = ssd(**exact, return_final_state=True, backend="reference")
+    assert relative_error(torch.cat(outputs, dim=1), truth) < TOLERANCE[dtype]
+    assert relative_error(state, final) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_mixed_precisions_are_computed_in_the_widest(x_dtype: torch.dtype) -> None:
+    inputs = leaves(ssd_arguments(length=70, seq_idx=packed(70).long()), torch.float32, set())
+    for name, dtype in (("x", x_dtype), ("dt", torch.bfloat16), ("C", torch.bfloat16)):
+        inputs[name] = inputs[name].detach().to(dtype).requires_grad_()
+    found = run(ssd, inputs, backend="cpu")
+    truth = run(ssd, leaves(inputs, torch.float64, set()), backend="reference")
+    for name, value in truth.items():
+        tolerance = TOLERANCE.get(found[name].dtype, TOLERANCE[torch.bfloat16])
+        assert relative_error(found[name], value) < tolerance, name
+        if name.startswith("d "):
+            assert found[name].dtype == inputs[name[2:]].dtype
+
+
+def test_memory_laid_out_by_head_gives_the_same_bits() -> None:
+    inputs = leaves(ssd_arguments(length=70, groups=2), torch.float32, set())
+    turned = {
+        name: value.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        if name in PER_POSITION
+        else value
+        for name, value in inputs.items()
+    }
+    assert not turned["x"].is_contiguous()
+    assert_identical(run(ssd, turned, backend="cpu"), run(ssd, inputs, backend="cpu"))
+
+
+@pytest.mark.parametrize("options", [False, True])
+def test_the_operators_keep_the_dispatchers_rules(options: bool) -> None:
+    arguments = ssd_arguments(length=70, headdim=8, d_state=8, options=options)
+    inputs = leaves(arguments, torch.float32, set())
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "seq_idx", "initial_state")
+    tensors = [inputs.get(name) for name in names]
+    operators = torch.ops.mamba_dist
+    torch.library.opcheck(operators.ssd_cpu.default, (*tensors, options, 16, True))
+    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    y, final, states = operators.ssd_cpu(*detached, options, 16, True)
+    gradients = (torch.ones_like(y), torch.ones_like(final) if options else None)
+    torch.library.opcheck(
+        operators.ssd_cpu_backward.default, (*gradients, *detached, states, options, 16)
+    )
+
+
+def test_compiling_changes_no_bit_and_breaks_no_graph() -> None:
+    arguments = ssd_arguments(length=70, headdim=8, d_state=8, seq_idx=packed(70))
+
+    def scan(**inputs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return ssd(**inputs, backend="cpu")
+
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            inputs = leaves(arguments, torch.float32, set())
+            outputs = [op(**inputs, return_final_state=True) for op in (compiled, scan)]
+        assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+    inputs = leaves(arguments, torch.float32, set())
+    assert_identical(run(compiled, inputs), run(scan, inputs))
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "default"])
+def test_narrower_vectors_give_the_same_results(instruction_set: str) -> None:
+    code = """
+from test_ssd import *
+arguments = ssd_arguments(length=200, heads=5, headdim=19, d_state=21, seq_idx=packed(200))
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    assert_agrees(ssd, arguments, dtype, PER_POSITION, backend="cpu")
+print(torch.backends.cpu.get_cpu_capability())
+"""
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean_environment(), "ATEN_CPU_CAPABILITY": instruction_set, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().lower() == instruction_set

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -130,7 +130,52 @@ MAMBA_INLINE auto lane_sum(Vector v) {
     return sum;
 }
 
-// NaN lanes of x stay NaN: a comparison with NaN is false.
+// Sums of adjacent lanes, those of `first` in the lower half.
+template <class Vector>
+MAMBA_INLINE Vector pair_sums(Vector first, Vector second) {
+    constexpr int half = sizeof(Vector) / sizeof(first[0]) / 2;
+    Vector sums;
+    for (int i = 0; i < half; i++) {
+        sums[i] = first[2 * i] + first[2 * i + 1];
+        sums[half + i] = second[2 * i] + second[2 * i + 1];
+    }
+    return sums;
+}
+#if defined(__clang__) || __GNUC__ >= 12
+MAMBA_INLINE float_v pair_sums(float_v first, float_v second) {
+#if VECTOR_BYTES == 64
+    return __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
+                                   28, 30) +
+           __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27,
+                                   29, 31);
+#elif VECTOR_BYTES == 32
+    return __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(first, second, 0, 2, 4, 6) +
+           __builtin_shufflevector(first, second, 1, 3, 5, 7);
+#endif
+}
+#endif
+
+// Lane i of the result is the sum of the lanes of the i-th of as many vectors as there are lanes.
+template <class Vector>
+MAMBA_INLINE Vector lane_sums(const Vector* vectors) {
+    constexpr int lanes = sizeof(Vector) / sizeof(vectors[0][0]);
+    Vector sums[lanes];
+    for (int i = 0; i < lanes; i++) sums[i] = vectors[i];
+    // Halves the number of vectors at each level; neighbours end in the halves of one vector.
+    for (int left = lanes / 2; left; left /= 2) {
+        for (int i = 0; i < left; i++) {
+            Vector first = sums[2 * i], second = sums[2 * i + 1];
+            sums[i] = pair_sums(first, second);
+        }
+    }
+    return sums[0];
+}
+
+// NaN lanes of x stay NaN: a comparison with NaN is false, and the instructions give their second
+// operand then.
 template <class Vector>
 MAMBA_INLINE Vector at_least(Vector x, Vector bound) {
     return x < bound ? bound : x;
@@ -139,38 +184,95 @@ template <class Vector>
 MAMBA_INLINE Vector at_most(Vector x, Vector bound) {
     return x > bound ? bound : x;
 }
-
-// 2^x to 1.5e-7, 0 or at most 2^-126 below the normal range, inf above it.
-MAMBA_INLINE float_v exp2_v(float_v x) {
 #if defined(__AVX512F__) && VECTOR_BYTES == 64
-    float_v whole = (float_v)_mm512_roundscale_ps((__m512)x, 0);
-    // The instruction gives 0 for an infinite x, where x - whole would be NaN.
-    float_v r = (float_v)_mm512_reduce_ps((__m512)x, 0);
+MAMBA_INLINE float_v at_least(float_v x, float_v bound) {
+    return (float_v)_mm512_max_ps((__m512)bound, (__m512)x);
+}
+MAMBA_INLINE float_v at_most(float_v x, float_v bound) {
+    return (float_v)_mm512_min_ps((__m512)bound, (__m512)x);
+}
+#elif defined(__AVX2__) && VECTOR_BYTES == 32
+MAMBA_INLINE float_v at_least(float_v x, float_v bound) {
+    return (float_v)_mm256_max_ps((__m256)bound, (__m256)x);
+}
+MAMBA_INLINE float_v at_most(float_v x, float_v bound) {
+    return (float_v)_mm256_min_ps((__m256)bound, (__m256)x);
+}
+#endif
+
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+// Bits of 2^(j/16), less j << 19, so that adding (16 x) << 19 to entry 16 x mod 16 gives 2^x.
+alignas(64) static const uint32_t EXP2_TABLE[16] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+#endif
+
+// 2^x to 1.5e-7 in place, at most 2^-126 below the normal range, inf above it.
+//
+// Several vectors in lockstep: one after the other fills the scheduler with a dependent chain.
+template <int Count>
+MAMBA_INLINE void exp2_each(float_v (&x)[Count]) {
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+    // A table of 16 and a cubic: 5 multiplications instead of the 6 of a polynomial alone; the
+    // additions and the permutation run on other ports. 32 and a parabola would do for the result,
+    // but not for its distance from 1, where a slow decay has its rate.
+    const __m512 table = _mm512_load_ps((const float*)EXP2_TABLE);
+    // 1.5 * 2^19: adding it rounds x to a multiple of 1/16, whose 16-fold stands in the low bits.
+    const float_v shifter = splat(786432.0f);
+    float_v shifted[Count];
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) {
+        x[i] = at_most(at_least(x[i], splat(-126.0f)), splat(128.0f));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) shifted[i] = x[i] + shifter;
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) x[i] -= shifted[i] - shifter;
+    // Minimax in the relative error of (2^r - 1) / r over |r| <= 1/32.
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) {
+        x[i] = ((x[i] * 5.550508574e-02f + 2.402335554e-01f) * x[i] + 6.931471825e-01f) * x[i] + 1.0f;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) {
+        int_v entry = (int_v)_mm512_permutexvar_ps((__m512i)shifted[i], table);
+        x[i] *= (float_v)(entry + ((int_v)shifted[i] << 19));
+    }
 #else
-    x = at_most(at_least(x, splat(-126.0f)), splat(128.0f));
     // 1.5 * 2^23: adding it rounds x to a whole number, which then stands in the low bits.
     const float_v shifter = splat(12582912.0f);
-    float_v shifted = x + shifter;
-    float_v r = x - (shifted - shifter);
-#endif
-    // Minimax in the relative error of (2^r - 1) / r over |r| <= 1/2.
-    float_v p = splat(1.33333535e-3f);
-    p = p * r + 9.66624941e-3f;
-    p = p * r + 5.55050000e-2f;
-    p = p * r + 2.40223514e-1f;
-    p = p * r + 6.93147144e-1f;
-    p = p * r + 1.0f;
-#if defined(__AVX512F__) && VECTOR_BYTES == 64
-    return (float_v)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
-    return (float_v)((int_v)p + ((int_v)shifted << 23));
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) {
+        float_v bounded = at_most(at_least(x[i], splat(-126.0f)), splat(128.0f));
+        float_v shifted = bounded + shifter;
+        float_v r = bounded - (shifted - shifter);
+        // Minimax in the relative error of (2^r - 1) / r over |r| <= 1/2.
+        float_v p = splat(1.33333535e-3f);
+        p = p * r + 9.66624941e-3f;
+        p = p * r + 5.55050000e-2f;
+        p = p * r + 2.40223514e-1f;
+        p = p * r + 6.93147144e-1f;
+        p = p * r + 1.0f;
+        float_v scaled = (float_v)((int_v)p + ((int_v)shifted << 23));
+        // The sum of bits would read a NaN's payload as an exponent.
+        x[i] = bounded == bounded ? scaled : bounded;
+    }
 #endif
 }
 
 // fp64 serves gradient checks only, so accuracy goes before speed.
-MAMBA_INLINE double_v exp2_v(double_v x) {
-    for (int i = 0; i < Lanes<double>::count; i++) x[i] = std::exp2(x[i]);
-    return x;
+template <int Count>
+MAMBA_INLINE void exp2_each(double_v (&x)[Count]) {
+    for (int i = 0; i < Count; i++) {
+        for (int lane = 0; lane < Lanes<double>::count; lane++) x[i][lane] = std::exp2(x[i][lane]);
+    }
+}
+
+template <class Vector>
+MAMBA_INLINE Vector exp2_v(Vector x) {
+    Vector one[1] = {x};
+    exp2_each(one);
+    return one[0];
 }
 
 MAMBA_INLINE float_v exp_v(float_v x) { return exp2_v(x * 1.44269504f); }

@@ -16,10 +16,15 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.selective_scan import reference, torch_chunked
+from mamba_dist.ops.selective_scan import cpu, cuda, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
-    {"reference": reference.selective_scan, "torch": torch_chunked.selective_scan}
+    {
+        "reference": reference.selective_scan,
+        "torch": torch_chunked.selective_scan,
+        "cpu": cpu.selective_scan,
+        "cuda": cuda.selective_scan,
+    }
 )
 
 

@@ -16,9 +16,11 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.ssd import reference, torch_chunked
+from mamba_dist.ops.ssd import cpu, cuda, reference, torch_chunked
 
-_IMPLEMENTATIONS: Final = MappingProxyType({"reference": reference.ssd, "torch": torch_chunked.ssd})
+_IMPLEMENTATIONS: Final = MappingProxyType(
+    {"reference": reference.ssd, "torch": torch_chunked.ssd, "cpu": cpu.ssd, "cuda": cuda.ssd}
+)
 
 
 def ssd(

@@ -1,0 +1,231 @@
+// Products of small matrices that lie in cache, and transposition, on the vectors of simd.h.
+//
+// A kernel packs its operands into zero-padded rows of whole vectors, so that only the row count of
+// a product needs a remainder. Every element of a product is one sum in ascending order: its bits
+// depend on neither the tile it falls into nor the thread.
+#pragma once
+
+#include <type_traits>
+
+#include "simd.h"
+
+template <class Real>
+using Vector = typename Lanes<Real>::type;
+
+template <class Real>
+constexpr int lanes = Lanes<Real>::count;
+
+// Rows of `stride` elements.
+template <class Real>
+struct View {
+    Real* at;
+    int64_t stride;
+
+    Real* row(int64_t i) const { return at + i * stride; }
+    Real* vector(int64_t i, int64_t v) const { return at + i * stride + v * lanes<Real>; }
+};
+
+// Vectors that hold `count` elements.
+template <class Real>
+constexpr int vectors_of(int64_t count) {
+    return int((count + lanes<Real> - 1) / lanes<Real>);
+}
+
+// Sum of the lanes, in pairs.
+template <class V>
+MAMBA_INLINE auto total(V v) {
+#if defined(__AVX512F__) && VECTOR_BYTES == 64
+    if constexpr (sizeof(v[0]) == 4) return float(_mm512_reduce_add_ps((__m512)v));
+#endif
+    return lane_sum(v);
+}
+
+// The terms of row i's sums: all, those up to i, or those from i on (a triangular left factor).
+enum class Terms { all, to_row, from_row };
+
+// 16 sums in flight hide the latency of two multiply-add units, and the tile fits the 32 registers
+// of AVX-512; with 16 registers there is room for 12. 8 rows divide the usual sizes.
+#if VECTOR_BYTES == 64
+constexpr int tile_rows = 8;
+#else
+constexpr int tile_rows = 6;
+#endif
+constexpr int tile_vectors = 2;
+
+template <bool transposed, int rows, int vectors, class Real, class Finish>
+static void product_tile(View<Real> a, View<Real> b, int row, int vector, int from, int to,
+                         const Finish& finish) {
+    Vector<Real> sums[rows][vectors] = {};
+    const Real* left = transposed ? a.row(from) + row : a.row(row) + from;
+    const int64_t next_row = transposed ? 1 : a.stride, next_term = transposed ? a.stride : 1;
+    const Real* right = b.vector(from, vector);
+    for (int k = from; k < to; k++) {
+        Vector<Real> terms[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) terms[v] = load(right + v * lanes<Real>);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            Vector<Real> factor = splat(left[r * next_row]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sums[r][v] += factor * terms[v];
+        }
+        left += next_term;
+        right += b.stride;
+    }
+    finish(sums, row, vector);
+}
+
+// finish(sums, row, vector) receives tiles of A B, where A is rows x terms (or its transpose lies
+// in memory) and B is terms x (vectors * lanes).
+template <bool transposed, class Real, class Finish>
+static void product(int rows, int vectors, int terms, View<Real> a, View<Real> b, Terms which,
+                    const Finish& finish) {
+    auto columns = [&](auto width, int vector) {
+        constexpr int w = decltype(width)::value;
+        int row = 0;
+        auto tile = [&](auto height) {
+            constexpr int h = decltype(height)::value;
+            int from = which == Terms::from_row ? row : 0;
+            int to = which == Terms::to_row && row + h < terms ? row + h : terms;
+            product_tile<transposed, h, w>(a, b, row, vector, from, to, finish);
+            row += h;
+        };
+        while (row + tile_rows <= rows) tile(std::integral_constant<int, tile_rows>{});
+        if (rows - row >= 4) tile(std::integral_constant<int, 4>{});
+        if (rows - row >= 2) tile(std::integral_constant<int, 2>{});
+        if (rows - row >= 1) tile(std::integral_constant<int, 1>{});
+    };
+    int vector = 0;
+    for (; vector + tile_vectors <= vectors; vector += tile_vectors)
+        columns(std::integral_constant<int, tile_vectors>{}, vector);
+    for (; vector < vectors; vector++) columns(std::integral_constant<int, 1>{}, vector);
+}
+
+// ---- what becomes of a tile of sums
+
+// out = sums, or out = factor * out + sums.
+template <class Real>
+struct Accumulate {
+    View<Real> out;
+    bool keep = false;
+    Real factor = 1;
+
+    template <int rows, int vectors>
+    __attribute__((always_inline)) void operator()(Vector<Real> (&sums)[rows][vectors], int row, int vector) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                Real* p = out.vector(row + r, vector + v);
+                store(p, keep ? load(p) * factor + sums[r][v] : sums[r][v]);
+            }
+    }
+};
+
+// out[i] = factors[i] * sums[i].
+template <class Real>
+struct ScaleRows {
+    View<Real> out;
+    const Real* factors;
+
+    template <int rows, int vectors>
+    __attribute__((always_inline)) void operator()(Vector<Real> (&sums)[rows][vectors], int row, int vector) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                store(out.vector(row + r, vector + v), sums[r][v] * factors[row + r]);
+    }
+};
+
+// out += sums, and column_dots += sums * weights, summed over the rows.
+template <class Real>
+struct AddAndDot {
+    View<Real> out, weights;
+    Real* column_dots;
+
+    template <int rows, int vectors>
+    __attribute__((always_inline)) void operator()(Vector<Real> (&sums)[rows][vectors], int row, int vector) const {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            Real* dots = column_dots + (vector + v) * lanes<Real>;
+            Vector<Real> dot = load(dots);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                Real* p = out.vector(row + r, vector + v);
+                store(p, load(p) + sums[r][v]);
+                dot += sums[r][v] * load(weights.vector(row + r, vector + v));
+            }
+            store(dots, dot);
+        }
+    }
+};
+
+// out = factor * out + sums, and dot += out * weights with the former out, lane by lane.
+template <class Real>
+struct DecayAndDot {
+    View<Real> out, weights;
+    Real factor;
+    Real* dot_lanes;
+
+    template <int rows, int vectors>
+    __attribute__((always_inline)) void operator()(Vector<Real> (&sums)[rows][vectors], int row, int vector) const {
+        Vector<Real> dot = load(dot_lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                Real* p = out.vector(row + r, vector + v);
+                Vector<Real> former = load(p);
+                dot += former * load(weights.vector(row + r, vector + v));
+                store(p, former * factor + sums[r][v]);
+            }
+        store(dot_lanes, dot);
+    }
+};
+
+// ---- transposition
+
+// A step of the transposition of a square of vectors: lanes l with bit `distance` set change places
+// with lanes l - distance of the vector that many rows on.
+template <int distance, class Real>
+MAMBA_INLINE void exchange(Vector<Real>& low, Vector<Real>& high) {
+    using Index = typename std::conditional<sizeof(Real) == 4, int32_t, int64_t>::type;
+    typedef Index index_v __attribute__((vector_size(VECTOR_BYTES)));
+    constexpr int n = lanes<Real>;
+    index_v to_low, to_high;
+#pragma GCC unroll 16
+    for (int l = 0; l < n; l++) {
+        to_low[l] = l & distance ? n + l - distance : l;
+        to_high[l] = l & distance ? n + l : l + distance;
+    }
+    Vector<Real> new_low = __builtin_shuffle(low, high, to_low);
+    high = __builtin_shuffle(low, high, to_high);
+    low = new_low;
+}
+
+template <int distance, class Real>
+MAMBA_INLINE void exchange_all(Vector<Real> (&square)[lanes<Real>]) {
+    if constexpr (distance < lanes<Real>) {
+#pragma GCC unroll 16
+        for (int r = 0; r < lanes<Real>; r++)
+            if (!(r & distance)) exchange<distance, Real>(square[r], square[r + distance]);
+        exchange_all<distance * 2, Real>(square);
+    }
+}
+
+// to[j][i] = from[i][j] for i < rows; rows up to the next whole vector become zero columns of `to`.
+template <class Real>
+static void transpose(int rows, int vectors, View<const Real> from, View<Real> to) {
+    constexpr int n = lanes<Real>;
+    for (int row = 0; row < rows; row += n)
+        for (int v = 0; v < vectors; v++) {
+            Vector<Real> square[n];
+#pragma GCC unroll 16
+            for (int r = 0; r < n; r++)
+                square[r] = row + r < rows ? load(from.row(row + r) + v * n) : Vector<Real>{};
+            exchange_all<1, Real>(square);
+#pragma GCC unroll 16
+            for (int r = 0; r < n; r++) store(to.row(v * n + r) + row, square[r]);
+        }
+}

@@ -1,0 +1,52 @@
+"""The native kernels neither read nor write outside their tensors, and do nothing undefined."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("sanitizer_worker.py")
+
+
+def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build the sanitized kernels with")
+    runtime = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("g++ has no address sanitizer here")
+    # Python itself leaks at exit, and torch's libraries know no sanitizer.
+    environment = {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PATH": str(Path(compiler).parent),
+        "HOME": str(Path.home()),
+    }
+    return subprocess.run(
+        [sys.executable, str(WORKER), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+    )
+
+
+@pytest.mark.slow
+def test_the_kernels_stay_inside_their_tensors() -> None:
+    done = run_sanitized()
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "clean"
+
+
+@pytest.mark.slow
+def test_the_sanitizer_would_see_a_kernel_that_does_not(tmp_path: Path) -> None:
+    source = tmp_path / "broken" / "cpu.cpp"
+    source.parent.mkdir()
+    source.write_text('extern "C" float read_past_the_end(const float* p) { return p[1000]; }\n')
+    done = run_sanitized(str(source))
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
