@@ -3,9 +3,9 @@
 // A unit of work is a tile of time steps of one row and one block of channels. Inside it a few
 // steps are computed at once, channel vector by channel vector: memory is walked along its rows,
 // and the taps and most inputs are loaded once for all these steps. The backward walks back in time
-// and keeps what the last K - 1 steps send to earlier inputs; at a tile's end it computes that anew,
-// so that tiles need nothing of each other. Each unit writes its share of the parameters' gradients
-// to a place of its own, and the shares are added in a fixed order, whatever the threads.
+// and keeps what the last K - 1 steps send to earlier inputs; at a tile's end it computes that
+// anew, so that tiles need nothing of each other. Each unit writes its share of the parameters'
+// gradients to a place of its own, and the shares are added in a fixed order, whatever the threads.
 //
 // B batch, L length, E channels, K kernel width; tap j meets the input j steps back.
 #include <memory>
@@ -37,6 +37,10 @@ constexpr int STEPS = VECTOR_BYTES == 64 ? 4 : 2;
 int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Off the hot path, where copies in every kernel would only cost compile time.
+#define SELDOM __attribute__((noinline))
+#define HOT __attribute__((always_inline))
+
 // How channels lie in vectors. Two vectors of bf16 are one vector of memory, whose lanes hold two
 // channels each: taking even channels for the one and odd ones for the other costs an instruction
 // a vector, where widening neighbours costs two and narrowing them three more.
@@ -46,8 +50,8 @@ struct Group {
     static constexpr int VECTORS = 1, CHANNELS = Lanes<Storage>::count;
 
     static int64_t place(int64_t channel) { return channel; }
-    static __attribute__((always_inline)) vector load(const Storage* p, int) { return ::load(p); }
-    static __attribute__((always_inline)) void store(Storage* p, const vector* v) { ::store(p, v[0]); }
+    static HOT vector load(const Storage* p, int) { return ::load(p); }
+    static HOT void store(Storage* p, const vector* v) { ::store(p, v[0]); }
 };
 
 template <>
@@ -58,18 +62,18 @@ struct Group<bf16> {
     static int64_t place(int64_t channel) {
         return channel - channel % CHANNELS + channel % 2 * LANES + channel % CHANNELS / 2;
     }
-    static __attribute__((always_inline)) vector load(const bf16* p, int odd) {
+    static HOT vector load(const bf16* p, int odd) {
         uint_v both;
         memcpy(&both, p, sizeof both);
         return (vector)(odd ? both & 0xffff0000u : both << 16);
     }
-    static __attribute__((always_inline)) void store(bf16* p, const vector* v) {
+    static HOT void store(bf16* p, const vector* v) {
         uint_v both = rounded(v[0]) >> 16 | (rounded(v[1]) & 0xffff0000u);
         memcpy(p, &both, sizeof both);
     }
     // To nearest even. A NaN with all of its low bits set would become 0, but none of them arises:
     // stored inputs have no low bits, and `without_payload` takes them from the others.
-    static __attribute__((always_inline)) uint_v rounded(vector v) {
+    static HOT uint_v rounded(vector v) {
         uint_v bits = (uint_v)v;
         return bits + 0x7fffu + ((bits >> 16) & 1u);
     }
@@ -105,10 +109,9 @@ class Unit {
 
     const Arguments& a;
     const int64_t width, ring_steps, rows_and_tiles;
-    // For each vector of channels side by side: K taps, bias, K - 1 inputs before the first, and in
-    // the backward K sums of the taps' gradients and one of the bias', K - 1 gradients of the final
-    // state, and the ring of what the last steps send.
-    std::unique_ptr<real[]> fixed, moving;
+    // For each vector of channels side by side: K taps and the bias; the sums of their gradients
+    // and the ring of what the last steps send; gradient of the final state, initial state.
+    std::unique_ptr<real[]> fixed, moving, states;
     std::unique_ptr<int64_t[]> reaches;
     int64_t row, start, stop, share, channels, first_channel = -1;
 
@@ -118,8 +121,9 @@ class Unit {
           width(Width ? Width : a.width),
           ring_steps(power_of_two(width)),
           rows_and_tiles(a.batch * pieces(a.length, a.tile_steps)),
-          fixed(new real[size_t(block_channels(a) * 2 * width)]),
-          moving(new real[a.grad_y ? size_t(block_channels(a) * (2 * width + ring_steps)) : 0]),
+          fixed(new real[size_t(block_channels(a) * (width + 1))]),
+          moving(new real[a.grad_y ? size_t(block_channels(a) * moving_rows()) : 0]),
+          states(new real[size_t(block_channels(a) * state_rows())]),
           reaches(new int64_t[size_t(a.tile_steps + width)]) {}
 
     static int64_t count(const Arguments& a) {
@@ -135,7 +139,7 @@ class Unit {
         stop = smaller(start + a.tile_steps, a.length);
         take_channels(unit / rows_and_tiles);
         if (a.initial_state && start < width)
-            spread(state_of(a.initial_state), width - 1, history(0, 1 - width), 2 * width, false);
+            spread(state_of(a.initial_state), width - 1, history(0, 1 - width), state_rows());
         for (int64_t t = start; t < halo_stop(); t++) reaches[t - start] = reach_of(t);
     }
 
@@ -156,7 +160,7 @@ class Unit {
         for (int64_t c = 0; c < padded(); c += LANES)
             memset(sum(c, 0), 0, size_t((width + 1) * LANES) * sizeof(real));
         if (a.grad_final_state && halo_stop() == a.length)
-            spread(state_of(a.grad_final_state), width - 1, grad_final(0, 0), moving_rows(), false);
+            spread(state_of(a.grad_final_state), width - 1, grad_final(0, 0), state_rows());
         for (int64_t t = halo_stop() - 1; t >= stop; t--)
             for (int64_t c = 0; c < padded(); c += LANES) store(sent(c, t), sends(t, c));
         for (int64_t t = stop; t > start;) {
@@ -195,14 +199,16 @@ class Unit {
         return reals(state) + (row * a.channels + first_channel) * (width - 1);
     }
     // c is a multiple of LANES.
-    real* tap(int64_t c, int64_t j) const { return fixed.get() + c * 2 * width + j * LANES; }
+    real* tap(int64_t c, int64_t j) const { return fixed.get() + c * (width + 1) + j * LANES; }
     real* bias(int64_t c) const { return tap(c, width); }
-    real* history(int64_t c, int64_t t) const { return tap(c, 2 * width + t); }
-    int64_t moving_rows() const { return 2 * width + ring_steps; }
+    int64_t moving_rows() const { return width + 1 + ring_steps; }
     real* sum(int64_t c, int64_t j) const { return moving.get() + c * moving_rows() + j * LANES; }
-    real* grad_final(int64_t c, int64_t i) const { return sum(c, width + 1 + i); }
     // What step t sends to the inputs it sees; that of the last K steps is kept.
-    real* sent(int64_t c, int64_t t) const { return sum(c, 2 * width + (t & (ring_steps - 1))); }
+    real* sent(int64_t c, int64_t t) const { return sum(c, width + 1 + (t & (ring_steps - 1))); }
+    int64_t state_rows() const { return 2 * (width - 1); }
+    real* states_of(int64_t c) const { return states.get() + c * state_rows(); }
+    real* grad_final(int64_t c, int64_t i) const { return states_of(c) + i * LANES; }
+    real* history(int64_t c, int64_t t) const { return grad_final(c, state_rows() + t); }
     int64_t reach(int64_t t) const { return reaches[t - start]; }
     // The first step that sends nothing to the tile.
     int64_t halo_stop() const { return smaller(stop + width - 1, a.length); }
@@ -218,15 +224,16 @@ class Unit {
         if (first_channel == block * block_channels(a)) return;
         first_channel = block * block_channels(a);
         channels = smaller(block_channels(a), a.channels - first_channel);
-        spread(reals(a.weight) + first_channel * width, width, tap(0, 0), 2 * width, true);
+        spread(reals(a.weight) + first_channel * width, width, tap(0, 0), width + 1, true);
         if (a.bias)
-            spread(reals(a.bias) + first_channel, 1, bias(0), 2 * width, false);
+            spread(reals(a.bias) + first_channel, 1, bias(0), width + 1);
         else
             for (int64_t c = 0; c < padded(); c += LANES) store(bias(c), vector{});
     }
 
     // From `count` values of each channel to rows of channels, zero past the last channel.
-    void spread(const real* from, int64_t count, real* to, int64_t rows, bool reversed) const {
+    SELDOM void spread(const real* from, int64_t count, real* to, int64_t rows,
+                       bool reversed = false) const {
         for (int64_t c = 0; c < padded(); c++) {
             const int64_t place = group::place(c), lane = place % LANES;
             real* column = to + (place - lane) * rows + lane;
@@ -239,36 +246,32 @@ class Unit {
 
     // How many steps back the inputs are of t's document, up to K - 1; an initial state belongs to
     // the row's first document and has K - 1 of them.
-    int64_t reach_of(int64_t t) const {
+    SELDOM int64_t reach_of(int64_t t) const {
         const int64_t most = smaller(width - 1, t), size = a.seq_idx_bytes;
         int64_t steps = most;
         if (a.seq_idx) {
             const char* id = static_cast<const char*>(a.seq_idx) + (row * a.length + t) * size;
-            for (steps = 0; steps < most && !memcmp(id, id - size, size_t(size)); steps++) id -= size;
+            for (steps = 0; steps < most && !memcmp(id, id - size, size_t(size)); steps++)
+                id -= size;
         }
         return a.initial_state && steps == t ? width - 1 : steps;
     }
 
+    bool reach_all_taps(int64_t first, int64_t last) const {
+        bool all = true;
+        for (int64_t t = first; t < last; t++) all &= reach(t) == width - 1;
+        return all;
+    }
     // Whether STEPS steps from t on see inputs of x only, each at every tap.
     bool sees_plain_inputs(int64_t t) const {
-        if (Width == 0 || t < width - 1) return false;
-        bool plain = true;
-        for (int64_t i = 0; i < STEPS; i++) plain &= reach(t + i) == width - 1;
-        return plain;
+        return Width && t >= width - 1 && reach_all_taps(t, t + STEPS);
     }
-
     // Whether these inputs are seen by K steps of x each, and are no part of the final state.
     bool is_seen_plainly(int64_t t) const {
-        if (t + WINDOW > a.length) return false;
-        bool plain = true;
-        for (int64_t i = STEPS; i < WINDOW; i++) plain &= reach(t + i) == width - 1;
-        return plain;
+        return t + WINDOW <= a.length && reach_all_taps(t + STEPS, t + WINDOW);
     }
-
     // For t among the last K - 1 inputs.
-    bool is_in_final_state(int64_t t) const {
-        return reach(a.length - 1) >= a.length - 1 - t;
-    }
+    bool is_in_final_state(int64_t t) const { return reach(a.length - 1) >= a.length - 1 - t; }
 
     // The vector at place `c` of a row; a missing channel is 0.
     vector stored(const Storage* p, int64_t c) const {
@@ -334,8 +337,7 @@ class Unit {
     }
 
     // The same sums in the same order as `preactivation`, so which of them runs changes no bit.
-    static __attribute__((always_inline)) void preactivations(const real* taps, const vector* in,
-                                                              vector* p) {
+    static HOT void preactivations(const real* taps, const vector* in, vector* p) {
 #pragma GCC unroll 8
         for (int i = 0; i < STEPS; i++) p[i] = load(taps + Width * LANES);
 #pragma GCC unroll 8
@@ -347,7 +349,7 @@ class Unit {
     }
 
     // The rows of the next call are fetched early: the machine does not foresee them.
-    static __attribute__((always_inline)) void prefetch(const Storage* p, int64_t stride) {
+    static HOT void prefetch(const Storage* p, int64_t stride) {
 #pragma GCC unroll 8
         for (int i = 0; i < STEPS; i++) __builtin_prefetch(p + i * stride);
     }
@@ -355,7 +357,8 @@ class Unit {
     void forward_steps(int64_t t) const {
         const Storage* x = x_at(t - (Width - 1));
         Storage* y = at(a.y, t);
-        const int64_t x_stride = a.x_row_stride, y_stride = a.channels, silu = a.silu, end = whole();
+        const int64_t x_stride = a.x_row_stride, y_stride = a.channels;
+        const int64_t silu = a.silu, end = whole();
         for (int64_t c = 0; c < end; c += CHANNELS) {
             vector out[STEPS][VECTORS];
             prefetch(x + WINDOW * x_stride + c, x_stride);
@@ -427,8 +430,7 @@ class Unit {
         for (int i = STEPS - 1; i >= 0 && end < channels; i--) backward_step(t + i, end);
     }
 
-    static __attribute__((always_inline)) void add_to_sums(real* sums, const vector* in,
-                                                           const vector* sent) {
+    static HOT void add_to_sums(real* sums, const vector* in, const vector* sent) {
 #pragma GCC unroll 8
         for (int j = 0; j <= Width; j++) {
             vector sum = load(sums + j * LANES);
@@ -439,14 +441,14 @@ class Unit {
         }
     }
 
-    void write_shares() const {
+    SELDOM void write_shares() const {
         real* to = static_cast<real*>(a.shares) + share * (width + 1) * a.share_channels;
         for (int64_t c = 0; c < padded(); c += LANES)
             for (int64_t j = 0; j <= width; j++)
                 store(to + j * a.share_channels + first_channel + c, load(sum(c, j)));
     }
 
-    void write_final_state() const {
+    SELDOM void write_final_state() const {
         real* state = const_cast<real*>(state_of(a.final_state));
         for (int64_t i = 0; i < width - 1; i++) {
             const int64_t t = a.length - (width - 1) + i;
@@ -460,7 +462,7 @@ class Unit {
         }
     }
 
-    void write_grad_initial_state() const {
+    SELDOM void write_grad_initial_state() const {
         real* grad_state = const_cast<real*>(state_of(a.grad_initial_state));
         for (int64_t i = 0; i < width - 1; i++) {
             const int64_t t = i - (width - 1), in_final_state = i - a.length;
@@ -484,7 +486,8 @@ void step(const Arguments& a, int64_t row, int64_t first, int64_t channels) {
     constexpr int LANES = Lanes<real>::count;
     const int64_t width = Width ? Width : a.width, kept = width - 1;
     const Storage* x = static_cast<const Storage*>(a.x) + row * a.x_batch_stride;
-    const real *weight = static_cast<const real*>(a.weight), *bias = static_cast<const real*>(a.bias);
+    const real* weight = static_cast<const real*>(a.weight);
+    const real* bias = static_cast<const real*>(a.bias);
     const real* before = static_cast<const real*>(a.initial_state);
     real* after = static_cast<real*>(a.final_state);
     for (int64_t block = first; block < first + channels; block += LANES) {
@@ -495,7 +498,8 @@ void step(const Arguments& a, int64_t row, int64_t first, int64_t channels) {
             const real now = to_real(x[c]);
             real sum = (bias ? bias[c] : 0) + weight[c * width + kept] * now;
             if (before)
-                for (int64_t k = 0; k < kept; k++) sum += weight[c * width + k] * before[in_state + k];
+                for (int64_t k = 0; k < kept; k++)
+                    sum += weight[c * width + k] * before[in_state + k];
             sums[i] = sum;
             if (!after || !kept) continue;
             for (int64_t k = 0; k < kept - 1; k++)
@@ -510,8 +514,7 @@ void step(const Arguments& a, int64_t row, int64_t first, int64_t channels) {
 
 template <class Storage, int Width>
 void forward(const Arguments& a) {
-    const int64_t blocks = pieces(a.channels, BLOCK);
-    const int64_t units = a.length == 1 ? a.batch * blocks : Unit<Storage, Width>::count(a);
+    const int64_t blocks = pieces(a.channels, BLOCK), units = Unit<Storage, Width>::count(a);
     if (a.length == 1) {
 #pragma omp parallel for num_threads(int(a.threads)) if (a.threads > 1)
         for (int64_t i = 0; i < units; i++) {
@@ -536,7 +539,8 @@ template <class Storage>
 void add_shares(const Arguments& a, int64_t first) {
     using real = typename Compute<Storage>::real;
     constexpr int COUNT = 32;
-    real *grad_weight = static_cast<real*>(a.grad_weight), *grad_bias = static_cast<real*>(a.grad_bias);
+    real* grad_weight = static_cast<real*>(a.grad_weight);
+    real* grad_bias = static_cast<real*>(a.grad_bias);
     const int64_t shares = a.batch * pieces(a.length, a.tile_steps);
     for (int64_t j = 0; j <= a.width; j++) {
         double sums[COUNT] = {};

@@ -17,8 +17,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from mamba_dist.ops.native.library import load_kernel
 from mamba_dist.ops.precision import compute_dtype
 
-# Steps of a unit of work. It decides how sums are grouped, so it must not follow the threads.
+# Steps of a unit of work: longer ones repeat less at their ends, shorter ones give many cores work
+# in a short sequence. They decide how sums are grouped, so they follow the shape, not the threads.
 _TILE_STEPS: Final = 64
+_SHORT_TILE_STEPS: Final = 16
+_SHORT_STEPS: Final = 512
 # With less work than this a further thread costs more than it takes over.
 _ELEMENTS_PER_THREAD: Final = 1 << 14
 # The numbers by which the kernels know these dtypes; fp16 goes through fp32.
@@ -38,8 +41,9 @@ _NUMBERS: Final = (
 class _Arguments(ctypes.Structure):
     """`Arguments` of cpu.cpp, which says what each field is."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in _POINTERS) + tuple(
-        (name, ctypes.c_int64) for name in _NUMBERS
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
     )
 
 
@@ -63,14 +67,19 @@ def causal_conv1d(
     operator = _run_forward if _is_plain_decoding(x) else _forward
     y, final_state = operator(
         x if x.dtype in _STORAGE else x.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
+        _as(weight, dtype),
+        None if bias is None else _as(bias, dtype),
         seq_idx,
-        None if initial_state is None else initial_state.to(dtype),
+        None if initial_state is None else _as(initial_state, dtype),
         return_final_state,
         silu,
     )
-    return y.to(x.dtype), final_state if return_final_state else None
+    return _as(y, x.dtype), final_state if return_final_state else None
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # A cast to the same dtype takes a microsecond, and decoding comes here for every token.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _is_plain_decoding(x: Tensor) -> bool:
@@ -146,7 +155,7 @@ def _backward(
     grads = _new_gradients(x, weight, bias, initial_state)
     grad_x, grad_weight, grad_bias, grad_initial_state = grads
     batch, length, channels = x.shape
-    tiles = -(-length // _TILE_STEPS)
+    tiles = -(-length // _tile_steps(x))
     # Rows of whole vectors, whatever the machine's are: at most 32 channels.
     share_channels = -(-channels // 32) * 32
     shares = weight.new_empty(batch * tiles, weight.shape[1] + 1, share_channels)
@@ -249,7 +258,7 @@ class _Inputs:
             x_batch_stride=self.x.stride(0),
             x_row_stride=self.x.stride(1),
             seq_idx_bytes=0 if self.seq_idx is None else self.seq_idx.element_size(),
-            tile_steps=_TILE_STEPS,
+            tile_steps=_tile_steps(self.x),
             silu=silu,
             storage=_STORAGE[self.x.dtype],
             threads=threads,
@@ -273,6 +282,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _unit_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied unless its channels lie side by side; rows may have any stride."""
     return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+
+
+def _tile_steps(x: Tensor) -> int:
+    return _TILE_STEPS if x.shape[0] * x.shape[1] >= _SHORT_STEPS else _SHORT_TILE_STEPS
 
 
 def _state_shape(x: Tensor, weight: Tensor) -> tuple[int, int, int]:

@@ -1,10 +1,10 @@
 """Linear map on the CPU with fp32 products in oneDNN.
 
 torch sends fp32 products to MKL and bf16 ones to oneDNN. MKL is as fast as oneDNN on most CPUs, but
-on some AMD ones it leaves AVX-512 unused: on Zen 5 oneDNN was twice as fast, on Zen 4 it is 1 to 9 %
-(`tools/bench.py ops`). torch's public way to oneDNN, `Tensor.to_mkldnn`, loses all of that to its
-copies. The operator used here is the one that torch's own compiler puts into its CPU programs; it
-is touched in this file only, and tests/ops/test_linear.py would notice a change of its meaning.
+on some AMD ones it leaves AVX-512 unused: oneDNN was twice as fast on Zen 5, 1 to 9 % faster on
+Zen 4 (`tools/bench.py ops`). torch's public way to oneDNN, `Tensor.to_mkldnn`, loses all of that to
+its copies. The operator used here is the one that torch's own compiler puts into its CPU programs;
+it is touched in this file only, and tests/ops/test_linear.py would notice a change of its meaning.
 
 R rows, I input features, O output features.
 """
@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (R, I) @ weight^T, (R, O), without a graph, in the library that is fastest for the dtype."""
+    """x (R, I) @ weight^T, (R, O), without a graph, in the fastest library for the dtype."""
     return _product(x, weight, None) if _is_ours(x) and _is_ours(weight) else x @ weight.t()
 
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ _FLAGS: Final[dict[InstructionSet, tuple[str, ...]]] = {
     "avx2": ("-DVECTOR_BYTES=32", "-mavx2", "-mfma"),
     "portable": ("-DVECTOR_BYTES=16",),
 }
+# Of a 64-bit ELF file: where its table of sections starts, the size of an entry, their number.
+_ELF_HEADER: Final = struct.Struct("=40xQ10xHH")
 _INSTALL: Final = (
     "install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
     "conda: conda install cxx-compiler)"
@@ -78,15 +81,30 @@ def load_kernel(source: Path) -> ctypes.CDLL:
     """
     chosen = instruction_set()
     library = cache_folder() / f"{source.parent.name}-{chosen}-{_fingerprint(source, chosen)}.so"
-    if not library.exists():
-        compile_kernel(source, library, _FLAGS[chosen])
     try:
+        if not library.exists():
+            compile_kernel(source, library, _FLAGS[chosen])
+        _check_whole(library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BackendError(
             f"the kernel library {library} cannot be loaded ({error}); delete it to have it built "
             "again, or use engine.ops_backend: torch"
         ) from error
+
+
+def _check_whole(library: Path) -> None:
+    """Raises OSError for a cut ELF file: the loader maps it, and its first call ends in SIGBUS."""
+    with library.open("rb") as file:
+        header = file.read(_ELF_HEADER.size)
+    if header.startswith(b"\x7fELF") and len(header) == _ELF_HEADER.size:
+        # The table of sections stands last.
+        start, entry_bytes, entries = _ELF_HEADER.unpack(header)
+        if library.stat().st_size >= start + entry_bytes * entries:
+            return
+    elif header and not b"\x7fELF".startswith(header[:4]):
+        return
+    raise OSError("the file is cut short")
 
 
 def build_kernels(sources: Sequence[Path]) -> None:
@@ -141,7 +159,7 @@ def _compile(compiler: str, source: Path, library: Path, flags: Sequence[str]) -
         if done.returncode:
             raise BackendError(
                 f"{compiler} could not compile {source.name} of {source.parent.name} for the 'cpu' "
-                f"backend:\n{done.stderr.strip()[-2000:]}\nuse engine.ops_backend: torch, and "
+                f"backend:\n{done.stderr.strip()[:2000]}\nuse engine.ops_backend: torch, and "
                 "report it"
             )
 
@@ -149,6 +167,6 @@ def _compile(compiler: str, source: Path, library: Path, flags: Sequence[str]) -
 def _fingerprint(source: Path, chosen: InstructionSet) -> str:
     """Changes with whatever the library is made of."""
     digest = hashlib.sha256(repr((_COMMON_FLAGS, _FLAGS[chosen])).encode())
-    for path in (source, *sorted(_INCLUDES.glob("*.h"))):
+    for path in (source, *sorted(source.parent.glob("*.h")), *sorted(_INCLUDES.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -18,7 +18,15 @@
 #error "VECTOR_BYTES is the width of the machine's vectors: 64, 32 or 16"
 #endif
 
-#define MAMBA_INLINE static inline __attribute__((always_inline))
+#define MAMBA_INLINE static MAMBA_INLINE_MEMBER
+#define MAMBA_INLINE_MEMBER inline __attribute__((always_inline))
+
+// Keeps the compiler from merging the operation that gives `vector` with those that use it.
+#if defined(__x86_64__)
+#define MAMBA_FINISHED(vector) asm("" : "+v"(vector))
+#else
+#define MAMBA_FINISHED(vector)
+#endif
 
 struct bf16 {
     uint16_t bits;
@@ -44,6 +52,8 @@ template <>
 struct Compute<bf16> {
     using real = float;
 };
+template <class Storage>
+struct Compute<const Storage> : Compute<Storage> {};
 
 // ---- scalars
 
@@ -200,64 +210,53 @@ MAMBA_INLINE float_v at_most(float_v x, float_v bound) {
 }
 #endif
 
-#if defined(__AVX512F__) && VECTOR_BYTES == 64
-// Bits of 2^(j/16), less j << 19, so that adding (16 x) << 19 to entry 16 x mod 16 gives 2^x.
-alignas(64) static const uint32_t EXP2_TABLE[16] = {
-    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
-    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
-#endif
-
-// 2^x to 1.5e-7 in place, at most 2^-126 below the normal range, inf above it.
+// 2^x in place to 3e-7, for |x| <= 126 and no NaN.
 //
-// Several vectors in lockstep: one after the other fills the scheduler with a dependent chain.
+// Several vectors in lockstep: one after the other fills the scheduler with dependent chains.
 template <int Count>
-MAMBA_INLINE void exp2_each(float_v (&x)[Count]) {
-#if defined(__AVX512F__) && VECTOR_BYTES == 64
-    // A table of 16 and a cubic: 5 multiplications instead of the 6 of a polynomial alone; the
-    // additions and the permutation run on other ports. 32 and a parabola would do for the result,
-    // but not for its distance from 1, where a slow decay has its rate.
-    const __m512 table = _mm512_load_ps((const float*)EXP2_TABLE);
-    // 1.5 * 2^19: adding it rounds x to a multiple of 1/16, whose 16-fold stands in the low bits.
-    const float_v shifter = splat(786432.0f);
-    float_v shifted[Count];
+MAMBA_INLINE void exp2_bounded_each(float_v (&x)[Count]) {
+    // 1.5 * 2^23: adding it rounds x to a whole number, which then stands in the low bits.
+    const float_v shifter = splat(12582912.0f);
+    float_v shifted[Count], p[Count];
+    // Where x is a product, the compiler would multiply twice, for each of the two additions.
 #pragma GCC unroll 16
-    for (int i = 0; i < Count; i++) {
-        x[i] = at_most(at_least(x[i], splat(-126.0f)), splat(128.0f));
-    }
+    for (int i = 0; i < Count; i++) MAMBA_FINISHED(x[i]);
 #pragma GCC unroll 16
     for (int i = 0; i < Count; i++) shifted[i] = x[i] + shifter;
 #pragma GCC unroll 16
     for (int i = 0; i < Count; i++) x[i] -= shifted[i] - shifter;
-    // Minimax in the relative error of (2^r - 1) / r over |r| <= 1/32.
+    // The first three terms are the series' own, the others minimax over |r| <= 1/2. Minimax in all
+    // would be 3 times closer at the ends, but biased near 0, where a slow decay multiplies the
+    // bias by thousands of steps.
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) p[i] = x[i] * 1.321073505e-3f + 9.652533568e-3f;
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) p[i] = p[i] * x[i] + 5.550743639e-2f;
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) p[i] = p[i] * x[i] + 2.402265072e-1f;
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) p[i] = p[i] * x[i] + 6.931471825e-1f;
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) p[i] = p[i] * x[i] + 1.0f;
 #pragma GCC unroll 16
     for (int i = 0; i < Count; i++) {
-        x[i] = ((x[i] * 5.550508574e-02f + 2.402335554e-01f) * x[i] + 6.931471825e-01f) * x[i] + 1.0f;
+        x[i] = (float_v)((int_v)p[i] + ((int_v)shifted[i] << 23));
     }
+}
+
+// 2^x in place to 3e-7, at most 2^-126 below the normal range, inf above it, NaN for NaN.
+template <int Count>
+MAMBA_INLINE void exp2_each(float_v (&x)[Count]) {
+    float_v given[Count];
 #pragma GCC unroll 16
     for (int i = 0; i < Count; i++) {
-        int_v entry = (int_v)_mm512_permutexvar_ps((__m512i)shifted[i], table);
-        x[i] *= (float_v)(entry + ((int_v)shifted[i] << 19));
+        given[i] = x[i];
+        x[i] = at_most(at_least(x[i], splat(-126.0f)), splat(128.0f));
     }
-#else
-    // 1.5 * 2^23: adding it rounds x to a whole number, which then stands in the low bits.
-    const float_v shifter = splat(12582912.0f);
+    exp2_bounded_each(x);
+    // The sum of bits has read a NaN's payload as an exponent.
 #pragma GCC unroll 16
-    for (int i = 0; i < Count; i++) {
-        float_v bounded = at_most(at_least(x[i], splat(-126.0f)), splat(128.0f));
-        float_v shifted = bounded + shifter;
-        float_v r = bounded - (shifted - shifter);
-        // Minimax in the relative error of (2^r - 1) / r over |r| <= 1/2.
-        float_v p = splat(1.33333535e-3f);
-        p = p * r + 9.66624941e-3f;
-        p = p * r + 5.55050000e-2f;
-        p = p * r + 2.40223514e-1f;
-        p = p * r + 6.93147144e-1f;
-        p = p * r + 1.0f;
-        float_v scaled = (float_v)((int_v)p + ((int_v)shifted << 23));
-        // The sum of bits would read a NaN's payload as an exponent.
-        x[i] = bounded == bounded ? scaled : bounded;
-    }
-#endif
+    for (int i = 0; i < Count; i++) x[i] = given[i] == given[i] ? x[i] : given[i];
 }
 
 // fp64 serves gradient checks only, so accuracy goes before speed.
@@ -268,6 +267,11 @@ MAMBA_INLINE void exp2_each(double_v (&x)[Count]) {
     }
 }
 
+template <int Count>
+MAMBA_INLINE void exp2_bounded_each(double_v (&x)[Count]) {
+    exp2_each(x);
+}
+
 template <class Vector>
 MAMBA_INLINE Vector exp2_v(Vector x) {
     Vector one[1] = {x};
@@ -275,20 +279,45 @@ MAMBA_INLINE Vector exp2_v(Vector x) {
     return one[0];
 }
 
-MAMBA_INLINE float_v exp_v(float_v x) { return exp2_v(x * 1.44269504f); }
-MAMBA_INLINE double_v exp_v(double_v x) {
-    for (int i = 0; i < Lanes<double>::count; i++) x[i] = std::exp(x[i]);
-    return x;
+template <int Count>
+MAMBA_INLINE void exp_each(float_v (&x)[Count]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) x[i] *= 1.44269504f;
+    exp2_each(x);
+}
+template <int Count>
+MAMBA_INLINE void exp_each(double_v (&x)[Count]) {
+    for (int i = 0; i < Count; i++) {
+        for (int lane = 0; lane < Lanes<double>::count; lane++) x[i][lane] = std::exp(x[i][lane]);
+    }
+}
+
+template <class Vector>
+MAMBA_INLINE Vector exp_v(Vector x) {
+    Vector one[1] = {x};
+    exp_each(one);
+    return one[0];
+}
+
+template <class Vector, int Count>
+MAMBA_INLINE void sigmoid_each(Vector (&x)[Count]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) x[i] = -x[i];
+    exp_each(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) x[i] = 1 / (1 + x[i]);
 }
 
 template <class Vector>
 MAMBA_INLINE Vector sigmoid_v(Vector x) {
-    return 1 / (1 + exp_v(-x));
+    Vector one[1] = {x};
+    sigmoid_each(one);
+    return one[0];
 }
 
-// log(1 + y) for 0 <= y <= 1, as 2 artanh(y / (2 + y)).
-MAMBA_INLINE float_v log1p_of_unit_v(float_v y) {
-    float_v s = y / (2.0f + y), q = s * s;
+// 2 artanh(s) = log((1 + s) / (1 - s)) for 0 <= s <= 1/3.
+MAMBA_INLINE float_v twice_artanh_v(float_v s) {
+    float_v q = s * s;
     float_v p = splat(0.28178326f);
     p = p * q + 0.27960605f;
     p = p * q + 0.40024910f;
@@ -296,14 +325,47 @@ MAMBA_INLINE float_v log1p_of_unit_v(float_v y) {
     p = p * q + 2.0f;
     return p * s;
 }
-MAMBA_INLINE double_v log1p_of_unit_v(double_v y) {
-    for (int i = 0; i < Lanes<double>::count; i++) y[i] = std::log1p(y[i]);
-    return y;
+MAMBA_INLINE double_v twice_artanh_v(double_v s) {
+    for (int i = 0; i < Lanes<double>::count; i++) s[i] = 2 * std::atanh(s[i]);
+    return s;
+}
+
+// log(1 + y) for 0 <= y <= 1.
+template <class Vector>
+MAMBA_INLINE Vector log1p_of_unit_v(Vector y) {
+    return twice_artanh_v(y / (2 + y));
 }
 
 // max(x, 0) + log(1 + exp(-|x|)): exact for every x, without PyTorch's switch to x above 20.
+template <class Vector, int Count>
+MAMBA_INLINE void softplus_each(Vector (&x)[Count]) {
+    Vector y[Count];
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) y[i] = x[i] < 0 ? x[i] : -x[i];
+    exp_each(y);
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) x[i] = at_least(x[i], Vector{}) + log1p_of_unit_v(y[i]);
+}
+
 template <class Vector>
 MAMBA_INLINE Vector softplus_v(Vector x) {
-    Vector magnitude = x < 0 ? -x : x;
-    return at_least(x, Vector{}) + log1p_of_unit_v(exp_v(-magnitude));
+    Vector one[1] = {x};
+    softplus_each(one);
+    return one[0];
+}
+
+// softplus of x in place and its derivative, the sigmoid, from one exponential and one division.
+template <class Vector, int Count>
+MAMBA_INLINE void softplus_and_slope_each(Vector (&x)[Count], Vector (&slope)[Count]) {
+    Vector y[Count];
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) y[i] = x[i] < 0 ? x[i] : -x[i];
+    exp_each(y);
+#pragma GCC unroll 16
+    for (int i = 0; i < Count; i++) {
+        Vector both = 1 / ((1 + y[i]) * (2 + y[i]));
+        Vector inverse = (2 + y[i]) * both;
+        slope[i] = x[i] < 0 ? y[i] * inverse : inverse;
+        x[i] = at_least(x[i], Vector{}) + twice_artanh_v(y[i] * (1 + y[i]) * both);
+    }
 }

@@ -1,7 +1,7 @@
-"""Selective scan on the native kernels of `cpu.cpp`: two operators and the way to call them.
+"""Selective scan on the native kernels of `cpu.cpp`, as operators and, in eager mode, directly.
 
-The operators take tensors whose dtypes the kernels know; `selective_scan` unifies the rest by casts
-that autograd and torch.compile see. B batch, L length, E channels, N d_state, G groups.
+The kernels take tensors whose dtypes they know; `selective_scan` unifies the rest by casts that
+autograd and torch.compile see. B batch, L length, E channels, N d_state, G groups.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mamba_dist.ops.native.library import load_kernel
 from mamba_dist.ops.precision import compute_dtype
@@ -37,7 +38,7 @@ _NUMBERS: Final = (
 class _Call(ctypes.Structure):
     """One kernel call; the fields are those of `Call` in cpu.cpp, in its order."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
     ]
@@ -84,12 +85,27 @@ def selective_scan(
         delta_softplus,
         with_gradient,
     )
-    y, final_state, _ = _forward(*arguments)
+    # An operator's dispatch costs 13 us, with its autograd 130 us forward and backward.
+    if not _may_skip_dispatch(u):
+        y, final_state, _ = _forward(*arguments)
+    elif with_gradient:
+        y, final_state = _SelectiveScan.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        y, final_state, _ = _run_forward(*arguments)
     return y.to(u.dtype), final_state
 
 
-@torch.library.custom_op("mamba_dist::selective_scan_forward", mutates_args=(), device_types="cpu")
-def _forward(
+def _may_skip_dispatch(u: Tensor) -> bool:
+    """Whether nobody has to see the operator, and the tensors have memory of their own."""
+    return (
+        type(u) in (Tensor, torch.nn.Parameter)
+        and u.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+    )
+
+
+def _run_forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -104,16 +120,16 @@ def _forward(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states before each chunk (B, chunks, N, E), or none of them."""
-    y, final_state, chunk_states = _forward_outputs(u, A, keep_states)
-    call = _Inputs(u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, delta_softplus)
-    kernel = "step" if u.shape[1] == 1 and not keep_states else "forward"
-    call.run(
-        kernel,
-        y=y,
-        final_state=final_state,
-        chunk_states=chunk_states if keep_states else None,
+    outputs = _forward_outputs(u, A, keep_states)
+    _run(
+        "step" if u.shape[1] == 1 and not keep_states else "forward",
+        (u, delta, z, B, C),
+        (A, D, delta_bias, initial_state),
+        seq_idx,
+        delta_softplus=delta_softplus,
+        outputs=outputs,
     )
-    return y, final_state, chunk_states
+    return outputs
 
 
 def _forward_outputs(u: Tensor, A: Tensor, keep_states: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +138,11 @@ def _forward_outputs(u: Tensor, A: Tensor, keep_states: bool) -> tuple[Tensor, T
     final_state = A.new_empty(batch, channels, d_state)
     chunks = (length + _CHUNK_STEPS - 1) // _CHUNK_STEPS if keep_states else 0
     return y, final_state, A.new_empty(batch, chunks, d_state, channels)
+
+
+_forward = torch.library.custom_op(
+    "mamba_dist::selective_scan_forward", _run_forward, mutates_args=(), device_types="cpu"
+)
 
 
 @_forward.register_fake
@@ -142,8 +163,7 @@ def _(
     return _forward_outputs(u, A, keep_states)
 
 
-@torch.library.custom_op("mamba_dist::selective_scan_backward", mutates_args=(), device_types="cpu")
-def _backward(
+def _run_backward(
     grad_y: Tensor,
     grad_final: Tensor | None,
     chunk_states: Tensor,
@@ -161,14 +181,16 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias and the initial state; absent ones empty."""
     gradients = _gradients(u, A, B, D, z, delta_bias, initial_gradient)
-    call = _Inputs(u, delta, A, B, C, D, z, delta_bias, None, seq_idx, delta_softplus)
-    names = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial")
-    call.run(
+    du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial = gradients
+    _run(
         "backward",
-        grad_y=_unit_stride(grad_y),
-        grad_final=None if grad_final is None else grad_final.contiguous(),
-        chunk_states=chunk_states,
-        **{n: g for n, g in zip(names, gradients, strict=True) if g.numel()},
+        (u, delta, z, B, C),
+        (A, D, delta_bias, None),
+        seq_idx,
+        delta_softplus=delta_softplus,
+        outputs=(None, None, chunk_states),
+        output_gradients=(grad_y, grad_final),
+        gradients=(du, ddelta, dz, dB, dC, dA, dD, ddelta_bias, dinitial),
     )
     return gradients
 
@@ -200,6 +222,11 @@ def _gradients(
     ]
 
 
+_backward = torch.library.custom_op(
+    "mamba_dist::selective_scan_backward", _run_backward, mutates_args=(), device_types="cpu"
+)
+
+
 @_backward.register_fake
 def _(
     grad_y: Tensor,
@@ -228,106 +255,94 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(
-    ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None, _: Tensor | None
+    backward: Any, ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *tensors, seq_idx, chunk_states = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
-    gradients = _backward(
-        grad_y,
-        grad_final,
-        chunk_states,
-        *tensors,
-        seq_idx,
-        ctx.delta_softplus,
-        ctx.with_initial,
+    gradients = backward(
+        grad_y, grad_final, chunk_states, *tensors, seq_idx, ctx.delta_softplus, ctx.with_initial
     )
     absent = (*(tensor is None for tensor in tensors), not ctx.with_initial)
-    return (
-        *(None if skip else g for g, skip in zip(gradients, absent, strict=True)),
-        None,
-        None,
-        None,
+    wanted = (None if skip else g for g, skip in zip(gradients, absent, strict=True))
+    return (*wanted, None, None, None)
+
+
+_forward.register_autograd(
+    lambda ctx, grad_y, grad_final, _: _differentiate(_backward, ctx, grad_y, grad_final),
+    setup_context=_save,
+)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        outputs = _run_forward(*arguments)
+        _save(ctx, arguments, outputs)
+        return outputs[:2]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return _differentiate(_run_backward, ctx, grad_y, grad_final)
+
+
+def _run(
+    kernel: str,
+    rows: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    parameters: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    seq_idx: Tensor | None,
+    *,
+    delta_softplus: bool,
+    outputs: tuple[Tensor | None, ...],
+    output_gradients: tuple[Tensor | None, Tensor | None] = (None, None),
+    gradients: tuple[Tensor | None, ...] = (None,) * 9,
+) -> None:
+    """Calls a kernel; each tuple has the order of the fields of `Call`."""
+    u, delta, z, B, C = rows
+    u, delta, B, C = _unit_stride(u), _unit_stride(delta), _unit_stride(B), _unit_stride(C)
+    z = None if z is None else _unit_stride(z)
+    A, *optional = parameters
+    A, (D, delta_bias, initial_state) = A.contiguous(), map(_contiguous, optional)
+    grad_y, grad_final = output_gradients
+    grad_y, grad_final = None if grad_y is None else _unit_stride(grad_y), _contiguous(grad_final)
+    # As locals the tensors outlive the call. An empty one has a null pointer, as an absent one.
+    tensors = (
+        *(u, delta, z, B, C, A, D, delta_bias, initial_state, seq_idx),
+        *(*outputs, grad_y, grad_final, *gradients),
     )
+    call = _Call(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(*u.stride()[:2], *_row_strides(delta), *_row_strides(z)),
+        *(*B.stride()[:3], *C.stride()[:3]),
+        *(*_row_strides(grad_y), *_row_strides(seq_idx)),
+        *(*u.shape, A.shape[1], B.shape[2]),
+        *(delta_softplus, 0 if seq_idx is None else seq_idx.element_size()),
+        *(_STORAGE[u.dtype], torch.get_num_threads()),
+    )
+    if getattr(_library(), f"selective_scan_{kernel}")(ctypes.byref(call)):
+        raise MemoryError(f"not enough memory for the scratch of the selective scan's {kernel}")
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Inputs:
-    """The tensors that forward and backward share, kept alive while a kernel reads them."""
-
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        initial_state: Tensor | None,
-        seq_idx: Tensor | None,
-        delta_softplus: bool,
-    ) -> None:
-        self._rows = {
-            name: _unit_stride(tensor)
-            for name, tensor in (("u", u), ("delta", delta), ("z", z), ("B", B), ("C", C))
-            if tensor is not None
-        }
-        if seq_idx is not None:
-            self._rows["seq_idx"] = seq_idx
-        self._whole = {
-            name: tensor.contiguous()
-            for name, tensor in (
-                ("A", A),
-                ("D", D),
-                ("delta_bias", delta_bias),
-                ("initial_state", initial_state),
-            )
-            if tensor is not None
-        }
-        batch, length, channels = u.shape
-        self._numbers = {
-            "batch": batch,
-            "length": length,
-            "channels": channels,
-            "d_state": A.shape[1],
-            "groups": B.shape[2],
-            "delta_softplus": delta_softplus,
-            "seq_idx_bytes": 0 if seq_idx is None else seq_idx.element_size(),
-            "storage": _STORAGE[u.dtype],
-            "threads": torch.get_num_threads(),
-        }
-
-    def run(self, kernel: str, *, grad_y: Tensor | None = None, **others: Tensor | None) -> None:
-        rows = self._rows if grad_y is None else self._rows | {"grad_y": grad_y}
-        call = _Call(**self._numbers)
-        for name, tensor in rows.items():
-            setattr(call, name, tensor.data_ptr())
-            setattr(call, f"{name}_batch", tensor.stride(0))
-            setattr(call, f"{name}_row", tensor.stride(1))
-            if name in ("B", "C"):
-                setattr(call, f"{name}_group", tensor.stride(2))
-        for name, whole in (self._whole | others).items():
-            if whole is not None:
-                setattr(call, name, whole.data_ptr())
-        if getattr(_library(), f"selective_scan_{kernel}")(ctypes.byref(call)):
-            raise MemoryError(f"not enough memory for the scratch of the selective scan's {kernel}")
+def _row_strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = load_kernel(Path(__file__).with_name("cpu.cpp"))
-    size = library.selective_scan_call_bytes
-    size.restype = ctypes.c_int64
-    steps = library.selective_scan_chunk_steps
-    steps.restype = ctypes.c_int64
-    assert size() == ctypes.sizeof(_Call)
-    assert steps() == _CHUNK_STEPS
+    for function, expected in (("call_bytes", ctypes.sizeof(_Call)), ("chunk_steps", _CHUNK_STEPS)):
+        get = getattr(library, f"selective_scan_{function}")
+        get.restype = ctypes.c_int64
+        assert get() == expected
     return library

@@ -1,108 +1,51 @@
-// SSD scan of the `cpu` backend: the chunked form of arXiv 2405.21060, section 6, and its gradient.
+// SSD scan of the `cpu` backend: the gradient of native/ssd_chunks.h, and the entry points.
 //
-// A row is cut into chunks at document starts, at multiples of the segment (segment_chunks chunks)
-// and whenever a chunk is full, so a chunk never holds two documents and nothing can leak between
-// them. The unit of work is a row's block of heads of one group: it walks the chunks with its
-// states in cache, and the heads of the block share the packed B and C and the scores C B^T.
-// The forward keeps the state at each segment's start; the backward redoes a segment's states from
-// it, goes through the segment in reverse, and adds up dB and dC over the blocks in order.
-//
-// With cum_t the sum of dt A from the chunk's start to t, and u = dt x:
-//     y_i = sum_(j <= i) exp(cum_i - cum_j) (C_i . B_j) u_j + exp(cum_i) h C_i
-//     h' = exp(cum_end) h + sum_j exp(cum_end - cum_j) u_j B_j^T
-//
-// B batch, L length, H heads, P headdim, N d_state, G groups, Q chunk. Inside a chunk j is the step
-// that gives and i the one that receives; matrices of both lie as [j][i], states as [N][P].
-#include <algorithm>
-#include <atomic>
+// With g the gradient of y before gate and skip, G that of the state after the chunk, u = dt x, and
+// M_ij = exp(cum_i - cum_j) (C_i . B_j) for j <= i:
+//     du_j = sum_(i >= j) M_ij g_i + exp(cum_end - cum_j) G B_j
+//     dC_i = sum_(j <= i) exp(cum_i - cum_j) (g_i . u_j) B_j + exp(cum_i) h^T g_i
+//     dB_j = sum_(i >= j) exp(cum_i - cum_j) (g_i . u_j) C_i + exp(cum_end - cum_j) G^T u_j
+//     dh = exp(cum_end) G + sum_i exp(cum_i) g_i C_i^T
+// The log decay dt A of a step stands in each term whose path leads over it, from before the step
+// to its end or after; its gradient is the sum of those terms' gradients.
+#include "ssd_chunks.h"
 
-#include "gemm.h"
-
-namespace {
-
-constexpr int64_t block_heads = 4;
-constexpr int64_t segment_chunks = 4;
-constexpr int64_t longest_chunk = 64;
-constexpr int64_t longest_segment = longest_chunk * segment_chunks;
-
-enum Storage : int64_t { fp32 = 0, low = 1, fp64 = 2 };
-
-// Mirrored by mamba_dist/ops/ssd/cpu.py. Strides count elements; what has none is contiguous.
-struct Call {
-    int64_t batch, length, heads, headdim, groups, d_state, chunk, storage;
-    int64_t dt_storage, seq_idx_bytes, softplus, threads;
-    int64_t x_batch, x_row, dt_batch, dt_row, B_batch, B_row, C_batch, C_row, z_batch, z_row;
-    const void *x, *dt, *A, *B, *C, *D, *z, *dt_bias;
-    const void *seq_idx, *initial_state;
-    void *y, *final_state;
-    void *states, *scratch;  // states: (B, segments - 1, H, N, P), before all segments but one
-    const void *grad_y, *grad_final;
-    void *grad_x, *grad_dt, *grad_A, *grad_B, *grad_C, *grad_D, *grad_z, *grad_dt_bias;
-    void* grad_initial;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Hands out pieces of one allocation; without one, it measures.
-struct Arena {
-    uintptr_t base;
-    int64_t used = 0;
-
-    template <class T>
-    T* take(int64_t count) {
-        const uintptr_t piece = base + uintptr_t(used);
-        used += ceil_div(count * int64_t(sizeof(T)), 64) * 64;
-        return reinterpret_cast<T*>(piece);
-    }
-    template <class Real>
-    View<Real> matrix(int64_t rows, int64_t columns) {
-        return {take<Real>(rows * columns), columns};
-    }
-};
-
-struct Chunk {
-    int64_t start;
-    int steps;
-    bool fresh;  // no state comes in
-};
+namespace ssd {
 
 template <class T>
-struct Ssd {
-    using Real = typename Compute<T>::real;
-    using V = Vector<Real>;
-    using M = View<Real>;
-    static constexpr int W = lanes<Real>;
-
-    const Call& c;
-    const int64_t L = c.length, H = c.heads, P = c.headdim, N = c.d_state, G = c.groups;
-    const int64_t Q = std::min(c.chunk, longest_chunk), segment = Q * segment_chunks;
-    const int64_t segments = ceil_div(L, segment);
-    const int64_t per_group = H / G, blocks = ceil_div(per_group, block_heads);
-    const int64_t units = c.batch * G * blocks, slots = std::min(c.threads, units);
-    const int vp = vectors_of<Real>(P), vn = vectors_of<Real>(N), vq = vectors_of<Real>(Q);
-    const int64_t Pp = vp * W, Np = vn * W, Qp = vq * W;
-
-    explicit Ssd(const Call& call) : c(call) {}
+struct Backward : Ssd<T> {
+    using Base = Ssd<T>;
+    using typename Base::Buffers, typename Base::Decay, typename Base::M, typename Base::Real;
+    using typename Base::Unit, typename Base::V;
+    using Base::W, Base::c, Base::L, Base::H, Base::P, Base::N, Base::G, Base::Q, Base::segment;
+    using Base::segments, Base::blocks, Base::units, Base::slots, Base::vp, Base::vn, Base::Pp;
+    using Base::Np, Base::Qp, Base::advance, Base::at_out, Base::at_x, Base::at_z, Base::columns;
+    using Base::cut, Base::decay_of, Base::fetching, Base::foresee;
+    using Base::outputs, Base::pack_B, Base::pack_B_and_C, Base::pack_decay, Base::pack_u;
+    using Base::parameter, Base::reached, Base::saved_state, Base::scale_rows, Base::start_state;
+    using Base::starts_document, Base::state_in, Base::state_out, Base::triangle, Base::unit_of;
+    using Base::Base;
 
     // ---- memory
-
-    struct Decay {  // of one head and chunk, by step
-        Real *step, *slope;              // dt after softplus, and softplus' derivative
-        Real *cum, *cum_rest;            // their sum is cum in twice the precision
-        Real *from_start, *to_end;       // exp(cum_i), exp(cum_end - cum_j)
-        Real total;                      // exp(cum_end)
-    };
-
-    struct Buffers {  // of one thread
-        M B, C, CT, scores, mixing, u, y;
-        Decay decay;
-        M state[block_heads];
-    };
 
     struct BackwardBuffers : Buffers {
         M BT, gT, uT, g, grad_u, product, grad_scores, grad_BT, grad_CT, out;
         Real *row_sums, *spans, *B_dots, *C_dots, *dot;
         M states[block_heads][segment_chunks];
+
+        void take(const Base& s, Arena& arena) {
+            Buffers::take(s, arena);
+            BT = arena.matrix<Real>(s.Np, s.Qp);
+            gT = arena.matrix<Real>(s.Pp, s.Qp), uT = arena.matrix<Real>(s.Pp, s.Qp);
+            g = arena.matrix<Real>(s.Q, s.Pp), grad_u = arena.matrix<Real>(s.Q, s.Pp);
+            product = arena.matrix<Real>(s.Qp, s.Qp), grad_scores = arena.matrix<Real>(s.Q, s.Qp);
+            grad_BT = arena.matrix<Real>(s.Np, s.Qp), grad_CT = arena.matrix<Real>(s.Np, s.Qp);
+            out = arena.matrix<Real>(s.Qp, s.Np);
+            for (Real** p : {&row_sums, &spans, &B_dots, &C_dots}) *p = arena.take<Real>(s.Qp);
+            dot = arena.take<Real>(W);
+            for (auto& of_head : states)
+                for (M& state : of_head) state = arena.matrix<Real>(s.N, s.Pp);
+        }
     };
 
     struct Sums {  // of one row and head, over its steps
@@ -115,304 +58,17 @@ struct Ssd {
         Sums* sums;              // (B, H)
     };
 
-    void take(Arena& arena, Buffers& b) const {
-        b.B = arena.matrix<Real>(Q, Np), b.C = arena.matrix<Real>(Q, Np);
-        b.CT = arena.matrix<Real>(Np, Qp);
-        b.scores = arena.matrix<Real>(Q, Qp), b.mixing = arena.matrix<Real>(Q, Qp);
-        b.u = arena.matrix<Real>(Q, Pp), b.y = arena.matrix<Real>(Q, Pp);
-        for (Real** p : {&b.decay.step, &b.decay.slope, &b.decay.cum, &b.decay.cum_rest,
-                         &b.decay.from_start, &b.decay.to_end})
-            *p = arena.take<Real>(Qp);
-        for (M& state : b.state) state = arena.matrix<Real>(N, Pp);
-    }
-
-    void take(Arena& arena, BackwardBuffers& b) const {
-        take(arena, static_cast<Buffers&>(b));
-        b.BT = arena.matrix<Real>(Np, Qp);
-        b.gT = arena.matrix<Real>(Pp, Qp), b.uT = arena.matrix<Real>(Pp, Qp);
-        b.g = arena.matrix<Real>(Q, Pp), b.grad_u = arena.matrix<Real>(Q, Pp);
-        b.product = arena.matrix<Real>(Qp, Qp), b.grad_scores = arena.matrix<Real>(Q, Qp);
-        b.grad_BT = arena.matrix<Real>(Np, Qp), b.grad_CT = arena.matrix<Real>(Np, Qp);
-        b.out = arena.matrix<Real>(Qp, Np);
-        for (Real** p : {&b.row_sums, &b.spans, &b.B_dots, &b.C_dots})
-            *p = arena.take<Real>(Qp);
-        b.dot = arena.take<Real>(W);
-        for (auto& of_head : b.states)
-            for (M& state : of_head) state = arena.matrix<Real>(N, Pp);
-    }
-
     Shared take_shared(Arena& arena) const {
         const int64_t part = blocks > 1 ? units * std::min(segment, L) * N : 0;
         return {arena.take<Real>(c.batch * H * N * Pp), arena.take<Real>(part),
                 arena.take<Real>(part), arena.take<Sums>(c.batch * H)};
     }
 
-    int64_t scratch_bytes(bool backward) const {
-        Arena slot{0}, shared{0};
-        if (backward) {
-            BackwardBuffers b;
-            take(slot, b), take_shared(shared);
-        } else {
-            Buffers b;
-            take(slot, b);
-        }
-        return slot.used * slots + shared.used;
+    int64_t scratch_bytes() const {
+        Arena shared{0};
+        take_shared(shared);
+        return shared.used + slots * this->template buffer_bytes<BackwardBuffers>();
     }
-
-    // Runs work(unit, buffers) for all units; which thread takes which one changes no result.
-    template <class B, class Work>
-    void for_units(int64_t count, uintptr_t scratch, Work work) const {
-        std::atomic<int64_t> next{0};
-#pragma omp parallel for num_threads(slots) schedule(static, 1)
-        for (int64_t slot = 0; slot < slots; slot++) {
-            B buffers;
-            Arena sizes{0};
-            take(sizes, buffers);
-            Arena arena{scratch + uintptr_t(slot * sizes.used)};
-            take(arena, buffers);
-            for (int64_t unit; (unit = next++) < count;) work(unit, buffers);
-        }
-    }
-
-    // ---- where things lie
-
-    const T* at_x(int64_t b, int64_t t, int64_t h) const {
-        return static_cast<const T*>(c.x) + b * c.x_batch + t * c.x_row + h * P;
-    }
-    const T* at_z(int64_t b, int64_t t, int64_t h) const {
-        return static_cast<const T*>(c.z) + b * c.z_batch + t * c.z_row + h * P;
-    }
-    template <class Pointer>
-    auto at_out(Pointer* tensor, int64_t b, int64_t t, int64_t h) const {
-        using Element = typename std::conditional<std::is_const<Pointer>::value, const T, T>::type;
-        return static_cast<Element*>(tensor) + ((b * L + t) * H + h) * P;
-    }
-    Real* saved_state(int64_t b, int64_t k, int64_t h) const {
-        return static_cast<Real*>(c.states) + ((b * (segments - 1) + k - 1) * H + h) * N * P;
-    }
-    static Real parameter(const void* tensor, int64_t h, Real otherwise) {
-        return tensor ? static_cast<const Real*>(tensor)[h] : otherwise;
-    }
-    int columns(int v) const { return int(std::min<int64_t>(W, P - v * W)); }
-
-    bool starts_document(int64_t b, int64_t t) const {
-        const auto differs = [&](auto* ids) { return ids[b * L + t] != ids[b * L + t - 1]; };
-        if (!c.seq_idx || t == 0) return false;
-        return c.seq_idx_bytes == 4 ? differs(static_cast<const int32_t*>(c.seq_idx))
-                                    : differs(static_cast<const int64_t*>(c.seq_idx));
-    }
-
-    // Chunks of segment k of row b; returns how many.
-    int cut(int64_t b, int64_t k, Chunk* chunks) const {
-        const int64_t end = std::min(L, (k + 1) * segment);
-        int count = 0;
-        for (int64_t t = k * segment; t < end;) {
-            int64_t stop = t + 1;
-            while (stop < std::min(end, t + Q) && !starts_document(b, stop)) stop++;
-            const bool fresh = t == 0 ? !c.initial_state : starts_document(b, t);
-            chunks[count++] = {t, int(stop - t), fresh};
-            t = stop;
-        }
-        return count;
-    }
-
-    // ---- packing
-
-    // State (P, N) of the public layout to ours, and back.
-    void state_in(const Real* from, M to) const {
-        for (int64_t n = 0; n < N; n++)
-            for (int64_t p = 0; p < Pp; p++) to.row(n)[p] = p < P ? from[p * N + n] : 0;
-    }
-    void state_out(M from, Real* to) const {
-        for (int64_t p = 0; p < P; p++)
-            for (int64_t n = 0; n < N; n++) to[p * N + n] = from.row(n)[p];
-    }
-
-    void pack_group(const void* tensor, int64_t batch, int64_t row, int64_t b, int64_t g,
-                    const Chunk& k, M to) const {
-        for (int i = 0; i < k.steps; i++) {
-            const T* from =
-                static_cast<const T*>(tensor) + b * batch + (k.start + i) * row + g * N;
-            for (int v = 0; v < vn; v++)
-                store(to.vector(i, v),
-                      load_part(from + v * W, int(std::min<int64_t>(W, N - v * W))));
-        }
-    }
-
-    void pack_B(int64_t b, int64_t g, const Chunk& k, Buffers& w) const {
-        pack_group(c.B, c.B_batch, c.B_row, b, g, k, w.B);
-    }
-
-    void pack_B_and_C(int64_t b, int64_t g, const Chunk& k, Buffers& w) const {
-        const int vs = vectors_of<Real>(k.steps);
-        pack_B(b, g, k, w);
-        pack_group(c.C, c.C_batch, c.C_row, b, g, k, w.C);
-        transpose<Real>(k.steps, vn, {w.C.at, Np}, w.CT);
-        triangle(k.steps, vs, int(N), w.B, w.CT, w.scores);
-    }
-
-    // out[j][i] of A B for i >= j, and a few more.
-    static void triangle(int steps, int vs, int terms, M a, M b, M out) {
-        for (int v = 0; v < vs; v += tile_vectors)
-            product<false>(std::min(steps, (v + tile_vectors) * W), std::min(tile_vectors, vs - v),
-                           terms, a, M{b.at + v * W, b.stride}, Terms::all,
-                           Accumulate<Real>{{out.at + v * W, out.stride}});
-    }
-
-    void pack_decay(int64_t b, int64_t h, const Chunk& k, bool slopes, Decay& d) const {
-        const int vs = vectors_of<Real>(k.steps);
-        const Real rate = parameter(c.A, h, 0), bias = parameter(c.dt_bias, h, 0);
-        for (int t = 0; t < k.steps; t++) d.step[t] = bias + read_dt(b, k.start + t, h);
-        for (int t = k.steps; t < vs * W; t++) d.step[t] = 0;
-        if (c.softplus)
-            for (int v = 0; v < vs; v++) {
-                const V raw = load(d.step + v * W);
-                store(d.step + v * W, softplus_v(raw));
-                if (slopes) store(d.slope + v * W, sigmoid_v(raw));
-            }
-        // Differences of cum carry fp32's relative error only if cum has twice its precision.
-        double sum = 0;
-        for (int t = 0; t < vs * W; t++) {
-            if (t < k.steps) sum += double(d.step[t]) * double(rate);
-            d.cum[t] = Real(sum);
-            d.cum_rest[t] = Real(sum - double(d.cum[t]));
-        }
-        const V end = splat(d.cum[k.steps - 1]), end_rest = splat(d.cum_rest[k.steps - 1]);
-        for (int v = 0; v < vs; v++) {
-            const V cum = load(d.cum + v * W), rest = load(d.cum_rest + v * W);
-            store(d.from_start + v * W, exp_v(cum));
-            store(d.to_end + v * W, exp_v((end - cum) + (end_rest - rest)));
-        }
-        d.total = d.from_start[k.steps - 1];
-    }
-
-    Real read_dt(int64_t b, int64_t t, int64_t h) const {
-        const int64_t i = b * c.dt_batch + t * c.dt_row + h;
-        return c.dt_storage == low ? Real(to_real(static_cast<const bf16*>(c.dt)[i]))
-                                   : static_cast<const Real*>(c.dt)[i];
-    }
-
-    static V decay_of(const Decay& d, int j, int v) {
-        return exp_v((load(d.cum + v * W) - d.cum[j]) + (load(d.cum_rest + v * W) - d.cum_rest[j]));
-    }
-
-    // Lanes of vector v whose step is j or later.
-    static auto reached(int j, int v) {
-        V lane;
-        for (int l = 0; l < W; l++) lane[l] = Real(l);
-        return lane >= splat(Real(j - v * W));
-    }
-
-    // ---- forward
-
-    void pack_u(int64_t b, int64_t h, const Chunk& k, const Decay& d, M u) const {
-        for (int i = 0; i < k.steps; i++) {
-            const T* x = at_x(b, k.start + i, h);
-            for (int v = 0; v < vp; v++)
-                store(u.vector(i, v), load_part(x + v * W, columns(v)) * d.step[i]);
-        }
-    }
-
-    void scale_rows(int rows, const Real* factors, M m) const {
-        for (int i = 0; i < rows; i++)
-            for (int v = 0; v < vp; v++) store(m.vector(i, v), load(m.vector(i, v)) * factors[i]);
-    }
-
-    void mix(const Chunk& k, const Decay& d, M scores, M mixing) const {
-        const int vs = vectors_of<Real>(k.steps);
-        for (int j = 0; j < k.steps; j++) {
-            int v = j / W;
-            for (int u = 0; u < v; u++) store(mixing.vector(j, u), V{});
-            const V first = load(scores.vector(j, v)) * decay_of(d, j, v);
-            store(mixing.vector(j, v), reached(j, v) ? first : V{});
-            while (++v < vs)
-                store(mixing.vector(j, v), load(scores.vector(j, v)) * decay_of(d, j, v));
-        }
-    }
-
-    // y without D and gate, sections 6.2 and 6.4.
-    void outputs(const Chunk& k, const Buffers& w, M state) const {
-        if (!k.fresh)
-            product<false>(k.steps, vp, int(N), w.C, state, Terms::all,
-                           ScaleRows<Real>{w.y, w.decay.from_start});
-        product<true>(k.steps, vp, k.steps, w.mixing, w.u, Terms::to_row,
-                      Accumulate<Real>{w.y, !k.fresh});
-    }
-
-    // The state after the chunk, section 6.3; u is scaled by what is left of it at the end.
-    void advance(const Chunk& k, const Buffers& w, M state, M after) const {
-        scale_rows(k.steps, w.decay.to_end, w.u);
-        if (after.at != state.at && !k.fresh)
-            std::copy(state.at, state.at + N * Pp, after.at);
-        product<true>(int(N), vp, k.steps, w.B, w.u, Terms::all,
-                      Accumulate<Real>{after, !k.fresh, w.decay.total});
-    }
-
-    void forward_head(int64_t b, int64_t h, const Chunk& k, Buffers& w, M state) const {
-        pack_decay(b, h, k, false, w.decay);
-        pack_u(b, h, k, w.decay, w.u);
-        mix(k, w.decay, w.scores, w.mixing);
-        outputs(k, w, state);
-        advance(k, w, state, state);
-        const Real skip = parameter(c.D, h, 0);
-        for (int i = 0; i < k.steps; i++) {
-            const T* x = at_x(b, k.start + i, h);
-            const T* z = c.z ? at_z(b, k.start + i, h) : nullptr;
-            T* out = at_out(c.y, b, k.start + i, h);
-            for (int v = 0; v < vp; v++) {
-                V y = load(w.y.vector(i, v));
-                if (c.D) y += skip * load_part(x + v * W, columns(v));
-                if (z) {
-                    const V gate = load_part(z + v * W, columns(v));
-                    y *= gate * sigmoid_v(gate);
-                }
-                store_part(out + v * W, y, columns(v));
-            }
-        }
-    }
-
-    struct Unit {
-        int64_t b, g, first_head, heads;
-    };
-    Unit unit_of(int64_t unit) const {
-        const int64_t block = unit % blocks, g = unit / blocks % G;
-        return {unit / (blocks * G), g, g * per_group + block * block_heads,
-                std::min(block_heads, per_group - block * block_heads)};
-    }
-
-    void start_state(int64_t b, int64_t h, M state) const {
-        if (c.initial_state)
-            state_in(static_cast<const Real*>(c.initial_state) + (b * H + h) * P * N, state);
-        else
-            std::fill(state.at, state.at + N * Pp, Real(0));
-    }
-
-    void forward_unit(int64_t unit, Buffers& w) const {
-        const auto [b, g, first, heads] = unit_of(unit);
-        Chunk chunks[longest_segment];
-        for (int64_t h = 0; h < heads; h++) start_state(b, first + h, w.state[h]);
-        for (int64_t k = 0; k < segments; k++) {
-            if (k > 0 && c.states)
-                for (int64_t h = 0; h < heads; h++)
-                    for (int64_t n = 0; n < N; n++)
-                        std::copy_n(w.state[h].row(n), P, saved_state(b, k, first + h) + n * P);
-            const int count = cut(b, k, chunks);
-            for (int i = 0; i < count; i++) {
-                pack_B_and_C(b, g, chunks[i], w);
-                for (int64_t h = 0; h < heads; h++)
-                    forward_head(b, first + h, chunks[i], w, w.state[h]);
-            }
-        }
-        for (int64_t h = 0; h < heads; h++)
-            state_out(w.state[h], static_cast<Real*>(c.final_state) + (b * H + first + h) * P * N);
-    }
-
-    void forward() const {
-        for_units<Buffers>(units, uintptr_t(c.scratch),
-                           [&](int64_t unit, Buffers& w) { forward_unit(unit, w); });
-    }
-
-    // ---- backward
 
     // States before the chunks that have one, in order; returns each chunk's place among them.
     void redo_states(const Unit& at, int64_t k, const Chunk* chunks, int count, int* places,
@@ -429,6 +85,7 @@ struct Ssd {
                 const int64_t head = at.first_head + h;
                 if (first) load_state(at.b, k, head, w.states[h][0]);
                 if (!next) continue;
+                foresee(at, h, chunk, chunks[i + 1], false, w.ahead);
                 pack_decay(at.b, head, chunk, false, w.decay);
                 pack_u(at.b, head, chunk, w.decay, w.u);
                 advance(chunk, w, w.states[h][std::max(place, 0)], w.states[h][place + 1]);
@@ -446,7 +103,8 @@ struct Ssd {
     }
 
     // g, the gradient of y before gate and skip, and u; adds up the gradient of D.
-    void pack_gradients(int64_t b, int64_t h, const Chunk& k, BackwardBuffers& w, Sums& sums) const {
+    void pack_gradients(int64_t b, int64_t h, const Chunk& k, BackwardBuffers& w,
+                        Sums& sums) const {
         V sum_D{};
         for (int i = 0; i < k.steps; i++) {
             const T* x = at_x(b, k.start + i, h);
@@ -529,25 +187,26 @@ struct Ssd {
 
         if (later)
             product<false>(q, vp, int(N), w.B, grad_state, Terms::all,
-                           ScaleRows<Real>{w.grad_u, w.decay.to_end});
+                           fetching(ScaleRows<Real>{w.grad_u, w.decay.to_end}, w));
         product<false>(q, vp, q, w.mixing, w.g, Terms::from_row, Accumulate<Real>{w.grad_u, later});
         std::fill(w.B_dots, w.B_dots + Qp, Real(0)), std::fill(w.C_dots, w.C_dots + Qp, Real(0));
         if (later) {
             transpose<Real>(q, vp, {w.u.at, Pp}, w.uT);
             scale_columns(w.uT, w.decay.to_end, vs);
             product<false>(int(N), vs, int(P), grad_state, w.uT, Terms::all,
-                           AddAndDot<Real>{w.grad_BT, w.BT, w.B_dots});
+                           fetching(AddAndDot<Real>{w.grad_BT, w.BT, w.B_dots}, w));
         }
         Real carried = 0;
         if (!k.fresh) {
             scale_columns(w.gT, w.decay.from_start, vs);
             product<false>(int(N), vs, int(P), state, w.gT, Terms::all,
-                           AddAndDot<Real>{w.grad_CT, w.CT, w.C_dots});
+                           fetching(AddAndDot<Real>{w.grad_CT, w.CT, w.C_dots}, w));
             scale_rows(q, w.decay.from_start, w.g);
             store(w.dot, V{});
             if (later)
-                product<true>(int(N), vp, q, w.C, w.g, Terms::all,
-                              DecayAndDot<Real>{grad_state, state, w.decay.total, w.dot});
+                product<true>(
+                    int(N), vp, q, w.C, w.g, Terms::all,
+                    fetching(DecayAndDot<Real>{grad_state, state, w.decay.total, w.dot}, w));
             else
                 product<true>(int(N), vp, q, w.C, w.g, Terms::all, Accumulate<Real>{grad_state});
             carried = w.decay.total * total(load(w.dot));
@@ -612,10 +271,17 @@ struct Ssd {
     void write_B_and_C(const Unit& at, int64_t k, int64_t block, const Chunk& chunk,
                        BackwardBuffers& w, const Shared& shared) const {
         const int q = chunk.steps, vs = vectors_of<Real>(q);
-        product<true>(int(N), vs, q, w.B, w.grad_scores, Terms::all,
-                      Accumulate<Real>{w.grad_CT, true});
         transpose<Real>(q, vs, {w.grad_scores.at, Qp}, w.product);
-        product<true>(int(N), vs, q, w.C, w.product, Terms::all, Accumulate<Real>{w.grad_BT, true});
+        for (int v = 0; v < vs; v += tile_vectors) {
+            const int panel = std::min(tile_vectors, vs - v), first = v * W;
+            // Step i receives from the steps up to it, and step j gives to those from it on.
+            product<true>(int(N), panel, std::min(q, first + panel * W), w.B,
+                          M{w.grad_scores.at + first, Qp}, Terms::all,
+                          Accumulate<Real>{{w.grad_CT.at + first, Qp}, true});
+            product<true>(int(N), panel, q - first, M{w.C.row(first), Np},
+                          M{w.product.row(first) + first, Qp}, Terms::all,
+                          Accumulate<Real>{{w.grad_BT.at + first, Qp}, true});
+        }
         const int64_t in_segment = chunk.start - k * segment;
         const int64_t part =
             ((at.b * G + at.g) * blocks + block) * std::min(segment, L) * N + in_segment * N;
@@ -659,6 +325,7 @@ struct Ssd {
                 const M grad_state{shared.grad_state + head * N * Pp, Pp};
                 if (stop == L && later)
                     state_in(static_cast<const Real*>(c.grad_final) + head * P * N, grad_state);
+                foresee(at, h, chunk, chunks[i > 0 ? i - 1 : 0], true, w.ahead);
                 backward_head(at.b, at.first_head + h, chunk, later, w,
                               w.states[h][std::max(places[i], 0)], grad_state, shared.sums[head]);
                 if (chunk.start == 0 && c.grad_initial)
@@ -693,9 +360,10 @@ struct Ssd {
         std::fill_n(shared.sums, c.batch * H, Sums{});
         const uintptr_t scratch = arena.base + uintptr_t(arena.used);
         for (int64_t k = segments - 1; k >= 0; k--) {
-            for_units<BackwardBuffers>(units, scratch, [&](int64_t unit, BackwardBuffers& w) {
+            const auto work = [&](int64_t unit, BackwardBuffers& w) {
                 backward_unit(unit, k, w, shared);
-            });
+            };
+            this->template for_units<BackwardBuffers>(units, scratch, work);
             if (blocks == 1) continue;
 #pragma omp parallel for num_threads(c.threads) schedule(static)
             for (int64_t row = 0; row < c.batch * G; row++) sum_blocks(row, k, shared);
@@ -711,76 +379,38 @@ struct Ssd {
             if (c.dt_bias) static_cast<Real*>(c.grad_dt_bias)[h] = Real(sum.bias);
         }
     }
-
-    // ---- one step, for generation: the states are read and written once, in the public layout
-
-    void step_head(int64_t b, int64_t h) const {
-        const int64_t g = h / per_group;
-        Real dt = read_dt(b, 0, h) + parameter(c.dt_bias, h, 0);
-        if (c.softplus) dt = softplus_v(splat(dt))[0];
-        const Real keep = exp_v(splat(dt * parameter(c.A, h, 0)))[0], skip = parameter(c.D, h, 0);
-        const T* B = static_cast<const T*>(c.B) + b * c.B_batch + g * N;
-        const T* C = static_cast<const T*>(c.C) + b * c.C_batch + g * N;
-        const T* x = at_x(b, 0, h);
-        T* out = at_out(c.y, b, 0, h);
-        for (int64_t p = 0; p < P; p++) {
-            const int64_t row = ((b * H + h) * P + p) * N;
-            const Real* before =
-                c.initial_state ? static_cast<const Real*>(c.initial_state) + row : nullptr;
-            Real* after = static_cast<Real*>(c.final_state) + row;
-            const Real value = to_real(x[p]), inflow = value * dt;
-            V sum{};
-            for (int v = 0; v < vn; v++) {
-                const int count = int(std::min<int64_t>(W, N - v * W));
-                V state = inflow * load_part(B + v * W, count);
-                if (before) state += keep * load_part(before + v * W, count);
-                store_part(after + v * W, state, count);
-                sum += state * load_part(C + v * W, count);
-            }
-            Real y = total(sum) + skip * (c.D ? value : 0);
-            if (c.z) {
-                const Real gate = to_real(at_z(b, 0, h)[p]);
-                y *= gate * sigmoid_v(splat(gate))[0];
-            }
-            from_real(y, out + p);
-        }
-    }
-
-    void single_step() const {
-        const int64_t count = c.batch * H;
-        // Below about 10 us of work a second thread costs more than it does.
-        const int64_t threads = count * P * N < 100000 ? 1 : c.threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t i = 0; i < count; i++) step_head(i / H, i % H);
-    }
 };
 
-template <class Work>
-void with_storage(const Call& call, Work work) {
+// work(kernel) with the kernel of the call's storage type.
+template <template <class> class Kernel, class Work>
+static void with_storage(const Call& call, Work work) {
     if (call.storage == fp32)
-        work(Ssd<float>(call));
+        work(Kernel<float>(call));
     else if (call.storage == low)
-        work(Ssd<bf16>(call));
+        work(Kernel<bf16>(call));
     else
-        work(Ssd<double>(call));
+        work(Kernel<double>(call));
 }
 
-}  // namespace
+}  // namespace ssd
+
+using ssd::Backward, ssd::Call, ssd::Ssd, ssd::with_storage;
 
 extern "C" {
 int64_t ssd_call_bytes() { return sizeof(Call); }
 int64_t ssd_scratch_bytes(const Call* call, int64_t backward) {
     int64_t bytes = 0;
-    with_storage(*call, [&](const auto& ssd) { bytes = ssd.scratch_bytes(backward); });
+    const auto measure = [&](const auto& kernel) { bytes = kernel.scratch_bytes(); };
+    backward ? with_storage<Backward>(*call, measure) : with_storage<Ssd>(*call, measure);
     return bytes;
 }
 void ssd_forward(const Call* call) {
-    with_storage(*call, [](const auto& ssd) { ssd.forward(); });
+    with_storage<Ssd>(*call, [](const auto& kernel) { kernel.forward(); });
 }
 void ssd_backward(const Call* call) {
-    with_storage(*call, [](const auto& ssd) { ssd.backward(); });
+    with_storage<Backward>(*call, [](const auto& kernel) { kernel.backward(); });
 }
 void ssd_step(const Call* call) {
-    with_storage(*call, [](const auto& ssd) { ssd.single_step(); });
+    with_storage<Ssd>(*call, [](const auto& kernel) { kernel.single_step(); });
 }
 }

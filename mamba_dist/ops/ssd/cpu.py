@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from mamba_dist.ops.native.library import load_kernel
 from mamba_dist.ops.precision import compute_dtype
 
-# As in cpu.cpp. States are kept at each segment's start: at 64 steps they would be twice as large
-# as x in fp32 (N = 128), and redoing them costs a tenth of the backward.
+# As in native/ssd_chunks.h.
 _LONGEST_CHUNK: Final = 64
 _SEGMENT_CHUNKS: Final = 4
 # The numbers by which the kernels know these dtypes; fp16 goes through fp32.
@@ -38,7 +37,7 @@ _Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
 
 class _Call(ctypes.Structure):
-    """`Call` of cpu.cpp."""
+    """`Call` of native/ssd_chunks.h."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in _NUMBERS) + tuple(
         (name, ctypes.c_void_p) for name in _POINTERS
@@ -70,26 +69,23 @@ def ssd(
     streams = [tensor for tensor in (x, B, C, z) if tensor is not None]
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in streams)
     dtype = torch.bfloat16 if narrow else exact
-    keeps_dt = dt.dtype == torch.bfloat16 and exact == torch.float32
-    inputs = (
-        x.to(dtype),
-        dt if keeps_dt else dt.to(exact),
-        A.to(exact),
-        B.to(dtype),
-        C.to(dtype),
-        None if D is None else D.to(exact),
-        None if z is None else z.to(dtype),
-        None if dt_bias is None else dt_bias.to(exact),
-        seq_idx,
-        None if initial_state is None else initial_state.to(exact),
+    dt_dtype = dt.dtype if dt.dtype == torch.bfloat16 and exact == torch.float32 else exact
+    wanted = (
+        *((x, dtype), (dt, dt_dtype), (A, exact), (B, dtype), (C, dtype), (D, exact), (z, dtype)),
+        *((dt_bias, exact), (seq_idx, None), (initial_state, exact)),
     )
+    # Asked first: for a tensor that has its dtype, `to` is a fifth of a small decoding step.
+    inputs = [
+        tensor if tensor is None or to is None or tensor.dtype == to else tensor.to(to)
+        for tensor, to in wanted
+    ]
     differentiates = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in inputs
     )
     plain = not differentiates and _may_skip_dispatch(x)
-    operator = _run_forward if plain else _forward
+    operator: Any = _run_forward if plain else _forward
     y, final_state, _ = operator(*inputs, dt_softplus, chunk_size, differentiates)
-    return y.to(x.dtype), final_state
+    return y if y.dtype == x.dtype else y.to(x.dtype), final_state
 
 
 def _may_skip_dispatch(x: Tensor) -> bool:
@@ -260,11 +256,11 @@ class _Inputs:
         x, B, C = _whole_rows(x), _whole_rows(B), _whole_rows(C)
         z = None if z is None else _whole_rows(z)
         dt = dt if dt.stride(2) == 1 or heads == 1 else dt.contiguous()
-        A, D, dt_bias, seq_idx, initial_state = (
+        D, dt_bias, seq_idx, initial_state = (
             None if tensor is None else tensor.contiguous()
-            for tensor in (A, D, dt_bias, seq_idx, initial_state)
+            for tensor in (D, dt_bias, seq_idx, initial_state)
         )
-        self._kept = (x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state)
+        self._kept = (x, dt, A.contiguous(), B, C, D, z, dt_bias, seq_idx, initial_state)
         self.call = _Call(
             *(batch, length, heads, headdim, B.shape[2], B.shape[3], chunk_size),
             *(_STORAGE[x.dtype], _STORAGE[dt.dtype]),
@@ -286,7 +282,7 @@ def _library() -> ctypes.CDLL:
     library = load_kernel(Path(__file__).with_suffix(".cpp"))
     for name in ("ssd_call_bytes", "ssd_scratch_bytes"):
         getattr(library, name).restype = ctypes.c_int64
-    assert library.ssd_call_bytes() == ctypes.sizeof(_Call), "cpu.py and cpu.cpp differ"
+    assert library.ssd_call_bytes() == ctypes.sizeof(_Call), "cpu.py and ssd_chunks.h differ"
     return library
 
 
