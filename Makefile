@@ -25,6 +25,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 		|| $(BIN)/pip install -q "torch==$(TORCH_CPU)" --extra-index-url $(TORCH_CPU_INDEX); \
 	fi
 	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/python tools/doctor.py --list
 	touch $@
 
 quickstart: install

@@ -82,13 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device(arguments.device or _best_device())
         if device.type == "cuda" and not torch.cuda.is_available():
             raise BackendError("--device cuda: torch sees no GPU here; leave the option out")
-        objections = _examine(loaded, device)
+        objections = _examine(loaded, device, compares=not arguments.list)
     except MambaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     for line in objections:
         print(f"WRONG: {line}")
-    print("" if objections else "every backend that is available agrees with the reference")
+    if not objections and not arguments.list:
+        print("every backend that is available agrees with the reference")
     return EXIT_OUT_OF_TOLERANCE if objections else 0
 
 
@@ -112,7 +113,7 @@ def compare(case: Case, functions: Mapping[str, Function], device: torch.device)
     return Comparison(quick, case, allowed, found, failures)
 
 
-def _examine(loaded: LoadedConfig | None, device: torch.device) -> list[str]:
+def _examine(loaded: LoadedConfig | None, device: torch.device, *, compares: bool) -> list[str]:
     """What is wrong, after printing everything."""
     for line in loaded.account if loaded else ():
         print(line)
@@ -120,6 +121,8 @@ def _examine(loaded: LoadedConfig | None, device: torch.device) -> list[str]:
     statuses = describe_backends(device.type)
     _print_backends(statuses, device)
     objections = _choice(loaded, device)
+    if not compares:
+        return objections
     names = [s.name for s in statuses if s.available and s.name != _REFERENCE]
     print("Largest error of each output and gradient, relative to its largest entry\n")
     for case in _cases(loaded):
@@ -141,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="section.field=value",
         help="replace single fields of the config",
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="say what is here and build what has to be built, but compare nothing",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     return parser

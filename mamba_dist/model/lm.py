@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.model.block import Block
 from mamba_dist.model.layers import Embedding
-from mamba_dist.model.norm import RMSNorm
+from mamba_dist.model.norm import AddRMSNorm
 from mamba_dist.model.state import LayerState
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
 from mamba_dist.ops.linear import linear
@@ -31,7 +31,7 @@ class Backbone(nn.Module):
         self._activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, backend=backend) for _ in range(config.n_layers))
-        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm_f = AddRMSNorm(config.d_model, eps=config.norm_eps, backend=backend)
 
     def forward(
         self,
@@ -42,18 +42,19 @@ class Backbone(nn.Module):
         keep_state: bool = False,
     ) -> tuple[Tensor, list[LayerState]]:
         """Normed hidden (B, L, D), and the state of each layer if they are to be kept, else []."""
-        hidden = self.embedding(input_ids)
+        mixed, residual = self.embedding(input_ids), None
         new_states: list[LayerState] = []
         for i, block in enumerate(self.layers):
+            state = None if states is None else states[i]
             if self._activation_checkpointing and torch.is_grad_enabled() and not keep_state:
-                hidden = _recomputed(block, hidden, seq_idx, None if states is None else states[i])
+                mixed = _recomputed(block, mixed, seq_idx, state)
                 continue
-            hidden, new_state = block(
-                hidden, seq_idx, None if states is None else states[i], keep_state=keep_state
+            mixed, residual, new_state = block(
+                mixed, residual, seq_idx, state, keep_state=keep_state
             )
             if new_state is not None:
                 new_states.append(new_state)
-        return self.norm_f(hidden), new_states
+        return self.norm_f(mixed, residual)[0], new_states
 
 
 class Head(nn.Module):
@@ -138,18 +139,20 @@ class MambaLM(nn.Module):
 
 
 def _recomputed(
-    block: nn.Module, hidden: Tensor, seq_idx: Tensor | None, state: LayerState | None
+    block: nn.Module, stream: Tensor, seq_idx: Tensor | None, state: LayerState | None
 ) -> Tensor:
-    """The block's output, keeping only its input for the backward pass."""
+    """The stream after the block, keeping only the one before it for the backward pass."""
 
-    def run(hidden: Tensor) -> Tensor:
-        output: Tensor = block(hidden, seq_idx, state)[0]
-        return output
+    def run(stream: Tensor) -> Tensor:
+        mixed, residual, _ = block(stream, None, seq_idx, state)
+        # Added here and not by the next block, which would have to keep both terms.
+        added: Tensor = residual + mixed
+        return added
 
     # Nothing in a block draws random numbers. Early stopping must stay on: without it the
     # recomputation ends by ZeRO-3's letting go of parameters that the backward pass still needs
     # (measured with DeepSpeed 0.19.8 on 2 ranks; with it gradients are bit-identical).
     output: Tensor = checkpoint(
-        run, hidden, use_reentrant=False, preserve_rng_state=False, early_stop=True
+        run, stream, use_reentrant=False, preserve_rng_state=False, early_stop=True
     )
     return output

@@ -9,20 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_dist.model.layers import wide
+from mamba_dist.ops.rms_norm import add_rms_norm
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension."""
+class AddRMSNorm(nn.Module):
+    """Adds a layer's output to the residual stream and norms the sum: stream / rms * weight."""
 
-    def __init__(self, width: int, *, eps: float) -> None:
+    def __init__(self, width: int, *, eps: float, backend: str) -> None:
         super().__init__()
         self.eps = eps
+        self._backend = backend
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D), in autocast's dtype if it is on, else in x's."""
-        normed = F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps)
-        return normed.to(_output_dtype(x))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normed, in autocast's dtype if it is on, else in x's; and residual + x, fp32.
+
+        x (..., D) is what a layer gave, or the stream itself if there is no `residual` (..., D).
+        """
+        return add_rms_norm(
+            x,
+            residual,
+            self.weight,
+            eps=self.eps,
+            output_dtype=_output_dtype(x),
+            backend=self._backend,
+        )
 
 
 class GatedRMSNorm(nn.Module):

@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 _KERNEL_SOURCES: Final = tuple(
     Path(__file__).parent / op / "cpu.cpp"
-    for op in ("causal_conv1d", "cross_entropy", "selective_scan", "ssd")
+    for op in ("causal_conv1d", "cross_entropy", "rms_norm", "selective_scan", "ssd")
 )
 
 

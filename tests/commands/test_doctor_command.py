@@ -31,6 +31,7 @@ OUTPUTS = {
     "ssd": {"x", "dt", "A", "B", "C", "D", "dt_bias"},
     "causal_conv1d": {"x", "weight", "bias"},
     "linear": {"x", "weight"},
+    "add_rms_norm": {"x", "residual", "weight"},
     "linear_cross_entropy": {"hidden", "weight"},
 }
 
@@ -75,7 +76,7 @@ def test_every_backend_is_compared_at_the_sizes_of_a_config(
     assert "'auto' takes " in text
     for sizes in ("selective_scan B1 L70 E32 N4", "causal_conv1d B1 L70 E32 K4", "linear B1 L70"):
         assert f"{sizes}" in text
-    for op in ("selective_scan", "causal_conv1d", "linear", "linear_cross_entropy"):
+    for op in OUTPUTS.keys() - {"ssd"}:
         [block] = [b for b in text.split("\n\n") if b.startswith(f"{op} ")]
         head, backends, *rows = block.splitlines()
         assert ", bf16, tolerance " in head
@@ -85,6 +86,18 @@ def test_every_backend_is_compared_at_the_sizes_of_a_config(
         errors = [float(cell) for row in rows for cell in row[18:].split()]
         assert len(errors) == len(rows) * len(backends.split())
         assert 0 < max(errors) < 2e-2
+
+
+def test_on_request_it_lists_the_backends_and_compares_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--list"]) == 0
+    text = capsys.readouterr().out
+    for backend in ("reference", "torch", "cpu", "cuda"):
+        assert f"\n  {backend} " in text
+    assert "'auto' takes " in text
+    assert "tolerance" not in text
+    assert "agrees" not in text
 
 
 def test_mamba2_in_fp32_compares_ssd(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,9 +140,10 @@ def test_under_autocast_the_recurrence_gets_its_parameters_in_fp32(
         return op(*arguments, **options)
 
     monkeypatch.setattr(module, name, spy)
-    model = perturbed(small_config(layer, n_layers=1))
+    model = perturbed(small_config(layer, n_layers=2))
     streams: list[torch.dtype] = []
-    model.backbone.layers[0].register_forward_hook(lambda *a: streams.append(a[2][0].dtype))
+    for block in model.backbone.layers:
+        block.register_forward_hook(lambda *a: streams.append(a[2][1].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens(1, 8))
 
@@ -153,7 +154,7 @@ def test_under_autocast_the_recurrence_gets_its_parameters_in_fp32(
     assert torch.equal(A, -mixer.A_log.exp())
     assert torch.equal(D, mixer.D)
     assert torch.equal(dt_bias, bias)
-    assert streams == [torch.float32]
+    assert streams == [torch.float32, torch.float32]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 

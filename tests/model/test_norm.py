@@ -1,24 +1,28 @@
 import torch
 import torch.nn.functional as F
 
-from mamba_dist.model.norm import GatedRMSNorm, RMSNorm
+from mamba_dist.model.norm import AddRMSNorm, GatedRMSNorm
 
 
 def weights(width: int) -> torch.Tensor:
     return 1 + 0.1 * torch.randn(width, generator=torch.Generator().manual_seed(1))
 
 
-def test_rms_norm_under_autocast_rounds_only_its_result() -> None:
-    norm = RMSNorm(32, eps=1e-5)
+def test_add_rms_norm_under_autocast_rounds_only_its_normed_output() -> None:
+    norm = AddRMSNorm(32, eps=1e-5, backend="torch")
     with torch.no_grad():
         norm.weight.copy_(weights(32))
-    x = 300 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    exact = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.weight
-    torch.testing.assert_close(norm(x), exact)
+    x, residual = 300 * torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    total = residual + x
+    exact = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * norm.weight
+    normed, stream = norm(x, residual)
+    torch.testing.assert_close(normed, exact)
+    assert torch.equal(stream, total)
     with torch.autocast("cpu", torch.bfloat16):
-        found = norm(x)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, norm(x).bfloat16())
+        rounded, stream = norm(x, residual)
+    assert torch.equal(rounded, normed.bfloat16())
+    assert stream.dtype == torch.float32
+    assert torch.equal(stream, total)
 
 
 def test_the_gated_norm_gates_first_and_normalises_each_group() -> None:

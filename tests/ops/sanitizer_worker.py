@@ -1,4 +1,4 @@
-"""Runs the native kernels, built with the address and undefined-behaviour sanitizers, on odd shapes.
+"""Runs the kernels, built with the address and undefined-behaviour sanitizers, on odd shapes.
 
 Started by test_native_sanitizers.py with the sanitizers' runtime preloaded; a finding ends the
 process with its report.
@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.ops.causal_conv1d import causal_conv1d
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
 from mamba_dist.ops.native import library
+from mamba_dist.ops.rms_norm import add_rms_norm
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
 
@@ -102,6 +104,13 @@ def run_cross_entropy(length: int, dtype: torch.dtype, options: bool) -> None:
     backward(loss)
 
 
+def run_rms_norm(length: int, dtype: torch.dtype, options: bool) -> None:
+    for width in (1, 17, 48, 130):
+        residual = tensor(2, length, width) if options else None
+        x, weight = tensor(2, length, width, dtype=dtype), tensor(width)
+        backward(add_rms_norm(x, residual, weight, eps=1e-5, output_dtype=dtype, backend="cpu"))
+
+
 def read_past_the_end(source: Path) -> None:
     """What the sanitizers have to catch, to show that they are at work."""
     values = torch.zeros(1000)
@@ -113,9 +122,10 @@ def main() -> None:
         library._FLAGS[flags] += SANITIZERS
     if len(sys.argv) > 1:
         read_past_the_end(Path(sys.argv[1]))
+    resolve_backend("cpu", device_type="cpu")
     dtypes = (torch.float32, torch.bfloat16)
     for length, dtype, options in itertools.product(LENGTHS, dtypes, (False, True)):
-        for run in (run_scan, run_ssd, run_conv, run_cross_entropy):
+        for run in (run_scan, run_ssd, run_conv, run_cross_entropy, run_rms_norm):
             run(length, dtype, options)
     print("clean")
 

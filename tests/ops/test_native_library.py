@@ -164,6 +164,19 @@ def test_a_compiled_kernel_needs_no_compiler(
     assert load_kernel.__wrapped__(source).answer() == 1
 
 
+def test_a_run_says_that_it_compiles_the_first_time(
+    cache: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "mamba_dist"):
+        library.build_kernels([source])
+        assert "compiling" in caplog.text
+        assert "answer" in caplog.text
+        caplog.clear()
+        load_kernel.cache_clear()
+        library.build_kernels([source])
+    assert not caplog.text
+
+
 def test_without_a_compiler_the_message_says_what_to_install(
     cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

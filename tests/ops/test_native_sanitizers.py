@@ -14,14 +14,18 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to build the sanitized kernels with")
-    runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # Without libstdc++ beside it the sanitizer cannot follow the first exception that torch throws.
+    runtime, standard_library = (
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    )
     if not Path(runtime).is_absolute():
         pytest.skip("g++ has no address sanitizer here")
     # Python itself leaks at exit, and torch's libraries know no sanitizer.
     environment = {
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": f"{runtime} {standard_library}",
         "ASAN_OPTIONS": "detect_leaks=0",
         "PATH": str(Path(compiler).parent),
         "HOME": str(Path.home()),

@@ -1,7 +1,7 @@
 """Ops at given sizes with random inputs, for measuring them and for comparing backends.
 
 B batch, L length, E channels, N d_state, H heads, P headdim, G groups, Q chunk, K kernel width,
-I and O features of a linear map, D width of hidden, V rows of the head.
+I and O features of a linear map, D width of the stream, V rows of the head.
 """
 
 import math
@@ -17,16 +17,20 @@ from mamba_dist.ops.agreement import Function
 from mamba_dist.ops.causal_conv1d import causal_conv1d
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
 from mamba_dist.ops.linear import linear
+from mamba_dist.ops.rms_norm import add_rms_norm
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
 
-Op = Literal["selective_scan", "ssd", "causal_conv1d", "linear", "linear_cross_entropy"]
+Op = Literal[
+    "selective_scan", "ssd", "causal_conv1d", "linear", "add_rms_norm", "linear_cross_entropy"
+]
 
 LETTERS: Final[Mapping[Op, str]] = {
     "selective_scan": "BLEN",
     "ssd": "BLHPNGQ",
     "causal_conv1d": "BLEK",
     "linear": "BLIO",
+    "add_rms_norm": "BLD",
     "linear_cross_entropy": "BLDV",
 }
 # Elements of all time steps' states (or logits) that the float64 loop may hold: about 2 GiB with
@@ -80,11 +84,13 @@ def layer_cases(config: MambaConfig, *, batch: int, length: int, dtype: torch.dt
         projected += shared + config.n_heads
     projection = {**common, "I": config.d_model, "O": projected}
     convolution = {**common, "E": channels, "K": config.d_conv}
-    head = {**common, "D": config.d_model, "V": config.padded_vocab_size}
+    stream = {**common, "D": config.d_model}
+    head = {**stream, "V": config.padded_vocab_size}
     return [
         mixer,
         Case("causal_conv1d", convolution, dtype),
         Case("linear", projection, dtype),
+        Case("add_rms_norm", stream, dtype),
         Case("linear_cross_entropy", head, dtype),
     ]
 
@@ -123,6 +129,7 @@ def random_inputs(case: Case, *, device: torch.device | None = None) -> dict[str
         "ssd": _ssd_inputs,
         "causal_conv1d": _conv_inputs,
         "linear": _linear_inputs,
+        "add_rms_norm": _norm_inputs,
         "linear_cross_entropy": _head_inputs,
     }[case.op](draw, case.as_in_model)
     return {name: tensor.to(device) for name, tensor in inputs.items()} if device else inputs
@@ -148,7 +155,15 @@ def _call_of(case: Case) -> tuple[Callable[..., Any], dict[str, Any]]:
         return causal_conv1d, {"activation": "silu"}
     if case.op == "linear":
         return linear, {}
+    if case.op == "add_rms_norm":
+        return _sum_of_norm_and_stream, {"eps": 1e-5, "output_dtype": case.dtype}
     return linear_cross_entropy, {"vocab_size": _classes(case.sizes)}
+
+
+def _sum_of_norm_and_stream(**arguments: Any) -> Tensor:
+    """One output, through which both of the op's are seen."""
+    normed, stream = add_rms_norm(**arguments)
+    return normed + stream
 
 
 def _classes(sizes: Mapping[str, int]) -> int:
@@ -163,6 +178,7 @@ def _state_letters(op: Op) -> str:
         "ssd": "HPN",
         "causal_conv1d": "EK",
         "linear": "O",
+        "add_rms_norm": "D",
         "linear_cross_entropy": "V",
     }[op]
 
@@ -238,6 +254,14 @@ def _conv_inputs(draw: _Draw, as_in_model: bool) -> dict[str, Tensor]:
 def _linear_inputs(draw: _Draw, as_in_model: bool) -> dict[str, Tensor]:
     scale = draw.sizes["I"] ** -0.5
     return {"x": draw.activation("BLI"), "weight": scale * draw.parameter("OI")}
+
+
+def _norm_inputs(draw: _Draw, as_in_model: bool) -> dict[str, Tensor]:
+    return {
+        "x": draw.activation("BLD"),
+        "residual": draw.parameter("BLD"),
+        "weight": 1 + 0.1 * draw.parameter("D"),
+    }
 
 
 def _head_inputs(draw: _Draw, as_in_model: bool) -> dict[str, Tensor]:

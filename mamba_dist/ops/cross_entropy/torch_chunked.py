@@ -113,7 +113,10 @@ def _forward(
     # fp64 costs nothing here and makes the sum independent of how tokens fall into chunks.
     loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
     grad_tokens = torch.empty_like(tokens, dtype=dtype) if plan.grad_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=dtype) if plan.grad_weight else None
+    grad_weight = torch.empty_like(weight, dtype=dtype) if plan.grad_weight else None
+    if grad_weight is not None:
+        # The other rows are written by the first chunk.
+        grad_weight[plan.vocab_size :].zero_()
     chunk = _chunk_tokens(tokens, plan.vocab_size)
     for start in range(0, len(tokens), chunk):
         where = slice(start, start + chunk)
@@ -126,11 +129,14 @@ def _forward(
         if grad_tokens is not None:
             grad_tokens[where] = plan.pieces.product(logits_grad, head.t())
         if grad_weight is not None:
+            rows = grad_weight[: plan.vocab_size]
             # In one call where the dtypes allow it: no second (V, D) for the product.
             if logits_grad.dtype == dtype:
-                grad_weight[: plan.vocab_size].addmm_(logits_grad.t(), inputs)
+                torch.addmm(rows, logits_grad.t(), inputs, beta=int(start > 0), out=rows)
+            elif start == 0:
+                rows.copy_(logits_grad.t() @ inputs)
             else:
-                grad_weight[: plan.vocab_size] += logits_grad.t() @ inputs
+                rows += logits_grad.t() @ inputs
     return loss.to(dtype), grad_tokens, grad_weight
 
 

@@ -11,6 +11,7 @@ threads, which spin against the first.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import struct
@@ -27,6 +28,8 @@ import torch
 from mamba_dist.errors import BackendError
 
 InstructionSet = Literal["avx512", "avx2", "portable"]
+
+_logger = logging.getLogger(__name__)
 
 _INCLUDES: Final = Path(__file__).parent
 _COMPILERS: Final = ("g++", "c++", "clang++")
@@ -79,11 +82,10 @@ def load_kernel(source: Path) -> ctypes.CDLL:
     Raises:
         BackendError: there is no compiler, compiling failed, or the cache cannot be written.
     """
-    chosen = instruction_set()
-    library = cache_folder() / f"{source.parent.name}-{chosen}-{_fingerprint(source, chosen)}.so"
+    library = _library_path(source)
     try:
         if not library.exists():
-            compile_kernel(source, library, _FLAGS[chosen])
+            compile_kernel(source, library, _FLAGS[instruction_set()])
         _check_whole(library)
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -108,11 +110,19 @@ def _check_whole(library: Path) -> None:
 
 
 def build_kernels(sources: Sequence[Path]) -> None:
-    """Compiles side by side what this machine does not have yet.
+    """Compiles side by side what this machine does not have yet, and says so.
 
     Raises:
         BackendError: there is no compiler, compiling failed, or the cache cannot be written.
     """
+    missing = [source.parent.name for source in sources if not _library_path(source).exists()]
+    if missing:
+        _compiler()
+        _logger.info(
+            "compiling kernels for %s, once on this machine: %s",
+            instruction_set(),
+            ", ".join(missing),
+        )
     with ThreadPoolExecutor(max_workers=len(sources)) as pool:
         list(pool.map(load_kernel, sources))
 
@@ -128,12 +138,7 @@ def compile_kernel(source: Path, library: Path, flags: Sequence[str]) -> None:
     Raises:
         BackendError: there is no compiler, compiling failed, or the folder cannot be written.
     """
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise BackendError(
-            f"ops backend 'cpu' needs a C++ compiler, and none of {', '.join(_COMPILERS)} is on "
-            f"PATH; {_INSTALL}, or use engine.ops_backend: torch"
-        )
+    compiler = _compiler()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
@@ -145,6 +150,16 @@ def compile_kernel(source: Path, library: Path, flags: Sequence[str]) -> None:
             f"the kernels' folder {library.parent} cannot be written ({error}); make it writable, "
             "or use engine.ops_backend: torch"
         ) from error
+
+
+def _compiler() -> str:
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is None:
+        raise BackendError(
+            f"ops backend 'cpu' needs a C++ compiler, and none of {', '.join(_COMPILERS)} is on "
+            f"PATH; {_INSTALL}, or use engine.ops_backend: torch"
+        )
+    return found
 
 
 def _compile(compiler: str, source: Path, library: Path, flags: Sequence[str]) -> None:
@@ -162,6 +177,11 @@ def _compile(compiler: str, source: Path, library: Path, flags: Sequence[str]) -
                 f"backend:\n{done.stderr.strip()[:2000]}\nuse engine.ops_backend: torch, and "
                 "report it"
             )
+
+
+def _library_path(source: Path) -> Path:
+    chosen = instruction_set()
+    return cache_folder() / f"{source.parent.name}-{chosen}-{_fingerprint(source, chosen)}.so"
 
 
 def _fingerprint(source: Path, chosen: InstructionSet) -> str:

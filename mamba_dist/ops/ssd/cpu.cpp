@@ -1,4 +1,4 @@
-// SSD scan of the `cpu` backend: the gradient of native/ssd_chunks.h, and the entry points.
+// SSD scan of the `cpu` backend: the gradient of chunks.h, and the entry points.
 //
 // With g the gradient of y before gate and skip, G that of the state after the chunk, u = dt x, and
 // M_ij = exp(cum_i - cum_j) (C_i . B_j) for j <= i:
@@ -8,7 +8,7 @@
 //     dh = exp(cum_end) G + sum_i exp(cum_i) g_i C_i^T
 // The log decay dt A of a step stands in each term whose path leads over it, from before the step
 // to its end or after; its gradient is the sum of those terms' gradients.
-#include "ssd_chunks.h"
+#include "chunks.h"
 
 namespace ssd {
 
@@ -398,6 +398,8 @@ using ssd::Backward, ssd::Call, ssd::Ssd, ssd::with_storage;
 
 extern "C" {
 int64_t ssd_call_bytes() { return sizeof(Call); }
+int64_t ssd_longest_chunk() { return ssd::longest_chunk; }
+int64_t ssd_segment_chunks() { return ssd::segment_chunks; }
 int64_t ssd_scratch_bytes(const Call* call, int64_t backward) {
     int64_t bytes = 0;
     const auto measure = [&](const auto& kernel) { bytes = kernel.scratch_bytes(); };

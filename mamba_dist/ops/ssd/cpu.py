@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from mamba_dist.ops.native.library import load_kernel
 from mamba_dist.ops.precision import compute_dtype
 
-# As in native/ssd_chunks.h.
+# As in chunks.h.
 _LONGEST_CHUNK: Final = 64
 _SEGMENT_CHUNKS: Final = 4
 # The numbers by which the kernels know these dtypes; fp16 goes through fp32.
@@ -37,7 +37,7 @@ _Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 
 
 class _Call(ctypes.Structure):
-    """`Call` of native/ssd_chunks.h."""
+    """`Call` of chunks.h."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in _NUMBERS) + tuple(
         (name, ctypes.c_void_p) for name in _POINTERS
@@ -280,9 +280,15 @@ class _Inputs:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = load_kernel(Path(__file__).with_suffix(".cpp"))
-    for name in ("ssd_call_bytes", "ssd_scratch_bytes"):
-        getattr(library, name).restype = ctypes.c_int64
-    assert library.ssd_call_bytes() == ctypes.sizeof(_Call), "cpu.py and ssd_chunks.h differ"
+    library.ssd_scratch_bytes.restype = ctypes.c_int64
+    for name, expected in (
+        ("call_bytes", ctypes.sizeof(_Call)),
+        ("longest_chunk", _LONGEST_CHUNK),
+        ("segment_chunks", _SEGMENT_CHUNKS),
+    ):
+        found = getattr(library, f"ssd_{name}")
+        found.restype = ctypes.c_int64
+        assert found() == expected, f"cpu.py and chunks.h differ in {name}"
     return library
 
 

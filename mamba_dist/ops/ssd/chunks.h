@@ -1,6 +1,5 @@
 // SSD scan of the `cpu` backend: chunks, memory, the forward (arXiv 2405.21060, section 6) and the
-// single step. ops/ssd/cpu.cpp adds the gradient; this lies here because a change of any header in
-// this folder has the libraries built again.
+// single step. cpu.cpp adds the gradient.
 //
 // A row is cut into chunks at document starts, at multiples of the segment (segment_chunks chunks)
 // and whenever a chunk is full, so a chunk never holds two documents and nothing can leak between
