@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from mamba_dist.engine.host_memory import keep_freed_memory
 from mamba_dist.errors import EngineError, MambaDistError
 
 _SHM_OP = "deepspeed_shm_comm"
@@ -115,6 +116,8 @@ def start_world(*, timeout_minutes: float) -> World:
     if "OMP_NUM_THREADS" not in os.environ:
         # Each rank would take every core of the node; sharing them is several times faster.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // placement.local_size))
+    if device.type == "cpu":
+        keep_freed_memory(os.environ)
     for name, value in {
         "RANK": placement.rank,
         "WORLD_SIZE": placement.world_size,
