@@ -18,7 +18,7 @@ from torch import Tensor
 from mamba_dist.ops.documents import Span, document_spans, reset_mask
 from mamba_dist.ops.precision import autocast_disabled, compute_dtype
 
-# Elements of a (R, T, E) tile on CPU. B4 L512 E512 forward and backward, one Zen 5 core: 7.7 ms;
+# Elements of a (R, T, E) tile on CPU. B4 L512 E512 forward and backward, one core: 7.7 ms;
 # 16.9 ms with an eighth of it (launches), 7.3 ms with twice as much.
 _CPU_TILE_ELEMENTS = 1 << 17
 

@@ -6,7 +6,7 @@ nothing of size (B, L, E, N) ever exists.
 
 This file has the loops over rows and chunks; `chunk.py` has the arithmetic of one chunk.
 
-Forward and backward of B4 L512 E512 N16 on one Zen 5 core: 81 ms at best; taking turns with the
+Forward and backward of B4 L512 E512 N16 on one core: 81 ms at best; taking turns with the
 reference on a busy machine, 105 ms against 315.
 """
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from mamba_dist.ops.documents import Span, document_spans
 from mamba_dist.ops.precision import autocast_disabled, compute_dtype
 
-# B1 L1024 H24 P64 N128 forward and backward, one Zen 5 core: 162 ms with 32, 136 with 64, 152 with
+# B1 L1024 H24 P64 N128 forward and backward, one core: 162 ms with 32, 136 with 64, 152 with
 # 128, 266 with 256.
 _CPU_LONGEST_CHUNK = 64
 
