@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from op_comparison import random_tensor, relative_error
 
-from mamba_dist.ops.linear import linear
+from mamba_dist.ops.linear import cpu, linear
 
 BACKENDS = ["torch", "cpu"]
 
@@ -53,14 +53,60 @@ def test_a_slice_of_a_wider_tensor_gives_the_same_bits(backend: str) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.fixture(params=[False, True], ids=["bf16 as found", "bf16 emulated"])
+def _bf16_of_the_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(cpu, "_HAS_BF16", False)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_gives_bf16_as_torch_does(backend: str) -> None:
-    values = arguments(2, 8, bias=True)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("leading", [(3,), (2, 1030)], ids=str)
+@pytest.mark.usefixtures("_bf16_of_the_machine")
+def test_autocast_gives_bf16_and_gradients_in_the_dtypes_of_the_inputs(
+    leading: tuple[int, ...], input_dtype: torch.dtype, bias: bool, backend: str
+) -> None:
+    x, *parameters = arguments(*leading, bias=bias)
+    assert x is not None
+    values = [x.detach().to(input_dtype).requires_grad_(), *parameters]
+    wide = [None if v is None else v.detach().double().requires_grad_() for v in values]
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear(*values, backend=backend)  # type: ignore[arg-type]
-        expected = F.linear(*values)  # type: ignore[arg-type]
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
+        found = outcome(linear, values, backend=backend)
+    expected = outcome(F.linear, wide)
+    dtypes = [torch.bfloat16, *(v.dtype for v in values if v is not None)]
+    assert [tensor.dtype for tensor in found] == dtypes
+    for ours, truth in zip(found, expected, strict=True):
+        assert relative_error(ours, truth) < 6e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("_bf16_of_the_machine")
+def test_bf16_tensors_give_bf16_without_autocast(backend: str) -> None:
+    values = [
+        None if v is None else v.detach().bfloat16().requires_grad_()
+        for v in arguments(2, 40, bias=True)
+    ]
+    wide = [None if v is None else v.detach().double().requires_grad_() for v in values]
+    found = outcome(linear, values, backend=backend)
+    assert {tensor.dtype for tensor in found} == {torch.bfloat16}
+    for ours, truth in zip(found, outcome(F.linear, wide), strict=True):
+        assert relative_error(ours, truth) < 6e-3
+
+
+def test_widened_products_are_closer_to_the_truth_than_rounded_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "_HAS_BF16", False)
+    x, weight, _ = arguments(200, bias=False)
+    assert x is not None
+    assert weight is not None
+    narrow = x.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = linear(narrow, weight, backend="cpu")
+        rounded = F.linear(narrow, weight)
+    truth = F.linear(narrow.double(), weight.detach().double())
+    assert relative_error(found, truth) < 0.8 * relative_error(rounded, truth)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""The head's cross entropy on the CPU: chunks as in PyTorch's backend, a native softmax, oneDNN.
+"""The head's cross entropy on the CPU: chunks as in PyTorch's backend, a native softmax, linear/cpu's products.
 
 T tokens, V vocabulary.
 """
@@ -37,7 +37,8 @@ class _Arguments(ctypes.Structure):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Scalar sum of -log p over labels other than -100; arguments as in the package."""
-    return chunked(hidden, weight, labels, vocab_size, Pieces(linear_cpu.product, _softmax_loss))
+    pieces = Pieces(linear_cpu.product_dtype, linear_cpu.product, _softmax_loss)
+    return chunked(hidden, weight, labels, vocab_size, pieces)
 
 
 def _softmax_loss(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:

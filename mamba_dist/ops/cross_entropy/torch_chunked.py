@@ -31,11 +31,13 @@ _SHORTEST_CHUNK_TOKENS = 256
 class Pieces:
     """What another backend may do in its own way.
 
-    product: x (t, I) and weight (O, I), both of the matmuls' dtype -> x @ weight^T (t, O).
+    product_dtype: the dtype that the matmuls would have -> the one that they are computed in.
+    product: x (t, I) and weight (O, I), both of that dtype -> x @ weight^T (t, O).
     softmax_loss: logits (t, V), which it may overwrite, targets (t,) and whether the gradient is
         wanted -> losses (t,) in fp32 or fp64, and the gradient (t, V) in any dtype.
     """
 
+    product_dtype: Callable[[torch.dtype], torch.dtype]
     product: Callable[[Tensor, Tensor], Tensor]
     softmax_loss: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -53,7 +55,8 @@ class _Plan:
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
     """Scalar sum of -log p over labels other than -100; arguments as in the package."""
-    return chunked(hidden, weight, labels, vocab_size, Pieces(_product, _softmax_loss))
+    pieces = Pieces(lambda dtype: dtype, _product, _softmax_loss)
+    return chunked(hidden, weight, labels, vocab_size, pieces)
 
 
 def chunked(
@@ -65,7 +68,7 @@ def chunked(
     plan = _Plan(
         pieces,
         vocab_size,
-        _matmul_dtype(hidden, weight),
+        pieces.product_dtype(_matmul_dtype(hidden, weight)),
         with_gradient and hidden.requires_grad,
         with_gradient and weight.requires_grad,
     )

@@ -20,6 +20,8 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str) -> Tensor:
     """x @ weight^T + bias, (..., O), with all gradients; under autocast in its dtype.
 
+    A CPU without bf16 instructions computes bf16 products in fp32 and rounds what comes out.
+
     Args:
         x: (..., I).
         weight: (O, I).

@@ -1,55 +1,96 @@
-"""Linear map on the CPU with fp32 products in oneDNN.
+"""Linear map on the CPU, with products in the library and the precision that are fastest there.
 
-torch sends fp32 products to MKL and bf16 ones to oneDNN. MKL is as fast as oneDNN on most CPUs, but
-on some AMD ones it leaves AVX-512 unused: oneDNN was twice as fast on Zen 5, 1 to 9 % faster on
-Zen 4 (`tools/bench.py ops`). torch's public way to oneDNN, `Tensor.to_mkldnn`, loses all of that to
-its copies. The operator used here is the one that torch's own compiler puts into its CPU programs;
-it is touched in this file only, and tests/ops/test_linear.py would notice a change of its meaning.
+With AVX-512 fp32 products go to oneDNN, elsewhere to MKL as torch has it. MKL leaves AVX-512 unused
+on some AMD CPUs (oneDNN was twice as fast on Zen 5, 1 to 9 % faster on Zen 4) and is the faster one
+with AVX2 (by 2 to 40 % on Zen 3; `tools/bench.py ops --op linear`). torch's public way to oneDNN,
+`Tensor.to_mkldnn`, loses all of that to its copies. The operator used here is the one that torch's
+own compiler puts into its CPU programs; it is touched in this file only, and
+tests/ops/test_linear.py would notice a change of its meaning.
+
+bf16 products go to oneDNN where it has instructions for them. Elsewhere torch's own loop is 8 to 12
+times slower than fp32 (Zen 3), so bf16 tensors are widened to fp32 some rows at a time, and weights
+are not rounded at all: it takes bf16's memory and fp32's time.
 
 R rows, I input features, O output features.
 """
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Looked up once: a compiler cannot trace the question.
+from mamba_dist.ops.precision import autocast_disabled
+
+# Looked up once: a compiler cannot trace the questions.
 _HAS_ONEDNN: Final[bool] = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_PREFERS_ONEDNN: Final = _HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_HAS_BF16: Final[bool] = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+# Widened at once: fewer rows make the library slower, more of them only take memory.
+_WIDENED_ROWS: Final = 1024
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I) @ weight^T + bias, (..., O); arguments as in the package."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or not all(map(_is_ours, tensors)):
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    autocast = torch.is_autocast_enabled("cpu")
+    function: Any
+    if _is_emulated_bf16(dtypes, torch.get_autocast_dtype("cpu") if autocast else None):
+        x, function = x.to(torch.bfloat16), _WidenedLinear
+    elif _PREFERS_ONEDNN and dtypes == {torch.float32} and not autocast:
+        function = _OneDnnLinear
+    else:
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
+    ):
+        y: Tensor = function.apply(x, weight, bias)
         return y
-    return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+    return _by_rows(function.product, x, weight, bias)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of `dtype` are best computed in: itself, but fp32 for an emulated bf16."""
+    return torch.float32 if _is_emulated_bf16({dtype}, None) else dtype
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (R, I) @ weight^T, (R, O), without a graph, in the fastest library for the dtype."""
-    return _product(x, weight, None) if _is_ours(x) and _is_ours(weight) else x @ weight.t()
+    if _PREFERS_ONEDNN and x.dtype == weight.dtype == torch.float32:
+        return _onednn_product(x, weight, None)
+    return x @ weight.t()
 
 
-def _is_ours(tensor: Tensor) -> bool:
-    return _HAS_ONEDNN and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+def _is_emulated_bf16(dtypes: set[torch.dtype], autocast_dtype: torch.dtype | None) -> bool:
+    if _HAS_BF16:
+        return False
+    if autocast_dtype is None:
+        return dtypes == {torch.bfloat16}
+    return autocast_dtype == torch.bfloat16 and dtypes <= {torch.float32, torch.bfloat16}
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _by_rows(function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = function(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Rows with a stride made oneDNN 18 times slower; a transposed weight costs it nothing.
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return y
 
 
-class _Linear(torch.autograd.Function):
+class _OneDnnLinear(torch.autograd.Function):
+    """fp32 in, fp32 out."""
+
+    product = staticmethod(_onednn_product)
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+        return _by_rows(_onednn_product, x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -57,7 +98,58 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = _product(rows, weight.t(), None).view(x.shape) if wanted[0] else None
+        grad_x = _onednn_product(rows, weight.t(), None).view(x.shape) if wanted[0] else None
         # MKL: oneDNN is slower where one factor is thin (I or O below about 64).
         grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
         return grad_x, grad_weight, rows.sum(0) if wanted[2] else None
+
+
+def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (R, I) bf16 @ weight^T in fp32, then (R, O) bf16."""
+    y = x.new_empty(len(x), len(weight))
+    wide_weight, wide_bias = weight.float(), None if bias is None else bias.float()
+    with autocast_disabled(x):
+        for part in _parts(len(x)):
+            y[part] = F.linear(x[part].float(), wide_weight, wide_bias)
+    return y
+
+
+class _WidenedLinear(torch.autograd.Function):
+    """bf16 in, bf16 out; weight and bias of either dtype, whose gradients are summed in fp32."""
+
+    product = staticmethod(_widened_product)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _by_rows(_widened_product, x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        wide_weight = weight.float()
+        grad_x = torch.empty_like(inputs) if wanted[0] else None
+        grad_weight = torch.zeros_like(wide_weight) if wanted[1] else None
+        grad_bias = wide_weight.new_zeros(len(weight)) if wanted[2] else None
+        with autocast_disabled(grad):
+            for part in _parts(len(rows)):
+                wide_rows = rows[part].float()
+                if grad_x is not None:
+                    grad_x[part] = wide_rows @ wide_weight
+                if grad_weight is not None:
+                    grad_weight.addmm_(wide_rows.t(), inputs[part].float())
+                if grad_bias is not None:
+                    grad_bias += wide_rows.sum(0)
+        return (
+            None if grad_x is None else grad_x.view(x.shape),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(ctx.bias_dtype),
+        )
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _WIDENED_ROWS) for start in range(0, rows, _WIDENED_ROWS))

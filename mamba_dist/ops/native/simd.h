@@ -24,6 +24,8 @@
 // Keeps the compiler from merging the operation that gives `vector` with those that use it.
 #if defined(__x86_64__)
 #define MAMBA_FINISHED(vector) asm("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define MAMBA_FINISHED(vector) asm("" : "+w"(vector))
 #else
 #define MAMBA_FINISHED(vector)
 #endif

@@ -86,6 +86,8 @@ struct Rows {
         each(width, [=](int64_t c, int n) {
             const vector v = load_part(stream + c, n), sent = load_part(grad_normed + c, n);
             vector grad = factor * (sent * load_part(weight + c, n) - v * slope);
+            // Rounded before the addition, as where autograd adds (activation checkpointing).
+            MAMBA_FINISHED(grad);
             if (grad_stream) grad += load_part(grad_stream + c, n);
             store_part(grad_residual + c, grad, n);
             if (grad_x) store_part(grad_x + c, grad, n);
