@@ -35,8 +35,8 @@ def linear_cross_entropy(
     """Scalar fp32 (fp64 for fp64 hidden): the SUM of -log p(label) over labels other than -100.
 
     p is the softmax over the first `vocab_size` rows of hidden @ weight^T. Under autocast the
-    matmuls run in its dtype (fp32 on a CPU without bf16 instructions); the softmax is always fp32 or
-    fp64. hidden and weight have gradients.
+    matmuls run in its dtype, or in fp32 on a CPU without bf16 instructions; the softmax is always
+    fp32 or fp64. hidden and weight have gradients.
 
     Args:
         hidden: (B, L, D).
