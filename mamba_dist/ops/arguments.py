@@ -18,12 +18,17 @@ def check_rank(name: str, tensor: Tensor, axes: str) -> None:
 
 def check_floating(**tensors: Tensor | None) -> None:
     """Raises ValueError unless every given tensor is floating and all are on one device."""
-    devices = {tensor.device for tensor in tensors.values() if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"tensors are on different devices: {sorted(map(str, devices))}")
+    check_device(*tensors.values())
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, expected a floating-point dtype")
+
+
+def check_device(*tensors: Tensor | None) -> None:
+    """Raises ValueError unless all given tensors are on one device."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on different devices: {sorted(map(str, devices))}")
 
 
 def check_groups(name: str, channels: int, groups: int) -> None:
@@ -32,8 +37,9 @@ def check_groups(name: str, channels: int, groups: int) -> None:
         raise ValueError(f"{name} {channels} is not divisible by the {groups} groups of B and C")
 
 
-def check_seq_idx(seq_idx: Tensor | None, batch: int, length: int) -> None:
-    """Raises ValueError unless `seq_idx` is None or an integer (B, L) tensor."""
-    check_shape("seq_idx", seq_idx, batch, length)
+def check_seq_idx(seq_idx: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError unless `seq_idx` is None, or integer (B, L) on the device of x."""
+    check_shape("seq_idx", seq_idx, *x.shape[:2])
+    check_device(seq_idx, x)
     if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"seq_idx is {seq_idx.dtype}, expected torch.int32")

@@ -10,6 +10,12 @@ from mamba_dist.ops.linear import cpu, linear
 BACKENDS = ["torch", "cpu"]
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["MKL", "oneDNN"])
+def _library_of_fp32(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both libraries, whichever one this machine would choose."""
+    monkeypatch.setattr(cpu, "_PREFERS_ONEDNN", request.param)
+
+
 def arguments(*leading: int, bias: bool) -> list[torch.Tensor | None]:
     tensors = [random_tensor(*leading, 24, seed=1), random_tensor(10, 24, seed=2)]
     values: list[torch.Tensor | None] = [t.float().requires_grad_() for t in tensors]
@@ -118,6 +124,23 @@ def test_only_the_wanted_gradients_are_computed(backend: str) -> None:
     assert weight.grad is not None
     linear(x, weight.detach(), None, backend=backend).sum().backward()
     assert torch.allclose(x.grad, weight.detach().sum(0).expand(5, 24), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("_bf16_of_the_machine")
+def test_maps_without_rows_or_features_give_what_torch_gives(
+    backend: str, dtype: torch.dtype
+) -> None:
+    for rows, inputs, outputs in (((0,), 24, 10), ((2, 0), 24, 10), ((3,), 0, 10), ((), 24, 10)):
+        x = torch.ones(*rows, inputs, dtype=dtype, requires_grad=True)
+        weight = torch.ones(outputs, inputs, dtype=dtype, requires_grad=True)
+        y = linear(x, weight, backend=backend)
+        assert torch.equal(y, F.linear(x, weight))
+        y.sum().backward()
+        assert x.grad is not None
+        assert weight.grad is not None
+        assert weight.grad.shape == weight.shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -57,12 +57,12 @@ def causal_conv1d(
     """
     check_rank("x", x, "B, L, E")
     check_rank("weight", weight, "E, K")
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     width = weight.shape[1]
     check_shape("weight", weight, channels, width)
     check_shape("bias", bias, channels)
     check_shape("initial_state", initial_state, batch, channels, width - 1)
-    check_seq_idx(seq_idx, batch, length)
+    check_seq_idx(seq_idx, x)
     check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}, expected None or 'silu'")

@@ -9,6 +9,7 @@
 //
 // B batch, L length, E channels, K kernel width; tap j meets the input j steps back.
 #include <memory>
+#include <new>
 
 #include "simd.h"
 
@@ -121,10 +122,13 @@ class Unit {
           width(Width ? Width : a.width),
           ring_steps(power_of_two(width)),
           rows_and_tiles(a.batch * pieces(a.length, a.tile_steps)),
-          fixed(new real[size_t(block_channels(a) * (width + 1))]),
-          moving(new real[a.grad_y ? size_t(block_channels(a) * moving_rows()) : 0]),
-          states(new real[size_t(block_channels(a) * state_rows())]),
-          reaches(new int64_t[size_t(a.tile_steps + width)]) {}
+          fixed(memory<real>(block_channels(a) * (width + 1))),
+          moving(memory<real>(a.grad_y ? block_channels(a) * moving_rows() : 0)),
+          states(memory<real>(block_channels(a) * state_rows())),
+          reaches(memory<int64_t>(a.tile_steps + width)) {}
+
+    // Whether there was enough memory.
+    bool is_ready() const { return fixed && moving && states && reaches; }
 
     static int64_t count(const Arguments& a) {
         return a.batch * pieces(a.length, a.tile_steps) * pieces(a.channels, BLOCK);
@@ -177,6 +181,10 @@ class Unit {
     }
 
   private:
+    template <class T>
+    static T* memory(int64_t count) {
+        return new (std::nothrow) T[size_t(count)];
+    }
     static const real* reals(const void* p) { return static_cast<const real*>(p); }
     static int64_t power_of_two(int64_t at_least) {
         int64_t power = 1;
@@ -512,8 +520,9 @@ void step(const Arguments& a, int64_t row, int64_t first, int64_t channels) {
     }
 }
 
+// These give 0, or 1 when there was not enough memory.
 template <class Storage, int Width>
-void forward(const Arguments& a) {
+int forward(const Arguments& a) {
     const int64_t blocks = pieces(a.channels, BLOCK), units = Unit<Storage, Width>::count(a);
     if (a.length == 1) {
 #pragma omp parallel for num_threads(int(a.threads)) if (a.threads > 1)
@@ -521,17 +530,21 @@ void forward(const Arguments& a) {
             const int64_t first = i % blocks * BLOCK;
             step<Storage, Width>(a, i / blocks, first, smaller(BLOCK, a.channels - first));
         }
-        return;
+        return 0;
     }
+    int failed = 0;
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
         Unit<Storage, Width> unit(a);
+        if (!unit.is_ready()) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
 #pragma omp for
         for (int64_t i = 0; i < units; i++) {
+            if (!unit.is_ready()) continue;
             unit.enter(i);
             unit.forward();
         }
     }
+    return failed;
 }
 
 // In fp64, since long batches have thousands of shares.
@@ -560,23 +573,27 @@ void add_shares(const Arguments& a, int64_t first) {
 }
 
 template <class Storage, int Width>
-void backward(const Arguments& a) {
+int backward(const Arguments& a) {
     const int64_t units = Unit<Storage, Width>::count(a);
+    int failed = 0;
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
         Unit<Storage, Width> unit(a);
+        if (!unit.is_ready()) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
 #pragma omp for
         for (int64_t i = 0; i < units; i++) {
+            if (!unit.is_ready()) continue;
             unit.enter(i);
             unit.backward();
         }
 #pragma omp for
         for (int64_t c = 0; c < a.channels; c += 32) add_shares<Storage>(a, c);
     }
+    return failed;
 }
 
 template <class Storage>
-void run(const Arguments& a, bool is_forward) {
+int run(const Arguments& a, bool is_forward) {
     switch (a.width) {
         case 2: return is_forward ? forward<Storage, 2>(a) : backward<Storage, 2>(a);
         case 3: return is_forward ? forward<Storage, 3>(a) : backward<Storage, 3>(a);
@@ -585,16 +602,16 @@ void run(const Arguments& a, bool is_forward) {
     }
 }
 
-void run(const Arguments& a, bool is_forward) {
+int run(const Arguments& a, bool is_forward) {
     if (a.storage == 1) return run<bf16>(a, is_forward);
     if (a.storage == 2) return is_forward ? forward<double, 0>(a) : backward<double, 0>(a);
-    run<float>(a, is_forward);
+    return run<float>(a, is_forward);
 }
 
 }  // namespace
 
 extern "C" {
-int64_t arguments_bytes() { return sizeof(Arguments); }
-void forward(const Arguments* a) { run(*a, true); }
-void backward(const Arguments* a) { run(*a, false); }
+int64_t causal_conv1d_arguments_bytes() { return sizeof(Arguments); }
+int causal_conv1d_forward(const Arguments* a) { return run(*a, true); }
+int causal_conv1d_backward(const Arguments* a) { return run(*a, false); }
 }

@@ -12,9 +12,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from mamba_dist.ops.native.library import load_kernel
+from mamba_dist.ops.native.call import (
+    STORAGE,
+    may_skip_dispatch,
+    pointer,
+    refuse_tangents,
+    unit_stride,
+)
+from mamba_dist.ops.native.library import checked_kernel
 from mamba_dist.ops.precision import compute_dtype
 
 # Steps of a unit of work: longer ones repeat less at their ends, shorter ones give many cores work
@@ -24,8 +30,6 @@ _SHORT_TILE_STEPS: Final = 16
 _SHORT_STEPS: Final = 512
 # With less work than this a further thread costs more than it takes over.
 _ELEMENTS_PER_THREAD: Final = 1 << 14
-# The numbers by which the kernels know these dtypes; fp16 goes through fp32.
-_STORAGE: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 _POINTERS: Final = (
     *("x", "grad_y", "weight", "bias", "initial_state", "grad_final_state", "seq_idx"),
@@ -63,10 +67,12 @@ def causal_conv1d(
     Raises:
         BackendError: the kernels cannot be compiled or loaded.
     """
+    refuse_tangents("causal_conv1d", x, weight, bias, initial_state)
     dtype = compute_dtype(x)
-    operator = _run_forward if _is_plain_decoding(x) else _forward
+    is_decoding = x.shape[1] == 1 and not torch.is_grad_enabled()
+    operator = _run_forward if is_decoding and may_skip_dispatch(x) else _forward
     y, final_state = operator(
-        x if x.dtype in _STORAGE else x.to(dtype),
+        x if x.dtype in STORAGE else x.to(dtype),
         _as(weight, dtype),
         None if bias is None else _as(bias, dtype),
         seq_idx,
@@ -80,18 +86,6 @@ def causal_conv1d(
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # A cast to the same dtype takes a microsecond, and decoding comes here for every token.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _is_plain_decoding(x: Tensor) -> bool:
-    """Whether one step may go past torch's dispatcher, which costs more than the step itself."""
-    return (
-        x.shape[1] == 1
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
 
 
 def _run_forward(
@@ -108,7 +102,7 @@ def _run_forward(
     y = torch.empty(x.shape, dtype=x.dtype)
     final_state = weight.new_empty(_state_shape(x, weight) if return_final_state else 0)
     inputs.run(
-        _library().forward,
+        _library().causal_conv1d_forward,
         silu,
         y=y.data_ptr(),
         final_state=final_state.data_ptr() if return_final_state else None,
@@ -150,7 +144,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial state; empty for an input that was not given."""
     inputs = _Inputs(x, weight, bias, seq_idx, initial_state)
-    grad_y = _unit_stride(grad_y)
+    grad_y = unit_stride(grad_y)
     grad_final_state = None if grad_final_state is None else grad_final_state.contiguous()
     grads = _new_gradients(x, weight, bias, initial_state)
     grad_x, grad_weight, grad_bias, grad_initial_state = grads
@@ -160,12 +154,12 @@ def _backward(
     share_channels = -(-channels // 32) * 32
     shares = weight.new_empty(batch * tiles, weight.shape[1] + 1, share_channels)
     inputs.run(
-        _library().backward,
+        _library().causal_conv1d_backward,
         silu,
         grad_y=grad_y.data_ptr(),
         grad_y_batch_stride=grad_y.stride(0),
         grad_y_row_stride=grad_y.stride(1),
-        grad_final_state=_pointer(grad_final_state),
+        grad_final_state=pointer(grad_final_state),
         grad_x=grad_x.data_ptr(),
         grad_weight=grad_weight.data_ptr(),
         grad_bias=None if bias is None else grad_bias.data_ptr(),
@@ -233,7 +227,7 @@ class _Inputs:
         seq_idx: Tensor | None,
         initial_state: Tensor | None,
     ) -> None:
-        self.x = _unit_stride(x)
+        self.x = unit_stride(x)
         self.weight = weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         self.seq_idx = None if seq_idx is None else seq_idx.contiguous()
@@ -248,9 +242,9 @@ class _Inputs:
         arguments = _Arguments(
             x=self.x.data_ptr(),
             weight=self.weight.data_ptr(),
-            bias=_pointer(self.bias),
-            initial_state=_pointer(self.initial_state),
-            seq_idx=_pointer(self.seq_idx),
+            bias=pointer(self.bias),
+            initial_state=pointer(self.initial_state),
+            seq_idx=pointer(self.seq_idx),
             batch=batch,
             length=length,
             channels=channels,
@@ -260,28 +254,18 @@ class _Inputs:
             seq_idx_bytes=0 if self.seq_idx is None else self.seq_idx.element_size(),
             tile_steps=_tile_steps(self.x),
             silu=silu,
-            storage=_STORAGE[self.x.dtype],
+            storage=STORAGE[self.x.dtype],
             threads=threads,
             **outputs,
         )
-        kernel(ctypes.byref(arguments))
+        if kernel(ctypes.byref(arguments)):
+            raise MemoryError("not enough memory for the scratch of the causal convolution")
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = load_kernel(Path(__file__).with_suffix(".cpp"))
-    library.arguments_bytes.restype = ctypes.c_int64
-    assert library.arguments_bytes() == ctypes.sizeof(_Arguments), "cpu.py and cpu.cpp differ"
-    return library
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its channels lie side by side; rows may have any stride."""
-    return tensor if tensor.stride(2) == 1 or tensor.shape[2] == 1 else tensor.contiguous()
+    source = Path(__file__).with_suffix(".cpp")
+    return checked_kernel(source, causal_conv1d_arguments_bytes=ctypes.sizeof(_Arguments))
 
 
 def _tile_steps(x: Tensor) -> int:

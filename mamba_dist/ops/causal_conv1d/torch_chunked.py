@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.ops.documents import Span, document_spans, reset_mask
+from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.precision import autocast_disabled, compute_dtype
 
 # Elements of a (R, T, E) tile on CPU. B4 L512 E512 forward and backward, one core: 7.7 ms;
@@ -132,7 +133,7 @@ class _CausalConv1d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         x, weight, bias, history = ctx.saved_tensors
         with autocast_disabled(x):

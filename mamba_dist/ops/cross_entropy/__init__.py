@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mamba_dist.ops.arguments import check_floating, check_rank, check_shape
+from mamba_dist.ops.arguments import check_device, check_floating, check_rank, check_shape
 from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.cross_entropy import cpu, reference, torch_chunked
 
@@ -53,6 +53,7 @@ def linear_cross_entropy(
     check_shape("weight", weight, weight.shape[0], hidden.shape[2])
     check_shape("labels", labels, *hidden.shape[:2])
     check_floating(hidden=hidden, weight=weight)
+    check_device(hidden, labels)
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}, expected torch.int64")
     rows = weight.shape[0] if vocab_size is None else vocab_size

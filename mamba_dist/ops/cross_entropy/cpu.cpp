@@ -46,7 +46,8 @@ void row(Storage* logits, int64_t vocabulary, int64_t label, bool gradient,
         for (int i = 0; i < rest; i++) total += last[i];
     }
 
-    *loss = std::log(total) + largest - to_real(logits[label]);
+    // In this order: the difference is exact, and a sure token's loss is small beside `largest`.
+    *loss = std::log(total) + (largest - to_real(logits[label]));
     if (!gradient) return;
     const vector scale = splat(1 / total);
     // Before the row is overwritten.
@@ -87,7 +88,7 @@ int64_t block(const Arguments& a) {
 }  // namespace
 
 extern "C" {
-int64_t arguments_bytes() { return sizeof(Arguments); }
+int64_t softmax_loss_arguments_bytes() { return sizeof(Arguments); }
 int64_t softmax_loss_fp32(const Arguments* a) { return block<float>(*a); }
 int64_t softmax_loss_bf16(const Arguments* a) { return block<bf16>(*a); }
 int64_t softmax_loss_fp64(const Arguments* a) { return block<double>(*a); }

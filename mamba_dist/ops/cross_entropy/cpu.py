@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mamba_dist.ops.cross_entropy.torch_chunked import Pieces, chunked
 from mamba_dist.ops.linear import cpu as linear_cpu
-from mamba_dist.ops.native.library import load_kernel
+from mamba_dist.ops.native.library import checked_kernel
 from mamba_dist.ops.precision import compute_dtype
 
 SOURCE: Final = Path(__file__).with_name("cpu.cpp")
@@ -79,9 +79,7 @@ def _softmax_loss_fake(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = load_kernel(SOURCE)
-    library.arguments_bytes.restype = ctypes.c_int64
-    assert library.arguments_bytes() == ctypes.sizeof(_Arguments)
+    library = checked_kernel(SOURCE, softmax_loss_arguments_bytes=ctypes.sizeof(_Arguments))
     for suffix in _SUFFIXES.values():
         getattr(library, f"softmax_loss_{suffix}").restype = ctypes.c_int64
     return library

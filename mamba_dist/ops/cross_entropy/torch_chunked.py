@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_dist.ops.first_order import first_order
+from mamba_dist.ops.native.call import refuse_tangents
 from mamba_dist.ops.precision import autocast_disabled, compute_dtype
 
 _IGNORED_LABEL = -100
@@ -63,6 +65,7 @@ def chunked(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, pieces: Pieces
 ) -> Tensor:
     """`linear_cross_entropy` out of `pieces`."""
+    refuse_tangents("linear_cross_entropy", hidden, weight)
     tokens, targets = hidden.flatten(0, 1), labels.flatten()
     with_gradient = torch.is_grad_enabled()
     plan = _Plan(
@@ -93,16 +96,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor, plan: _Plan) -> Tensor:
         loss, grad_tokens, grad_weight = _forward(tokens, weight, targets, plan)
-        ctx.save_for_backward(grad_tokens, grad_weight)
-        ctx.dtypes = tokens.dtype, weight.dtype
+        # The inputs only for `first_order`.
+        ctx.save_for_backward(grad_tokens, grad_weight, tokens, weight)
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+        grad_tokens, grad_weight, tokens, weight = ctx.saved_tensors
         scaled = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else (gradient * grad_loss).to(given.dtype)
+            for gradient, given in ((grad_tokens, tokens), (grad_weight, weight))
         ]
         return *scaled, None, None
 

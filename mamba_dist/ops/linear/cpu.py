@@ -14,6 +14,7 @@ are not rounded at all: it takes bf16's memory and fp32's time.
 R rows, I input features, O output features.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -39,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     function: Any
     if _is_emulated_bf16(dtypes, torch.get_autocast_dtype("cpu") if autocast else None):
         x, function = x.to(torch.bfloat16), _WidenedLinear
-    elif _PREFERS_ONEDNN and dtypes == {torch.float32} and not autocast:
+    elif _PREFERS_ONEDNN and dtypes == {torch.float32} and not autocast and _is_product(x, weight):
         function = _OneDnnLinear
     else:
         return F.linear(x, weight, bias)
@@ -49,6 +50,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = function.apply(x, weight, bias)
         return y
     return _by_rows(function.product, x, weight, bias)
+
+
+def _is_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is anything to multiply, which oneDNN insists on."""
+    return x.numel() > 0 and weight.numel() > 0
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -72,14 +78,22 @@ def _is_emulated_bf16(dtypes: set[torch.dtype], autocast_dtype: torch.dtype | No
 
 
 def _by_rows(function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = function(x.reshape(-1, x.shape[-1]), weight, bias)
+    y: Tensor = function(_rows(x), weight, bias)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # Rows with a stride made oneDNN 18 times slower; a transposed weight costs it nothing.
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return y
+
+
+def _onednn_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    return _onednn_product(x, weight.t(), None)
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -93,14 +107,17 @@ class _OneDnnLinear(torch.autograd.Function):
         return _by_rows(_onednn_product, x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = _onednn_product(rows, weight.t(), None).view(x.shape) if wanted[0] else None
+        rows = _rows(grad)
+        grad_x = None
+        if wanted[0]:
+            # oneDNN's operator has no derivative.
+            product = torch.mm if torch.is_grad_enabled() else _onednn_transposed
+            grad_x = product(rows, weight).view(x.shape)
         # MKL: oneDNN is slower where one factor is thin (I or O below about 64).
-        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
+        grad_weight = rows.t() @ _rows(x) if wanted[1] else None
         return grad_x, grad_weight, rows.sum(0) if wanted[2] else None
 
 
@@ -126,12 +143,19 @@ class _WidenedLinear(torch.autograd.Function):
         return _by_rows(_widened_product, x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        rows, inputs = _rows(grad), _rows(x)
         wide_weight = weight.float()
+        if torch.is_grad_enabled():
+            # To be differentiated again, so in whole tensors that autograd follows.
+            wide_rows = rows.float()
+            return (
+                (wide_rows @ wide_weight).to(x.dtype).view(x.shape) if wanted[0] else None,
+                (wide_rows.t() @ inputs.float()).to(weight.dtype) if wanted[1] else None,
+                wide_rows.sum(0).to(ctx.bias_dtype) if wanted[2] else None,
+            )
         grad_x = torch.empty_like(inputs) if wanted[0] else None
         grad_weight = torch.zeros_like(wide_weight) if wanted[1] else None
         grad_bias = wide_weight.new_zeros(len(weight)) if wanted[2] else None

@@ -1,24 +1,27 @@
 """Compiles the C++ kernels once per machine and instruction set, and loads them through ctypes.
 
 Plain C++ without torch's headers: a library builds in seconds and serves every version of torch.
-Each process compiles into a file of its own and renames it, so a kill leaves nothing half-written
-and no lock; the worst case is that two processes compile the same source at the same time.
+Processes take turns by a lock that dies with them, so the ranks of a node compile once. A library
+is renamed into place and ends in its own digest: neither a kill nor a crash of the machine leaves
+one that looks whole and is not.
 
 The kernels use the OpenMP runtime that torch has loaded: a second one would bring a second pool of
 threads, which spin against the first.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
-import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
@@ -32,7 +35,8 @@ InstructionSet = Literal["avx512", "avx2", "portable"]
 _logger = logging.getLogger(__name__)
 
 _INCLUDES: Final = Path(__file__).parent
-_COMPILERS: Final = ("g++", "c++", "clang++")
+# GCC under either name: clang calls an OpenMP runtime that is not torch's.
+_COMPILERS: Final = ("g++", "c++")
 _COMMON_FLAGS: Final = (
     "-std=c++17",
     "-O3",
@@ -55,8 +59,8 @@ _FLAGS: Final[dict[InstructionSet, tuple[str, ...]]] = {
     "avx2": ("-DVECTOR_BYTES=32", "-mavx2", "-mfma"),
     "portable": ("-DVECTOR_BYTES=16",),
 }
-# Of a 64-bit ELF file: where its table of sections starts, the size of an entry, their number.
-_ELF_HEADER: Final = struct.Struct("=40xQ10xHH")
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
+_BUILDING: Final = ".building-"
 _INSTALL: Final = (
     "install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
     "conda: conda install cxx-compiler)"
@@ -77,16 +81,15 @@ def instruction_set() -> InstructionSet:
 
 @functools.cache
 def load_kernel(source: Path) -> ctypes.CDLL:
-    """The library of one C++ source, compiled if this machine does not have it yet.
+    """The library of one C++ source, compiled if this machine does not have it whole.
 
     Raises:
         BackendError: there is no compiler, compiling failed, or the cache cannot be written.
     """
     library = _library_path(source)
+    if not _is_whole(library):
+        compile_kernel(source, library, _FLAGS[instruction_set()])
     try:
-        if not library.exists():
-            compile_kernel(source, library, _FLAGS[instruction_set()])
-        _check_whole(library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise BackendError(
@@ -95,18 +98,33 @@ def load_kernel(source: Path) -> ctypes.CDLL:
         ) from error
 
 
-def _check_whole(library: Path) -> None:
-    """Raises OSError for a cut ELF file: the loader maps it, and its first call ends in SIGBUS."""
-    with library.open("rb") as file:
-        header = file.read(_ELF_HEADER.size)
-    if header.startswith(b"\x7fELF") and len(header) == _ELF_HEADER.size:
-        # The table of sections stands last.
-        start, entry_bytes, entries = _ELF_HEADER.unpack(header)
-        if library.stat().st_size >= start + entry_bytes * entries:
-            return
-    elif header and not b"\x7fELF".startswith(header[:4]):
-        return
-    raise OSError("the file is cut short")
+def checked_kernel(source: Path, **expected: int) -> ctypes.CDLL:
+    """`load_kernel`, after asking its functions for numbers that Python repeats, as struct sizes.
+
+    Raises:
+        BackendError: as `load_kernel`.
+    """
+    library = load_kernel(source)
+    for name, number in expected.items():
+        function = getattr(library, name)
+        function.restype = ctypes.c_int64
+        assert function() == number, f"{source.parent.name}: cpu.py and its C++ differ in {name}"
+    return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it ends in the digest of the rest; a damaged library would crash when called."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _unwritable(library.parent, error) from error
+    return content[-_DIGEST_BYTES:] == _digest(content[:-_DIGEST_BYTES])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def build_kernels(sources: Sequence[Path]) -> None:
@@ -115,7 +133,7 @@ def build_kernels(sources: Sequence[Path]) -> None:
     Raises:
         BackendError: there is no compiler, compiling failed, or the cache cannot be written.
     """
-    missing = [source.parent.name for source in sources if not _library_path(source).exists()]
+    missing = [source.parent.name for source in sources if not _is_whole(_library_path(source))]
     if missing:
         _compiler()
         _logger.info(
@@ -123,17 +141,27 @@ def build_kernels(sources: Sequence[Path]) -> None:
             instruction_set(),
             ", ".join(missing),
         )
-    with ThreadPoolExecutor(max_workers=len(sources)) as pool:
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
         list(pool.map(load_kernel, sources))
 
 
 def cache_folder() -> Path:
-    """Where the compiled kernels of this user lie."""
-    return platformdirs.user_cache_path("mamba_dist") / "kernels"
+    """Where the compiled kernels of this user lie.
+
+    Raises:
+        BackendError: the user has no home directory.
+    """
+    try:
+        return platformdirs.user_cache_path("mamba_dist") / "kernels"
+    except RuntimeError as error:
+        raise BackendError(
+            f"there is no folder for compiled kernels ({error}); set HOME or XDG_CACHE_HOME, or "
+            "use engine.ops_backend: torch"
+        ) from error
 
 
 def compile_kernel(source: Path, library: Path, flags: Sequence[str]) -> None:
-    """Writes `library` whole or not at all.
+    """Writes `library` whole or not at all, unless another process has just done so.
 
     Raises:
         BackendError: there is no compiler, compiling failed, or the folder cannot be written.
@@ -141,15 +169,38 @@ def compile_kernel(source: Path, library: Path, flags: Sequence[str]) -> None:
     compiler = _compiler()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
-            built = Path(folder) / library.name
-            _compile(compiler, source, built, flags)
-            os.replace(built, library)
+        with _alone(library):
+            if _is_whole(library):
+                return
+            with tempfile.TemporaryDirectory(
+                dir=library.parent, prefix=f"{_BUILDING}{library.stem}-"
+            ) as folder:
+                built = Path(folder) / library.name
+                _compile(compiler, source, built, flags)
+                with built.open("r+b") as file:
+                    file.write(_digest(file.read()))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(built, library)
     except OSError as error:
-        raise BackendError(
-            f"the kernels' folder {library.parent} cannot be written ({error}); make it writable, "
-            "or use engine.ops_backend: torch"
-        ) from error
+        raise _unwritable(library.parent, error) from error
+
+
+@contextmanager
+def _alone(library: Path) -> Iterator[None]:
+    """Holds the library's lock, which the kernel drops with its process; sweeps up after a kill."""
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in library.parent.glob(f"{_BUILDING}{library.stem}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _unwritable(folder: Path, error: OSError) -> BackendError:
+    return BackendError(
+        f"the kernels' folder {folder} cannot be used ({error}); make it writable, or use "
+        "engine.ops_backend: torch"
+    )
 
 
 def _compiler() -> str:
@@ -170,13 +221,22 @@ def _compile(compiler: str, source: Path, library: Path, flags: Sequence[str]) -
         [compiler, "-shared", str(compiled), *(f for f in flags if f.startswith("-fsanitize"))],
     ):
         output = compiled if "-c" in command else library
-        done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
-        if done.returncode:
+        said = _run_compiler([*command, "-o", str(output)])
+        if said is not None or not output.exists():
             raise BackendError(
                 f"{compiler} could not compile {source.name} of {source.parent.name} for the 'cpu' "
-                f"backend:\n{done.stderr.strip()[:2000]}\nuse engine.ops_backend: torch, and "
-                "report it"
+                f"backend:\n{said or 'it wrote nothing'}\nrepair the compiler or report this, and "
+                "use engine.ops_backend: torch meanwhile"
             )
+
+
+def _run_compiler(command: Sequence[str]) -> str | None:
+    """What it has to complain of, None if it succeeds."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    return (done.stderr.strip()[:2000] or f"exit {done.returncode}") if done.returncode else None
 
 
 def _library_path(source: Path) -> Path:
@@ -186,7 +246,9 @@ def _library_path(source: Path) -> Path:
 
 def _fingerprint(source: Path, chosen: InstructionSet) -> str:
     """Changes with whatever the library is made of."""
-    digest = hashlib.sha256(repr((_COMMON_FLAGS, _FLAGS[chosen])).encode())
+    # Homes are shared between machines: a library of a newer C library does not load elsewhere.
+    made_with = (_COMMON_FLAGS, _FLAGS[chosen], platform.machine(), platform.libc_ver())
+    digest = hashlib.sha256(repr(made_with).encode())
     for path in (source, *sorted(source.parent.glob("*.h")), *sorted(_INCLUDES.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -143,7 +143,7 @@ void run(const Arguments& a, bool is_forward) {
 }  // namespace
 
 extern "C" {
-int64_t arguments_bytes() { return sizeof(Arguments); }
-void forward(const Arguments* a) { run(*a, true); }
-void backward(const Arguments* a) { run(*a, false); }
+int64_t rms_norm_arguments_bytes() { return sizeof(Arguments); }
+void rms_norm_forward(const Arguments* a) { run(*a, true); }
+void rms_norm_backward(const Arguments* a) { run(*a, false); }
 }

@@ -13,11 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mamba_dist.ops.native.library import load_kernel
+from mamba_dist.ops.native.call import STORAGE, refuse_tangents
+from mamba_dist.ops.native.library import checked_kernel
 
 SOURCE: Final = Path(__file__).with_name("cpu.cpp")
-# The numbers by which the kernels know these dtypes; fp16 goes through fp32.
-_STORAGE: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # Rows whose shares of the weight's gradient are added up apart: by shape, not by threads.
 _LEAST_TILE_ROWS: Final = 16
 _MOST_TILES: Final = 128
@@ -54,10 +53,11 @@ def add_rms_norm(
     Raises:
         BackendError: the kernels cannot be compiled or loaded.
     """
+    refuse_tangents("add_rms_norm", x, residual, weight)
     dtype = weight.dtype
-    if dtype == torch.float64 or x.dtype not in _STORAGE:
+    if dtype == torch.float64 or x.dtype not in STORAGE:
         x = x.to(dtype)
-    stored = output_dtype if dtype == torch.float32 and output_dtype in _STORAGE else dtype
+    stored = output_dtype if dtype == torch.float32 and output_dtype in STORAGE else dtype
     if stored == torch.float64:
         stored = dtype
     normed, stream = _forward(x, residual, weight, eps, stored)
@@ -194,20 +194,17 @@ def _run(
         rows=rows,
         width=stream.shape[-1],
         tile_rows=_tile_rows(rows),
-        x_storage=_STORAGE[x_dtype],
-        normed_storage=_STORAGE[normed_dtype],
+        x_storage=STORAGE[x_dtype],
+        normed_storage=STORAGE[normed_dtype],
         threads=max(1, min(torch.get_num_threads(), stream.numel() // _ELEMENTS_PER_THREAD)),
         **{name: tensor.data_ptr() for name, tensor in given.items()},
     )
-    getattr(_library(), kernel)(ctypes.byref(arguments))
+    getattr(_library(), f"rms_norm_{kernel}")(ctypes.byref(arguments))
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = load_kernel(SOURCE)
-    library.arguments_bytes.restype = ctypes.c_int64
-    assert library.arguments_bytes() == ctypes.sizeof(_Arguments), "cpu.py and cpu.cpp differ"
-    return library
+    return checked_kernel(SOURCE, rms_norm_arguments_bytes=ctypes.sizeof(_Arguments))
 
 
 def _tile_rows(rows: int) -> int:

@@ -102,7 +102,7 @@ def _check(
     check_shape("z", z, batch, length, channels)
     check_shape("delta_bias", delta_bias, channels)
     check_shape("initial_state", initial_state, batch, channels, d_state)
-    check_seq_idx(seq_idx, batch, length)
+    check_seq_idx(seq_idx, u)
     check_floating(
         u=u,
         delta=delta,

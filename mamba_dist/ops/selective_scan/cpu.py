@@ -11,15 +11,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from mamba_dist.ops.native.library import load_kernel
+from mamba_dist.ops.first_order import first_order
+from mamba_dist.ops.native.call import STORAGE, may_skip_dispatch, refuse_tangents, unit_stride
+from mamba_dist.ops.native.library import checked_kernel
 from mamba_dist.ops.precision import compute_dtype
 
 # Positions between two saved states; the kernels' CHUNK. fp32 states then take a quarter of one
 # (B, L, E) fp32 tensor at N = 16.
 _CHUNK_STEPS: Final = 64
-_STORAGE: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 _POINTERS: Final = (
     *("u", "delta", "z", "B", "C", "A", "D", "delta_bias", "initial_state", "seq_idx"),
@@ -62,9 +62,10 @@ def selective_scan(
     Arguments and shapes are those of `mamba_dist.ops.selective_scan.selective_scan`.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    refuse_tangents("selective_scan", *tensors)
     compute = compute_dtype(u)
     storage = u.dtype
-    if storage not in _STORAGE or any(
+    if storage not in STORAGE or any(
         tensor is not None and tensor.dtype != storage for tensor in (delta, B, C, z)
     ):
         storage = compute
@@ -85,24 +86,13 @@ def selective_scan(
         delta_softplus,
         with_gradient,
     )
-    # An operator's dispatch costs 13 us, with its autograd 130 us forward and backward.
-    if not _may_skip_dispatch(u):
+    if not may_skip_dispatch(u):
         y, final_state, _ = _forward(*arguments)
     elif with_gradient:
         y, final_state = _SelectiveScan.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         y, final_state, _ = _run_forward(*arguments)
     return y.to(u.dtype), final_state
-
-
-def _may_skip_dispatch(u: Tensor) -> bool:
-    """Whether nobody has to see the operator, and the tensors have memory of their own."""
-    return (
-        type(u) in (Tensor, torch.nn.Parameter)
-        and u.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
 
 
 def _run_forward(
@@ -248,22 +238,22 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, initial_state, seq_idx, ctx.delta_softplus, _ = inputs
+    *tensors, seq_idx, ctx.delta_softplus, _ = inputs
     ctx.save_for_backward(*tensors, seq_idx, output[2])
-    ctx.with_initial = initial_state is not None
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(
     backward: Any, ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *tensors, seq_idx, chunk_states = ctx.saved_tensors
+    *tensors, initial_state, seq_idx, chunk_states = ctx.saved_tensors
+    with_initial = initial_state is not None
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
     gradients = backward(
-        grad_y, grad_final, chunk_states, *tensors, seq_idx, ctx.delta_softplus, ctx.with_initial
+        grad_y, grad_final, chunk_states, *tensors, seq_idx, ctx.delta_softplus, with_initial
     )
-    absent = (*(tensor is None for tensor in tensors), not ctx.with_initial)
+    absent = (*(tensor is None for tensor in tensors), not with_initial)
     wanted = (None if skip else g for g, skip in zip(gradients, absent, strict=True))
     return (*wanted, None, None, None)
 
@@ -282,7 +272,7 @@ class _SelectiveScan(torch.autograd.Function):
         return outputs[:2]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -302,12 +292,12 @@ def _run(
 ) -> None:
     """Calls a kernel; each tuple has the order of the fields of `Call`."""
     u, delta, z, B, C = rows
-    u, delta, B, C = _unit_stride(u), _unit_stride(delta), _unit_stride(B), _unit_stride(C)
-    z = None if z is None else _unit_stride(z)
+    u, delta, B, C = unit_stride(u), unit_stride(delta), unit_stride(B), unit_stride(C)
+    z = None if z is None else unit_stride(z)
     A, *optional = parameters
     A, (D, delta_bias, initial_state) = A.contiguous(), map(_contiguous, optional)
     grad_y, grad_final = output_gradients
-    grad_y, grad_final = None if grad_y is None else _unit_stride(grad_y), _contiguous(grad_final)
+    grad_y, grad_final = None if grad_y is None else unit_stride(grad_y), _contiguous(grad_final)
     # As locals the tensors outlive the call. An empty one has a null pointer, as an absent one.
     tensors = (
         *(u, delta, z, B, C, A, D, delta_bias, initial_state, seq_idx),
@@ -320,7 +310,7 @@ def _run(
         *(*_row_strides(grad_y), *_row_strides(seq_idx)),
         *(*u.shape, A.shape[1], B.shape[2]),
         *(delta_softplus, 0 if seq_idx is None else seq_idx.element_size()),
-        *(_STORAGE[u.dtype], torch.get_num_threads()),
+        *(STORAGE[u.dtype], torch.get_num_threads()),
     )
     if getattr(_library(), f"selective_scan_{kernel}")(ctypes.byref(call)):
         raise MemoryError(f"not enough memory for the scratch of the selective scan's {kernel}")
@@ -330,19 +320,14 @@ def _row_strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = load_kernel(Path(__file__).with_name("cpu.cpp"))
-    for function, expected in (("call_bytes", ctypes.sizeof(_Call)), ("chunk_steps", _CHUNK_STEPS)):
-        get = getattr(library, f"selective_scan_{function}")
-        get.restype = ctypes.c_int64
-        assert get() == expected
-    return library
+    return checked_kernel(
+        Path(__file__).with_name("cpu.cpp"),
+        selective_scan_call_bytes=ctypes.sizeof(_Call),
+        selective_scan_chunk_steps=_CHUNK_STEPS,
+    )

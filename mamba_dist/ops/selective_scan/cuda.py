@@ -26,6 +26,7 @@ from mamba_dist.ops.cuda_packages import (
     refuse_fp64,
     selective_scan_fn,
 )
+from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.precision import autocast_disabled
 from mamba_dist.ops.selective_scan import torch_chunked
 from mamba_dist.ops.selective_scan.gaps import GAP_STEP, find_gaps
@@ -212,7 +213,7 @@ class _FinalState(torch.autograd.Function):
         return last_state.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_state: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:6]

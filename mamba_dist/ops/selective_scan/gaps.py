@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mamba_dist.errors import BackendError
 from mamba_dist.ops.cuda_packages import USE_TORCH, document_starts
+from mamba_dist.ops.first_order import first_order
 
 # Exact in bf16. A backward multiplies it with gradients before the zero, so it must not be so large
 # that a product overflows: 0 times infinity would be NaN.
@@ -84,7 +85,7 @@ class _Pick(torch.autograd.Function):
         return rows.index_select(0, index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.count, grad.shape[1]).index_copy_(0, index, grad), None

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.ops.documents import reset_mask
+from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.precision import autocast_disabled, compute_dtype
 from mamba_dist.ops.selective_scan.chunk import (
     Block,
@@ -107,7 +108,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, final_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
         *saved, chunk_states = ctx.saved_tensors
         inputs = Inputs(*saved, *ctx.options)

@@ -100,7 +100,7 @@ def _check(
     check_shape("z", z, batch, length, heads, headdim)
     check_shape("dt_bias", dt_bias, heads)
     check_shape("initial_state", initial_state, batch, heads, headdim, d_state)
-    check_seq_idx(seq_idx, batch, length)
+    check_seq_idx(seq_idx, x)
     check_floating(
         x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state
     )

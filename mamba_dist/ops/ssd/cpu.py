@@ -12,16 +12,14 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from mamba_dist.ops.native.library import load_kernel
+from mamba_dist.ops.native.call import STORAGE, may_skip_dispatch, pointer, refuse_tangents
+from mamba_dist.ops.native.library import checked_kernel
 from mamba_dist.ops.precision import compute_dtype
 
 # As in chunks.h.
 _LONGEST_CHUNK: Final = 64
 _SEGMENT_CHUNKS: Final = 4
-# The numbers by which the kernels know these dtypes; fp16 goes through fp32.
-_STORAGE: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 _NUMBERS: Final = (
     *("batch", "length", "heads", "headdim", "groups", "d_state", "chunk", "storage"),
@@ -65,6 +63,7 @@ def ssd(
     Raises:
         BackendError: the kernels cannot be compiled or loaded.
     """
+    refuse_tangents("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state)
     exact = compute_dtype(x)
     streams = [tensor for tensor in (x, B, C, z) if tensor is not None]
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in streams)
@@ -82,20 +81,10 @@ def ssd(
     differentiates = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in inputs
     )
-    plain = not differentiates and _may_skip_dispatch(x)
+    plain = not differentiates and may_skip_dispatch(x)
     operator: Any = _run_forward if plain else _forward
     y, final_state, _ = operator(*inputs, dt_softplus, chunk_size, differentiates)
     return y if y.dtype == x.dtype else y.to(x.dtype), final_state
-
-
-def _may_skip_dispatch(x: Tensor) -> bool:
-    """Whether nobody has to see the operator; its dispatch costs more than a decoding step."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
 
 
 def _run_forward(
@@ -176,7 +165,7 @@ def _backward(
     grad_final = None if grad_final is None else grad_final.contiguous()
     call = inputs.call
     call.states, call.grad_y = states.data_ptr(), grad_y.data_ptr()
-    call.grad_final = _pointer(grad_final)
+    call.grad_final = pointer(grad_final)
     names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial")
     for name, grad, tensor in zip(
         names, grads, (x, dt, A, B, C, D, z, dt_bias, initial_state), strict=True
@@ -263,11 +252,11 @@ class _Inputs:
         self._kept = (x, dt, A.contiguous(), B, C, D, z, dt_bias, seq_idx, initial_state)
         self.call = _Call(
             *(batch, length, heads, headdim, B.shape[2], B.shape[3], chunk_size),
-            *(_STORAGE[x.dtype], _STORAGE[dt.dtype]),
+            *(STORAGE[x.dtype], STORAGE[dt.dtype]),
             0 if seq_idx is None else seq_idx.element_size(),
             *(dt_softplus, torch.get_num_threads(), *x.stride()[:2], *dt.stride()[:2]),
             *(*B.stride()[:2], *C.stride()[:2], *((0, 0) if z is None else z.stride()[:2])),
-            *map(_pointer, self._kept),
+            *map(pointer, self._kept),
         )
 
     def run(self, kernel: Any, *, backward: bool) -> None:
@@ -279,21 +268,14 @@ class _Inputs:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = load_kernel(Path(__file__).with_suffix(".cpp"))
+    library = checked_kernel(
+        Path(__file__).with_suffix(".cpp"),
+        ssd_call_bytes=ctypes.sizeof(_Call),
+        ssd_longest_chunk=_LONGEST_CHUNK,
+        ssd_segment_chunks=_SEGMENT_CHUNKS,
+    )
     library.ssd_scratch_bytes.restype = ctypes.c_int64
-    for name, expected in (
-        ("call_bytes", ctypes.sizeof(_Call)),
-        ("longest_chunk", _LONGEST_CHUNK),
-        ("segment_chunks", _SEGMENT_CHUNKS),
-    ):
-        found = getattr(library, f"ssd_{name}")
-        found.restype = ctypes.c_int64
-        assert found() == expected, f"cpu.py and chunks.h differ in {name}"
     return library
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _whole_rows(tensor: Tensor) -> Tensor:
