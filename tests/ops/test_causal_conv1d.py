@@ -83,6 +83,17 @@ def test_outputs_and_all_gradients_equal_the_reference(
 
 
 @backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_a_long_sequence_equals_the_reference(
+    with_documents: bool, dtype: torch.dtype, backend: str
+) -> None:
+    seq_idx = document_ids([700, 1, 1347], [2048]) if with_documents else None
+    arguments = conv_arguments(length=2048, channels=CHANNELS, seq_idx=seq_idx)
+    assert_agrees(causal_conv1d, arguments, dtype, PER_POSITION, backend=backend)
+
+
+@backends
 @pytest.mark.parametrize("channels", [3000, 70000])
 def test_tiles_of_few_steps_equal_the_reference(channels: int, backend: str) -> None:
     arguments = conv_arguments(length=50, channels=channels, seq_idx=document_ids([48, 2], [50]))
@@ -115,7 +126,8 @@ def test_any_shape_equals_the_reference_in_fp64(data: st.DataObject, backend: st
 @given(data=st.data())
 def test_any_shape_of_the_native_kernels_equals_the_reference(data: st.DataObject) -> None:
     draw = data.draw
-    length = draw(st.integers(1, 100))
+    # From 256 steps on (2 rows) the kernels take longer tiles.
+    length = draw(st.integers(1, 100) | st.integers(256, 400))
     cuts = sorted(draw(st.sets(st.integers(1, length), max_size=4)) | {length})
     documents = [stop - start for start, stop in zip([0, *cuts[:-1]], cuts, strict=True)]
     arguments = conv_arguments(

@@ -278,3 +278,13 @@ def test_a_label_outside_the_vocabulary_is_an_error(label: int, backend: str) ->
     labels[1, 3] = label
     with pytest.raises((IndexError, RuntimeError)):
         linear_cross_entropy(hidden, weight, labels, vocab_size=37, backend=backend)
+
+
+@for_each_backend
+@pytest.mark.parametrize("largest", [10.0, 300.0, 3000.0])
+def test_a_sure_tokens_loss_is_not_lost_beside_its_logit(largest: float, backend: str) -> None:
+    weight = torch.tensor([[largest], [largest - 12]])
+    loss = linear_cross_entropy(
+        torch.ones(1, 1, 1), weight, torch.zeros(1, 1, dtype=torch.int64), backend=backend
+    )
+    assert float(loss) == pytest.approx(6.1442e-6, rel=0.03)

@@ -98,6 +98,24 @@ def test_decoding_step_by_step_equals_the_reference(
     assert relative_error(state, final) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_step_of_a_large_state_is_shared_by_threads(threads: int) -> None:
+    # 3 * 3000 * 16 elements of state, above what one thread does alone.
+    arguments = scan_arguments(batch=3, length=1, channels=3000, d_state=16)
+    inputs = leaves(arguments, torch.float32, set())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = selective_scan(**inputs, return_final_state=True, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    exact = leaves(inputs, torch.float64, set())
+    truth = selective_scan(**exact, return_final_state=True, backend="reference")
+    for ours, expected in zip(found, truth, strict=True):
+        assert relative_error(ours, expected) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize(("u", "delta"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_mixed_precisions_are_computed_in_the_widest(u: str, delta: str) -> None:
     inputs = leaves(scan_arguments(length=70, channels=CHANNELS), torch.float32, set())

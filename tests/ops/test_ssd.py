@@ -331,6 +331,60 @@ def test_decoding_step_by_step_equals_the_reference(options: bool, dtype: torch.
     assert relative_error(state, final) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_step_of_a_large_state_is_shared_by_threads(threads: int) -> None:
+    # 2 * 40 * 32 * 64 elements of state, above what one thread does alone.
+    arguments = ssd_arguments(length=1, heads=40, headdim=32, d_state=64)
+    inputs = leaves(arguments, torch.float32, set())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = ssd(**inputs, return_final_state=True, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    exact = leaves(inputs, torch.float64, set())
+    for ours, truth in zip(
+        found, ssd(**exact, return_final_state=True, backend="reference"), strict=True
+    ):
+        assert relative_error(ours, truth) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("position", [0, 40, 63, 64, 130])
+@pytest.mark.parametrize("name", ["x", "dt", "B", "z"])
+def test_a_nan_reaches_no_output_before_it(name: str, position: int) -> None:
+    arguments = ssd_arguments(length=140)
+    arguments[name][0, position] = float("nan")
+    y = ssd(**leaves(arguments, torch.float32, set()), backend="cpu")
+    assert y[0, :position].isfinite().all()
+    assert y[0, position].isnan().any()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("large", [1e6, 1e12, 1e30])
+def test_a_step_that_forgets_everything_leaves_the_others_exact(large: float) -> None:
+    arguments = ssd_arguments(length=70, options=False)
+    arguments["dt"] = torch.full_like(arguments["dt"], 0.1)
+    arguments["dt"][:, 20] = large
+    arguments["x"][:, 20] = 0
+    found, truth = (
+        ssd(**leaves(arguments, dtype, set()), return_final_state=True, backend=backend)
+        for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference"))
+    )
+    for ours, exact in zip(found, truth, strict=True):
+        assert relative_error(ours, exact) < TOLERANCE[torch.float32]
+
+
+def test_a_rate_of_minus_infinity_forgets_at_once() -> None:
+    arguments = ssd_arguments(length=70)
+    arguments["A"][0] = -float("inf")
+    found, truth = (
+        ssd(**leaves(arguments, dtype, set()), backend=backend)
+        for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "reference"))
+    )
+    assert relative_error(found, truth) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_mixed_precisions_are_computed_in_the_widest(x_dtype: torch.dtype) -> None:
     inputs = leaves(ssd_arguments(length=70, seq_idx=packed(70).long()), torch.float32, set())

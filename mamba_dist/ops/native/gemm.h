@@ -40,7 +40,8 @@ MAMBA_INLINE auto total(V v) {
     return lane_sum(v);
 }
 
-// The terms of row i's sums: all, those up to i, or those from i on (a triangular left factor).
+// The terms of row i's sums: all, those up to i, or those from i on (a triangular left factor). The
+// others are left out, not multiplied by zero: a NaN there would go through.
 enum class Terms { all, to_row, from_row };
 
 // 16 sums in flight hide the latency of two multiply-add units, and the tile fits the 32 registers
@@ -52,31 +53,54 @@ constexpr int tile_rows = 6;
 #endif
 constexpr int tile_vectors = 2;
 
-template <bool transposed, int rows, int vectors, class Real, class Finish>
-static void product_tile(View<Real> a, View<Real> b, int row, int vector, int from, int to,
-                         const Finish& finish) {
+// A tile's sums, and its operands at the next term.
+template <int rows, int vectors, class Real>
+struct Tile {
     Vector<Real> sums[rows][vectors] = {};
-    const Real* left = transposed ? a.row(from) + row : a.row(row) + from;
-    const int64_t next_row = transposed ? 1 : a.stride, next_term = transposed ? a.stride : 1;
-    const Real* right = b.vector(from, vector);
-    for (int k = from; k < to; k++) {
+    const Real *left, *right;
+    int64_t next_row, next_term, next_right;
+
+    // Adds the next term to rows [first, last).
+    MAMBA_INLINE_MEMBER void add(int first, int last) {
         Vector<Real> terms[vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) terms[v] = load(right + v * lanes<Real>);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
+            if (r < first || r >= last) continue;
             Vector<Real> factor = splat(left[r * next_row]);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) sums[r][v] += factor * terms[v];
         }
         left += next_term;
-        right += b.stride;
+        right += next_right;
     }
-    finish(sums, row, vector);
+};
+
+// `which` says which of the terms [from, to) a row takes; a triangle's are square.
+template <bool transposed, int rows, int vectors, class Real, class Finish>
+static void product_tile(View<Real> a, View<Real> b, int row, int vector, int from, int to,
+                         Terms which, const Finish& finish) {
+    Tile<rows, vectors, Real> tile;
+    tile.left = transposed ? a.row(from) + row : a.row(row) + from;
+    tile.next_row = transposed ? 1 : a.stride, tile.next_term = transposed ? a.stride : 1;
+    tile.right = b.vector(from, vector), tile.next_right = b.stride;
+    const bool up_to = which == Terms::to_row, from_on = which == Terms::from_row;
+    if (from_on) {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows - 1; r++) tile.add(0, r + 1);
+    }
+    const int start = from_on ? from + rows - 1 : from, stop = up_to ? to - rows + 1 : to;
+    for (int k = start; k < stop; k++) tile.add(0, rows);
+    if (up_to) {
+#pragma GCC unroll 8
+        for (int r = 1; r < rows; r++) tile.add(r, rows);
+    }
+    finish(tile.sums, row, vector);
 }
 
 // finish(sums, row, vector) receives tiles of A B, where A is rows x terms (or its transpose lies
-// in memory) and B is terms x (vectors * lanes).
+// in memory; square if triangular) and B is terms x (vectors * lanes).
 template <bool transposed, class Real, class Finish>
 static void product(int rows, int vectors, int terms, View<Real> a, View<Real> b, Terms which,
                     const Finish& finish) {
@@ -86,8 +110,8 @@ static void product(int rows, int vectors, int terms, View<Real> a, View<Real> b
         auto tile = [&](auto height) {
             constexpr int h = decltype(height)::value;
             int from = which == Terms::from_row ? row : 0;
-            int to = which == Terms::to_row && row + h < terms ? row + h : terms;
-            product_tile<transposed, h, w>(a, b, row, vector, from, to, finish);
+            int to = which == Terms::to_row ? row + h : terms;
+            product_tile<transposed, h, w>(a, b, row, vector, from, to, which, finish);
             row += h;
         };
         while (row + tile_rows <= rows) tile(std::integral_constant<int, tile_rows>{});

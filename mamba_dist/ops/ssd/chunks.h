@@ -277,10 +277,12 @@ struct Ssd {
                 store(d.step + v * W, softplus_v(raw));
                 if (slopes) store(d.slope + v * W, sigmoid_v(raw));
             }
-        // Differences of cum carry fp32's relative error only if cum has twice its precision.
+        // Differences of cum carry fp32's relative error only if cum has twice its precision, and no
+        // step of it is so large that the others drown: a decay by exp(-1000) is none at all.
         double sum = 0;
         for (int t = 0; t < vs * W; t++) {
-            if (t < k.steps) sum += double(d.step[t]) * double(rate);
+            const double log_decay = t < k.steps ? double(d.step[t]) * double(rate) : 0;
+            sum += log_decay < -1000 ? -1000 : log_decay;
             d.cum[t] = Real(sum);
             d.cum_rest[t] = Real(sum - double(d.cum[t]));
         }
