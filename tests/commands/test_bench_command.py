@@ -7,6 +7,7 @@ import pytest
 import torch
 from processes import run_script
 
+from mamba_dist.commands import bench
 from mamba_dist.commands.bench import main
 
 SCRIPT = "tools/bench.py"
@@ -98,7 +99,9 @@ def test_several_lengths_are_compared_per_token(tmp_path: Path) -> None:
         (["ops", "--op", "scan", "--shape", "1,2,3"], "--shape: scan has the sizes B,L,E,N"),
         (["ops", "--op", "scan", "--shape", "1,0,3,4"], "0 is not a positive number"),
         (["ops", "--seconds", "0"], "0 is not a positive number"),
+        (["ops", "--op", "scan", "--shape", "1,x,3,4"], "1,x,3,4 is not numbers with commas"),
         (["train", "--json", "no/such/folder/x.json"], "folder no/such/folder does not exist"),
+        (["train", "--json", "/"], "--json: / is a folder"),
         (["train", "--preset", "huge"], "invalid choice: 'huge'"),
     ],
 )
@@ -118,3 +121,29 @@ def test_a_model_that_cannot_be_is_refused_with_its_field(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: the model to measure: model.d_model: found 3, expected")
+
+
+def test_a_table_without_figures_is_no_success(tmp_path: Path) -> None:
+    # 3 heads in 2 groups.
+    case = ("--op", "ssd", "--shape", "1,8,3,4,4,2,3", "--variants", "cpu", "--allocator", "tuned")
+    result = run_script(SCRIPT, "ops", *case, *HURRY, cwd=tmp_path)
+    assert result.returncode == 1, result.stdout
+    assert "not measured: " in result.stdout
+
+
+def test_an_interrupted_run_keeps_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = bench._measured
+    calls = []
+
+    def stop_at_the_second(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench, "_measured", stop_at_the_second)
+    case = ["ops", "--op", "conv", "--shape", "1,40,16,4", "--variants", "cpu"]
+    assert main([*case, *HURRY, "--json", str(tmp_path / "found.json")]) == 130
+    assert len(json.loads((tmp_path / "found.json").read_text())["records"]) == 1

@@ -273,7 +273,7 @@ def test_a_peer_that_is_not_installed_is_named_with_what_to_install(
     monkeypatch.setitem(sys.modules, "mambapy", None)
     monkeypatch.setitem(sys.modules, "mambapy.mamba", None)
     monkeypatch.delitem(sys.modules, "mamba_dist.commands.bench.peers_mambapy", raising=False)
-    install = re.escape("pip install 'mamba-dist[bench]'")
+    install = re.escape("pip install mambapy")
     with pytest.raises(NotMeasuredError, match=f"mambapy.*{install}"):
         make_job(OpSpec("mambapy", SCAN))
     # transformers takes its loop instead, without a word.

@@ -19,7 +19,7 @@ from mamba_dist.commands.bench.cases import (
     random_inputs,
     within_reference_time,
 )
-from mamba_dist.commands.doctor import compare, main
+from mamba_dist.commands.doctor import compare, compare_backends, main
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.errors import BackendError
 from mamba_dist.ops.agreement import Function
@@ -218,3 +218,20 @@ def test_a_large_model_is_reduced_but_keeps_what_kernels_divide_by(layer: str) -
 def test_a_small_case_is_not_reduced() -> None:
     assert within_reference_time(CONV) == CONV
     assert {t.dtype for n, t in random_inputs(CONV).items() if n != "seq_idx"} == {torch.float32}
+
+
+def test_a_head_whose_vocabulary_is_reduced_for_the_reference_is_compared() -> None:
+    head = Case("linear_cross_entropy", {"B": 16, "L": 2048, "D": 2048, "V": 50280})
+    comparison = compare_backends(head, ["cpu"], CPU)
+    assert comparison.case.sizes["V"] < 50280
+    assert not comparison.failures
+    assert not list(comparison.objections())
+
+
+def test_a_backend_that_breaks_is_reported_and_the_others_are_still_compared() -> None:
+    def breaks(inputs: Mapping[str, Tensor]) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    comparison = compare(CONV, {"broken": breaks, "right": our_op(CONV, "torch")}, CPU)
+    assert comparison.failures == {"broken": "RuntimeError: out of memory"}
+    assert set(comparison.errors) == {"right"}

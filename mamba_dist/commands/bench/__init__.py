@@ -4,8 +4,8 @@ Every figure is a ratio between things measured in the same run: each variant ha
 own, they take turns, and rounds in which the machine was busy with something else do not count.
 A variant whose results are wrong gets no figure.
 
-Exit codes: 0 done; 1 a variant's results are wrong; 2 a mistake that the message explains; anything
-else is a crash.
+Exit codes: 0 done; 1 a variant's results are wrong, or a table has no figures; 2 a mistake that the
+message explains; 130 interrupted, after writing what was measured; anything else is a crash.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from mamba_dist.config.text import write_text
 from mamba_dist.errors import MambaDistError
 
 EXIT_WRONG = 1
+EXIT_INTERRUPTED = 130
 EXIT_USER_ERROR = 2
 _ALLOCATORS: Final[dict[str, tuple[Allocator, ...]]] = {
     "default": ("default",),
@@ -45,14 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     problem = _problem(arguments)
     if problem:
         parser.error(problem)
+    found: list[Figures] = []
     try:
-        groups = _groups(arguments)
-        print(_heading(words, arguments.threads), flush=True)
-        found = []
-        for number, group in enumerate(groups, 1):
-            print(f"[{number}/{len(groups)}] {group.title}", file=sys.stderr)
-            found.append(_measured(group, arguments, share=1 / len(groups)))
-            print(table(found[-1]), flush=True)
+        interrupted = _measure_all(words, arguments, found)
         if arguments.json is not None:
             write_text(
                 json.dumps(_document(words, found, arguments), indent=2) + "\n", arguments.json
@@ -60,7 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MambaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return EXIT_WRONG if any(figure.result.wrong for figure in found) else 0
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_WRONG if any(f.result.wrong or f.is_empty for f in found) else 0
+
+
+def _measure_all(words: Sequence[str], arguments: argparse.Namespace, found: list[Figures]) -> bool:
+    """Prints and adds each group's figures; whether the user has stopped it."""
+    groups = _groups(arguments)
+    print(_heading(words, arguments.threads), flush=True)
+    try:
+        for number, group in enumerate(groups, 1):
+            print(f"[{number}/{len(groups)}] {group.title}", file=sys.stderr)
+            found.append(_measured(group, arguments, share=1 / len(groups)))
+            print(table(found[-1]), flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(found)} of {len(groups)} tables are done", file=sys.stderr)
+        return True
+    return False
 
 
 def _measured(group: Group, arguments: argparse.Namespace, *, share: float) -> Figures:
@@ -106,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/bench.py",
         description="Measure kernels or training steps beside other implementations, in turns; "
-        "prints Markdown. The others come with pip install 'mamba-dist[bench]'.",
+        "prints Markdown. The others come with pip install mambapy transformers.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common_arguments()
@@ -175,6 +188,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return "runs on Linux only: load and memory are read from /proc"
     if arguments.json is not None and not arguments.json.parent.is_dir():
         return f"--json: folder {arguments.json.parent} does not exist"
+    if arguments.json is not None and arguments.json.is_dir():
+        return f"--json: {arguments.json} is a folder, expected a file to write"
     if arguments.command == "ops":
         names = arguments.op or tuple(ops.VARIANTS)
         known = {variant for name in names for variant in ops.VARIANTS[name]}
@@ -193,7 +208,10 @@ def _problem(arguments: argparse.Namespace) -> str | None:
 
 
 def _numbers(text: str) -> list[int]:
-    return [positive_int(part) for part in text.split(",")]
+    try:
+        return [positive_int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not numbers with commas between") from None
 
 
 def _positive(text: str) -> float:

@@ -78,7 +78,7 @@ def huggingface_model(config: schema.MambaConfig, *, use_mambapy: bool) -> nn.Mo
     if config.layer == "mamba1":
         if use_mambapy and find_spec("mambapy") is None:
             # transformers would take the loop without a word.
-            raise NotMeasuredError("mambapy is not installed; pip install 'mamba-dist[bench]'")
+            raise NotMeasuredError("mambapy is not installed; pip install mambapy")
         return _Logits(MambaForCausalLM(MambaConfig(**shape, use_mambapy=use_mambapy)))
     shape |= {
         "num_heads": config.n_heads,

@@ -22,6 +22,11 @@ class Figures:
     baseline: Row | None
     limit: str | None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether not one variant could be measured."""
+        return not any(self.result.measured(row.name) for row in self.group.rows)
+
 
 def figures(group: Group, result: Result) -> Figures:
     """The figures of a measured group."""
@@ -126,6 +131,10 @@ def _notes(found: Figures) -> list[str]:
         f"Medians (smallest to largest) of {counted} rounds, ratios within rounds; "
         f"{result.dropped} rounds dropped because other processes were busy."
     ]
+    if found.limit is not None:
+        notes.append(
+            "The limit's stand-ins read and write what the ops do, in single elementwise passes."
+        )
     notes += [
         f"{row.description}: {rounds[row.name]} rounds."
         for row in group.rows

@@ -19,7 +19,7 @@ from mamba_dist.commands.bench.spec import Job, NotMeasuredError, OpSpec, Outcom
 from mamba_dist.commands.bench.train import TrainJob, build_model
 from mamba_dist.errors import MambaDistError
 
-_PEERS_INSTALL = "pip install 'mamba-dist[bench]'"
+_PEERS_INSTALL = "pip install mambapy transformers"
 
 
 class JobRunner:
