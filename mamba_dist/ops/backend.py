@@ -70,7 +70,7 @@ _AUTO_ORDER: Final[tuple[Backend, ...]] = ("cuda", "cpu", "torch")
 def resolve_backend(requested: str, *, device_type: str) -> Backend:
     """Name of the backend to hand to every op; `auto` becomes the fastest one on `device_type`.
 
-    Logs the choice in one line, so call it once per run; the line is a warning if `auto` had to
+    Logs the choice in one line, so call it once per run; the line gives the reason if `auto` had to
     take a slower one. Compiles or imports what the backend needs. `device_type` is
     `torch.device.type`.
 
@@ -162,8 +162,8 @@ def _log_choice(
     chosen: Backend, requested: str, device_type: str, *, instead_of: list[str] | None = None
 ) -> None:
     reasons = f", because {'; '.join(instead_of)}" if instead_of else ""
-    _logger.log(
-        logging.WARNING if instead_of else logging.INFO,
+    # Not a warning: those are printed by every rank, and all ranks make the same choice.
+    _logger.info(
         "ops backend: %s (%s), asked for %r on %s%s",
         chosen,
         _RECORDS[chosen].description,

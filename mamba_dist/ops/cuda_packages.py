@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mamba_dist.errors import BackendError
 
-INSTALL: Final = "pip install 'mamba-dist[cuda]'"
+INSTALL: Final = "pip install 'mamba-ssm>=2.3' 'causal-conv1d>=1.5'"
 USE_TORCH: Final = "use engine.ops_backend: torch"
 # Their offsets are 32-bit integers, which wrap without a word:
 # https://github.com/state-spaces/mamba/issues/1015 and 884.

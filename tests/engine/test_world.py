@@ -1,6 +1,10 @@
 """Which rank a process is, as each launcher tells it."""
 
+import subprocess
+import sys
+
 import pytest
+from processes import clean_environment
 
 from mamba_dist.engine.world import Placement, launcher_pids, placement_from_environment
 from mamba_dist.errors import EngineError
@@ -80,3 +84,19 @@ def test_contradictions_are_refused(environment: dict[str, str], words: str) -> 
 
 def test_a_process_that_no_deepspeed_launcher_started_has_none_to_outlive() -> None:
     assert launcher_pids() == ()
+
+
+def test_a_rank_on_the_cpu_keeps_freed_memory() -> None:
+    program = (
+        "from mamba_dist.engine import world\n"
+        "kept = []\n"
+        "world.keep_freed_memory = lambda environment: kept.append(1)\n"
+        "world.start_world(timeout_minutes=1)\n"
+        "world.stop_world()\n"
+        "print(len(kept), flush=True)\n"
+    )
+    environment = {**clean_environment(), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1:] == ["1"], done.stderr

@@ -114,8 +114,12 @@ def test_the_norm_refuses_forward_mode() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("onednn", [False, True])
 @each_op
-def test_a_jit_trace_computes_what_it_was_traced_from(op: str) -> None:
+def test_a_jit_trace_computes_what_it_was_traced_from(
+    op: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_PREFERS_ONEDNN", onednn)
     function, x = functions("cpu")[op], inputs().detach()
     traced = torch.jit.trace(function, (x,), check_trace=False)
     assert torch.equal(traced(2 * x), function(2 * x))

@@ -10,7 +10,7 @@ import pytest
 WORKER = Path(__file__).with_name("sanitizer_worker.py")
 
 
-def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_sanitized(*arguments: str, instruction_set: str = "") -> subprocess.CompletedProcess[str]:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to build the sanitized kernels with")
@@ -29,6 +29,7 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
         "ASAN_OPTIONS": "detect_leaks=0",
         "PATH": str(Path(compiler).parent),
         "HOME": str(Path.home()),
+        **({"ATEN_CPU_CAPABILITY": instruction_set} if instruction_set else {}),
     }
     return subprocess.run(
         [sys.executable, str(WORKER), *arguments],
@@ -40,8 +41,11 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_kernels_stay_inside_their_tensors() -> None:
-    done = run_sanitized()
+@pytest.mark.parametrize(
+    "instruction_set", ["", "avx2", "default"], ids=lambda name: name or "widest"
+)
+def test_the_kernels_stay_inside_their_tensors(instruction_set: str) -> None:
+    done = run_sanitized(instruction_set=instruction_set)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "clean"
 

@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     function: Any
     if _is_emulated_bf16(dtypes, torch.get_autocast_dtype("cpu") if autocast else None):
         x, function = x.to(torch.bfloat16), _WidenedLinear
-    elif _PREFERS_ONEDNN and dtypes == {torch.float32} and not autocast and _is_product(x, weight):
+    elif dtypes == {torch.float32} and not autocast and _suits_onednn(x, weight):
         function = _OneDnnLinear
     else:
         return F.linear(x, weight, bias)
@@ -52,9 +52,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _by_rows(function.product, x, weight, bias)
 
 
-def _is_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is anything to multiply, which oneDNN insists on."""
-    return x.numel() > 0 and weight.numel() > 0
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is the faster one here, and its operator takes these."""
+    return (
+        _PREFERS_ONEDNN
+        and x.numel() > 0
+        and weight.numel() > 0
+        # Its list of scalars is no argument that a trace can hold.
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,7 +70,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (R, I) @ weight^T, (R, O), without a graph, in the fastest library for the dtype."""
-    if _PREFERS_ONEDNN and x.dtype == weight.dtype == torch.float32:
+    if x.dtype == weight.dtype == torch.float32 and _suits_onednn(x, weight):
         return _onednn_product(x, weight, None)
     return x @ weight.t()
 

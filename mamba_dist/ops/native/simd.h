@@ -338,7 +338,7 @@ MAMBA_INLINE Vector log1p_of_unit_v(Vector y) {
     return twice_artanh_v(y / (2 + y));
 }
 
-// max(x, 0) + log(1 + exp(-|x|)): exact for every x, without PyTorch's switch to x above 20.
+// max(x, 0) + log(1 + exp(-|x|)), without PyTorch's switch to x above 20; it ends at 2^-126.
 template <class Vector, int Count>
 MAMBA_INLINE void softplus_each(Vector (&x)[Count]) {
     Vector y[Count];

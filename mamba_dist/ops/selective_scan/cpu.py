@@ -59,7 +59,9 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype and final state (B, E, N) in fp32 or fp64.
 
-    Arguments and shapes are those of `mamba_dist.ops.selective_scan.selective_scan`.
+    Arguments and shapes are those of `mamba_dist.ops.selective_scan.selective_scan`. The exponents
+    are taken with A log2(e), rounded to the compute dtype: a state that grows (A > 0) has the error
+    that A rounded once more would give it; of one that decays nothing of that is left.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     refuse_tangents("selective_scan", *tensors)

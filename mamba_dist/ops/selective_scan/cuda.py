@@ -32,8 +32,6 @@ from mamba_dist.ops.selective_scan import torch_chunked
 from mamba_dist.ops.selective_scan.gaps import GAP_STEP, find_gaps
 
 _MAX_STATE: Final = 256
-# Steps between the states that the kernel keeps for its backward.
-_KERNEL_CHUNK: Final = 2048
 # A power of two, so that a product with it or its inverse is exact; exp(A times it) is 1 for any A
 # above -2^34, and a state times its inverse overflows only above 2^67.
 _TINY_STEP: Final = 2.0**-60
@@ -85,7 +83,8 @@ def selective_scan(
             f"{USE_TORCH}"
         )
     longest = 2 * (length + d_state)  # a gap before each position, and both states
-    kept_states = d_state * -(-longest // _KERNEL_CHUNK)
+    # What the kernel keeps, 2 N numbers a channel for 2,048 positions, is less than one of these.
+    widest = max(channels, B[0, 0].numel())
 
     def scan_rows(rows: slice) -> tuple[Tensor, Tensor]:
         def part(tensor: Tensor | None) -> Tensor | None:
@@ -97,7 +96,7 @@ def selective_scan(
     with autocast_disabled(u):
         y, final_state = by_rows(
             batch,
-            row_elements=max(longest * max(channels, B[0, 0].numel()), kept_states * channels),
+            row_elements=longest * widest,
             op="selective_scan",
             call=scan_rows,
         )
