@@ -235,6 +235,16 @@ def test_what_a_killed_build_left_is_swept_up(cache: Path, source: Path) -> None
     assert not left.exists()
 
 
+def test_a_file_system_without_locks_will_do(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr(library.fcntl, "flock", no_locks)
+    assert load_kernel.__wrapped__(source).answer() == 1
+
+
 @pytest.mark.parametrize(
     ("script", "complaint"),
     [

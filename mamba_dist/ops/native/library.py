@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import IO, Final, Literal
 
 import platformdirs
 import torch
@@ -190,10 +190,19 @@ def compile_kernel(source: Path, library: Path, flags: Sequence[str]) -> None:
 def _alone(library: Path) -> Iterator[None]:
     """Holds the library's lock, which the kernel drops with its process; sweeps up after a kill."""
     with library.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in library.parent.glob(f"{_BUILDING}{library.stem}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        if _is_locked(lock):
+            for left in library.parent.glob(f"{_BUILDING}{library.stem}-*"):
+                shutil.rmtree(left, ignore_errors=True)
         yield
+
+
+def _is_locked(file: IO[str]) -> bool:
+    """Waits for the lock; false on a file system without locks, where each process may compile."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _unwritable(folder: Path, error: OSError) -> BackendError:
