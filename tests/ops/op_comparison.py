@@ -190,6 +190,22 @@ def assert_threads_change_no_bit(
     assert_identical(results[2], results[0])
 
 
+def assert_a_step_agrees(op: Op, arguments: Arguments, *, threads: int) -> None:
+    """One step of decoding on so many threads equals the float64 reference."""
+    inputs = leaves(arguments, torch.float32, set())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = op(**inputs, return_final_state=True, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    exact = leaves(inputs, torch.float64, set())
+    truth = op(**exact, return_final_state=True, backend="reference")
+    for ours, expected in zip(found, truth, strict=True):
+        assert relative_error(ours, expected) < TOLERANCE[torch.float32]
+
+
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Context in which every uninitialised tensor is full of NaN, so that reading one shows."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_comparison import (
     TOLERANCE,
+    assert_a_step_agrees,
     assert_agrees,
     assert_identical,
     assert_poisoned_memory_changes_no_bit,
@@ -102,18 +103,7 @@ def test_decoding_step_by_step_equals_the_reference(
 def test_a_step_of_a_large_state_is_shared_by_threads(threads: int) -> None:
     # 3 * 3000 * 16 elements of state, above what one thread does alone.
     arguments = scan_arguments(batch=3, length=1, channels=3000, d_state=16)
-    inputs = leaves(arguments, torch.float32, set())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            found = selective_scan(**inputs, return_final_state=True, backend="cpu")
-    finally:
-        torch.set_num_threads(before)
-    exact = leaves(inputs, torch.float64, set())
-    truth = selective_scan(**exact, return_final_state=True, backend="reference")
-    for ours, expected in zip(found, truth, strict=True):
-        assert relative_error(ours, expected) < TOLERANCE[torch.float32]
+    assert_a_step_agrees(selective_scan, arguments, threads=threads)
 
 
 @pytest.mark.parametrize(("u", "delta"), [("float32", "bfloat16"), ("bfloat16", "float32")])

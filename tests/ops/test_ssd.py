@@ -13,6 +13,7 @@ from op_comparison import (
     LENGTHS,
     TOLERANCE,
     Arguments,
+    assert_a_step_agrees,
     assert_agrees,
     assert_autocast_changes_no_bit,
     assert_checkpointing_changes_no_bit,
@@ -335,19 +336,7 @@ def test_decoding_step_by_step_equals_the_reference(options: bool, dtype: torch.
 def test_a_step_of_a_large_state_is_shared_by_threads(threads: int) -> None:
     # 2 * 40 * 32 * 64 elements of state, above what one thread does alone.
     arguments = ssd_arguments(length=1, heads=40, headdim=32, d_state=64)
-    inputs = leaves(arguments, torch.float32, set())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            found = ssd(**inputs, return_final_state=True, backend="cpu")
-    finally:
-        torch.set_num_threads(before)
-    exact = leaves(inputs, torch.float64, set())
-    for ours, truth in zip(
-        found, ssd(**exact, return_final_state=True, backend="reference"), strict=True
-    ):
-        assert relative_error(ours, truth) < TOLERANCE[torch.float32]
+    assert_a_step_agrees(ssd, arguments, threads=threads)
 
 
 @pytest.mark.parametrize("position", [0, 40, 63, 64, 130])

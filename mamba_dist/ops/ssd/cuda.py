@@ -64,13 +64,12 @@ def ssd(
     chunk = next((size for size in _CHUNKS if size <= chunk_size), _CHUNKS[-1])
     with autocast_disabled(x):
         steps = _steps(dt, dt_bias, dt_softplus)
-        inputs = _unit_stride(x.to(dtype))
-        B, C = _unit_stride(B.to(dtype)), _unit_stride(C.to(dtype))
+        inputs, B, C = (_unit_stride(tensor.to(dtype)) for tensor in (x, B, C))
         z = None if z is None else _unit_stride(z)
         numbers = document_numbers(seq_idx)
 
         def scan_rows(rows: slice) -> tuple[Tensor, Tensor]:
-            y, final_state = mamba_chunk_scan_combined()(
+            outputs: tuple[Tensor, Tensor] = mamba_chunk_scan_combined()(
                 inputs[rows],
                 steps[rows],
                 A.float(),
@@ -83,19 +82,12 @@ def ssd(
                 seq_idx=None if numbers is None else numbers[rows],
                 return_final_states=True,
             )
-            return y, final_state
+            return outputs
 
         if dtype.itemsize == 4:
             keep_fp32_products()
-        y, final_state = by_rows(
-            x.shape[0],
-            row_elements=max(
-                *(row_elements(t) for t in (inputs, steps, B, C, z) if t is not None),
-                _intermediate_elements(inputs, B, chunk),
-            ),
-            op="ssd",
-            call=scan_rows,
-        )
+        elements = max(_between_elements(inputs, B, chunk), _elements(inputs, steps, B, C, z))
+        y, final_state = by_rows(x.shape[0], row_elements=elements, op="ssd", call=scan_rows)
         return y.to(x.dtype), final_state
 
 
@@ -122,7 +114,12 @@ def _unit_stride(values: Tensor) -> Tensor:
     return values if values.stride(-1) == 1 else values.contiguous()
 
 
-def _intermediate_elements(x: Tensor, B: Tensor, chunk: int) -> int:
+def _elements(*tensors: Tensor | None) -> int:
+    """Elements per row of the largest tensor."""
+    return max(row_elements(tensor) for tensor in tensors if tensor is not None)
+
+
+def _between_elements(x: Tensor, B: Tensor, chunk: int) -> int:
     """Elements per row of the largest tensor between the kernels."""
     _, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
