@@ -1,16 +1,16 @@
 """Linear map on the CPU, with products in the library and the precision that are fastest there.
 
-With AVX-512 fp32 products go to oneDNN, elsewhere to MKL as torch has it. MKL leaves AVX-512 unused
-on some AMD CPUs (oneDNN was twice as fast on Zen 5, 1 to 9 % faster on Zen 4) and was the faster one
-with AVX2, for the gradients above all (Zen 3, both called by hand). torch's public way to oneDNN,
-`Tensor.to_mkldnn`, loses all of that to its copies. The operator used here is the one that torch's
-own compiler puts into its CPU programs; it is touched in this file only, and
+With AVX-512 fp32 products go to oneDNN, elsewhere to MKL as torch has it. MKL leaves AVX-512
+unused on some AMD CPUs (oneDNN was twice as fast on Zen 5, 1 to 9 % faster on Zen 4) and was the
+faster one with AVX2, for the gradients above all (Zen 3, both called by hand). torch's public way
+to oneDNN, `Tensor.to_mkldnn`, loses all of that to its copies. The operator used here is the one
+that torch's own compiler puts into its CPU programs; it is touched in this file only, and
 tests/ops/test_linear.py would notice a change of its meaning.
 
-bf16 products go to oneDNN where it has instructions for them. Elsewhere torch's own loop takes 30 to
-50 times as long forward and backward (Zen 3, `tools/bench.py ops --op linear`), so bf16 tensors are
-widened to fp32 some rows at a time, and weights are not rounded at all: it takes bf16's memory and
-fp32's time.
+bf16 products go to oneDNN where it has instructions for them. Elsewhere torch's own loop takes 30
+to 50 times as long forward and backward (Zen 3, `tools/bench.py ops --op linear`), so bf16 tensors
+are widened to fp32 some rows at a time, and weights are not rounded at all: it takes bf16's memory
+and fp32's time.
 
 R rows, I input features, O output features.
 """
