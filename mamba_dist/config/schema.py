@@ -247,7 +247,7 @@ class EngineConfig(Section):
     """Gradients are reduced in buckets of about so many elements."""
     timeout_minutes: float = Field(default=10, gt=0, le=24 * 60)
     """A collective that takes longer ends the run."""
-    ops_backend: Literal["auto", "reference", "torch", "cpu", "triton", "cuda"] = "auto"
+    ops_backend: Literal["auto", "reference", "torch", "cpu", "gpu", "cuda"] = "auto"
     """Implementation of scan and convolution; auto picks the best one this machine has."""
 
 

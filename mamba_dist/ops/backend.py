@@ -10,8 +10,10 @@ from typing import Final, Literal, TypeVar, get_args
 from mamba_dist.errors import BackendError
 from mamba_dist.ops import cuda_packages
 from mamba_dist.ops.native import library
+from mamba_dist.ops.nvrtc import kernel as nvrtc_kernel
+from mamba_dist.ops.triton_package import import_triton_module
 
-Backend = Literal["reference", "torch", "cpu", "cuda"]
+Backend = Literal["reference", "torch", "cpu", "gpu", "cuda"]
 
 _Implementation = TypeVar("_Implementation")
 _logger = logging.getLogger(__name__)
@@ -41,6 +43,11 @@ def _require_kernels() -> None:
     library.build_kernels(_KERNEL_SOURCES)
 
 
+def _require_gpu() -> None:
+    nvrtc_kernel.require_device()
+    import_triton_module()
+
+
 @dataclass(frozen=True)
 class _BackendRecord:
     description: str
@@ -55,6 +62,9 @@ _RECORDS: Final = MappingProxyType[Backend, _BackendRecord](
         "reference": _BackendRecord("loop over time steps, slow, the truth for tests"),
         "torch": _BackendRecord("chunked, plain PyTorch"),
         "cpu": _BackendRecord("native kernels", "cpu", _require_kernels),
+        "gpu": _BackendRecord(
+            "our own scans by NVRTC and Triton, the other ops in PyTorch", "cuda", _require_gpu
+        ),
         "cuda": _BackendRecord(
             "mamba-ssm and causal-conv1d, whose gradients vary in the last bits from run to run",
             "cuda",
@@ -62,9 +72,8 @@ _RECORDS: Final = MappingProxyType[Backend, _BackendRecord](
         ),
     }
 )
-_PLANNED: Final = ("triton",)
 # `auto` takes the first one that works on the device: the fastest comes first.
-_AUTO_ORDER: Final[tuple[Backend, ...]] = ("cuda", "cpu", "torch")
+_AUTO_ORDER: Final[tuple[Backend, ...]] = ("cuda", "gpu", "cpu", "torch")
 
 
 def resolve_backend(requested: str, *, device_type: str) -> Backend:
@@ -121,11 +130,6 @@ def _fastest(device_type: str) -> Backend:
 
 
 def _known(requested: str) -> Backend:
-    if requested in _PLANNED:
-        raise BackendError(
-            f"ops backend {requested!r} is not available in this version; "
-            "use engine.ops_backend: auto or torch"
-        )
     for name in get_args(Backend):
         if name == requested:
             return name  # type: ignore[no-any-return]

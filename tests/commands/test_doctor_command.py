@@ -152,8 +152,8 @@ def test_a_backend_that_fails_when_called_ends_it_with_1(
 def test_a_config_that_asks_for_an_absent_backend_ends_it_with_1(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--config", str(config), "engine.ops_backend=triton"]) == 1
-    assert "WRONG: engine.ops_backend: ops backend 'triton'" in capsys.readouterr().out
+    assert main(["--config", str(config), "engine.ops_backend=gpu"]) == 1
+    assert "WRONG: engine.ops_backend: ops backend 'gpu'" in capsys.readouterr().out
 
 
 def test_an_absent_backend_is_named_with_its_install_line(config: Path, tmp_path: Path) -> None:

@@ -104,9 +104,9 @@ RANGES: list[Row] = [
     ("engine.timeout_minutes", [TINY, 1440], [0, 1440.1], "a number above 0 and at most 1440"),
     (
         "engine.ops_backend",
-        ["auto", "reference", "torch", "cpu", "triton", "cuda"],
+        ["auto", "reference", "torch", "cpu", "gpu", "cuda"],
         ["rocm"],
-        "one of 'auto', 'reference', 'torch', 'cpu', 'triton', 'cuda'",
+        "one of 'auto', 'reference', 'torch', 'cpu', 'gpu', 'cuda'",
     ),
     ("checkpoint.save_steps", [1, NOTHING], [0, None], "an integer of at least 1"),
     ("checkpoint.keep_last", [1, NOTHING], [0, None], "an integer of at least 1"),

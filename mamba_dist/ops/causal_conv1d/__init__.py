@@ -17,6 +17,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "reference": reference.causal_conv1d,
         "torch": torch_chunked.causal_conv1d,
         "cpu": cpu.causal_conv1d,
+        "gpu": torch_chunked.causal_conv1d,
         "cuda": cuda.causal_conv1d,
     }
 )

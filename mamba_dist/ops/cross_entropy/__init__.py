@@ -19,6 +19,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "torch": torch_chunked.linear_cross_entropy,
         "cpu": cpu.linear_cross_entropy,
         # mamba-ssm has none.
+        "gpu": torch_chunked.linear_cross_entropy,
         "cuda": torch_chunked.linear_cross_entropy,
     }
 )

@@ -13,7 +13,7 @@ from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.linear import cpu
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
-    {"reference": F.linear, "torch": F.linear, "cpu": cpu.linear, "cuda": F.linear}
+    {"reference": F.linear, "torch": F.linear, "cpu": cpu.linear, "gpu": F.linear, "cuda": F.linear}
 )
 
 

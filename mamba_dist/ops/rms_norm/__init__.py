@@ -18,6 +18,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "reference": reference.add_rms_norm,
         "torch": torch_fused.add_rms_norm,
         "cpu": cpu.add_rms_norm,
+        "gpu": torch_fused.add_rms_norm,
         "cuda": torch_fused.add_rms_norm,
     }
 )

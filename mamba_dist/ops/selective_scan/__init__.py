@@ -16,13 +16,14 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.selective_scan import cpu, cuda, reference, torch_chunked
+from mamba_dist.ops.selective_scan import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
     {
         "reference": reference.selective_scan,
         "torch": torch_chunked.selective_scan,
         "cpu": cpu.selective_scan,
+        "gpu": gpu.selective_scan,
         "cuda": cuda.selective_scan,
     }
 )

@@ -16,10 +16,16 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.ssd import cpu, cuda, reference, torch_chunked
+from mamba_dist.ops.ssd import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
-    {"reference": reference.ssd, "torch": torch_chunked.ssd, "cpu": cpu.ssd, "cuda": cuda.ssd}
+    {
+        "reference": reference.ssd,
+        "torch": torch_chunked.ssd,
+        "cpu": cpu.ssd,
+        "gpu": gpu.ssd,
+        "cuda": cuda.ssd,
+    }
 )
 
 

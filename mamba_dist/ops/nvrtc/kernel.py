@@ -1,0 +1,137 @@
+"""Launches compiled CUDA kernels on torch's current stream, through the driver's own interface.
+
+A kernel takes one argument, a struct `Call` by value, which Python fills as a ctypes structure.
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from mamba_dist.errors import BackendError
+from mamba_dist.ops.nvrtc.compiler import USE_TORCH, compiled, nvrtc_version
+
+_MAX_SHARED_BYTES: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT: Final = 201  # CUDA_ERROR_INVALID_CONTEXT
+# bf16 conversions and matrix instructions; what is older goes through the torch backend.
+OLDEST_CAPABILITY: Final = (8, 0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry point of a CUDA source, specialised by macros.
+
+    threads: per block, THREADS in the source.
+    blocks_per_sm: how many blocks registers have to be left for, BLOCKS_PER_SM in the source.
+    """
+
+    source: Path
+    name: str
+    macros: tuple[tuple[str, int | str], ...]
+    threads: int
+    blocks_per_sm: int = 1
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The compiler's command line for it."""
+        named = (*self.macros, ("THREADS", self.threads), ("BLOCKS_PER_SM", self.blocks_per_sm))
+        return tuple(f"-D{name}={value}" for name, value in named)
+
+
+def launch(
+    kernel: Kernel,
+    call: ctypes.Structure,
+    *,
+    blocks: int,
+    shared_bytes: int,
+    device: torch.device,
+) -> None:
+    """Queues `blocks` blocks on the current stream of `device`; compiles at the first use.
+
+    The caller keeps every tensor whose address is in `call` alive until the stream got that far,
+    as torch's allocator does for tensors of the same stream.
+
+    Raises:
+        BackendError: the kernel cannot be compiled, loaded or launched.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            launch(kernel, call, blocks=blocks, shared_bytes=shared_bytes, device=device)
+        return
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
+    stream = torch.cuda.current_stream(index).cuda_stream
+    function = _function(kernel, index, shared_bytes)
+    words = (function, blocks, 1, 1, kernel.threads, 1, 1, shared_bytes, stream, arguments, None)
+    status = _driver().cuLaunchKernel(*words)
+    if status == _INVALID_CONTEXT:
+        _bind_context(index)
+        status = _driver().cuLaunchKernel(*words)
+    _check(status, f"launching {kernel.name} with {blocks} blocks")
+
+
+def require_device() -> None:
+    """Raises BackendError unless the current device runs the kernels and NVRTC is there."""
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"ops backend 'gpu' needs a CUDA device, and torch has none; {USE_TORCH}"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_CAPABILITY:
+        raise BackendError(
+            f"ops backend 'gpu' needs compute capability {_dotted(OLDEST_CAPABILITY)} (Ampere) or "
+            f"newer, and this device has {_dotted(capability)}; {USE_TORCH}"
+        )
+    nvrtc_version()
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    library.cuLaunchKernel.argtypes = [
+        *(ctypes.c_void_p, *(ctypes.c_uint,) * 7),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+    ]
+    return library
+
+
+@functools.cache
+def _function(kernel: Kernel, device_index: int, shared_bytes: int) -> ctypes.c_void_p:
+    """The loaded kernel, with leave to use that much shared memory."""
+    _bind_context(device_index)
+    capability = torch.cuda.get_device_capability(device_index)
+    image = compiled(kernel.source, kernel.options, capability)
+    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    what = f"loading {kernel.name}"
+    _check(driver.cuModuleLoadData(ctypes.byref(module), image), what)
+    _check(driver.cuModuleGetFunction(ctypes.byref(function), module, kernel.name.encode()), what)
+    allowed = ctypes.c_int(shared_bytes)
+    _check(
+        driver.cuFuncSetAttribute(function, _MAX_SHARED_BYTES, allowed),
+        f"giving {kernel.name} {shared_bytes} bytes of shared memory",
+    )
+    return function
+
+
+def _bind_context(device_index: int) -> None:
+    """Makes torch's context the thread's own, which autograd's threads have not always done."""
+    driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    what = f"binding CUDA device {device_index}"
+    _check(driver.cuDeviceGet(ctypes.byref(device), device_index), what)
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), what)
+    _check(driver.cuCtxSetCurrent(context), what)
+
+
+def _check(status: int, doing: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        reason = (text.value or b"unknown").decode()
+        raise BackendError(f"{doing} failed: {reason} (CUDA driver status {status}); {USE_TORCH}")

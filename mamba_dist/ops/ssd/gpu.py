@@ -1,0 +1,259 @@
+"""SSD scan by our own Triton kernels: the chunked form, with everything adjacent fused.
+
+The forward is one kernel that carries a head's state over the chunks in registers, and it keeps
+nothing but the inputs. With bf16 inputs the kernels multiply in bf16 and add up in fp32; with
+others they keep fp32's precision throughout. All sums have a fixed order, so that equal inputs give
+equal bits.
+
+No decay is ever taken over a document's start. An infinite or NaN input still makes its chunk's
+other documents NaN, because zero times it is NaN; the torch backend does not let it.
+
+B batch, L length, H heads, P headdim, N d_state, G groups.
+"""
+
+import functools
+import importlib
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_dist.errors import BackendError
+from mamba_dist.ops.native.call import refuse_tangents, unit_stride
+from mamba_dist.ops.precision import autocast_disabled
+from mamba_dist.ops.ssd import torch_chunked
+
+_USE_TORCH: Final = "use engine.ops_backend: torch"
+# A chunk's tiles of a larger one would not fit in shared memory.
+_LARGEST_D_STATE: Final = 256
+
+_Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@functools.cache
+def require_triton() -> Any:
+    """The module that launches the kernels, imported at this moment.
+
+    Importing it with this one would break machines without a GPU, whose torch brings no Triton.
+
+    Raises:
+        BackendError: importing failed, in whatever way.
+    """
+    try:
+        return importlib.import_module("mamba_dist.ops.ssd.triton_launch")
+    # A Triton built for another torch fails with almost any exception.
+    except Exception as error:
+        raise BackendError(
+            f"ops backend 'gpu' cannot import triton ({type(error).__name__}: {error}); install "
+            f"torch for CUDA, which brings it along on Linux, or {_USE_TORCH}"
+        ) from error
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Output y (B, L, H, P) in x's dtype and final state (B, H, P, N) in fp32.
+
+    Arguments and shapes are those of `mamba_dist.ops.ssd.ssd`; the chunk is a power of two from 16
+    to 64, as long as `chunk_size` allows. One step goes to the torch backend.
+
+    Raises:
+        BackendError: Triton cannot be imported, or the kernels do not do this; the message says
+            what does.
+    """
+    refuse_tangents("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state)
+    if x.dtype == torch.float64:
+        raise BackendError(f"ops backend 'gpu' has no float64 kernel for ssd; {_USE_TORCH}")
+    if B.shape[3] > _LARGEST_D_STATE:
+        raise BackendError(
+            f"d_state is {B.shape[3]}, and ssd of ops backend 'gpu' takes at most "
+            f"{_LARGEST_D_STATE}; {_USE_TORCH}"
+        )
+    if x.shape[1] == 1:
+        return torch_chunked.ssd(
+            x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
+        )
+    narrow = all(tensor.dtype == torch.bfloat16 for tensor in (x, B, C))
+    dtype = torch.bfloat16 if narrow else torch.float32
+    with autocast_disabled(x):
+        D, dt_bias, initial_state = (
+            None if tensor is None else tensor.float() for tensor in (D, dt_bias, initial_state)
+        )
+        y, final_state = _forward(
+            x.to(dtype),
+            dt if dt.dtype == torch.bfloat16 else dt.float(),
+            A.float(),
+            B.to(dtype),
+            C.to(dtype),
+            D,
+            dt_bias,
+            seq_idx,
+            initial_state,
+            dt_softplus,
+            chunk_size,
+            # With a gate, y is rounded once, after it.
+            torch.float32 if z is not None else x.dtype,
+        )
+        if z is not None:
+            y = y * F.silu(z.float())
+        return y.to(x.dtype), final_state
+
+
+# Not of device type "cuda" only: Triton's interpreter, as the tests use it, takes CPU tensors.
+@torch.library.custom_op("mamba_dist::ssd_gpu", mutates_args=())
+def _forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    y, final_state = _new_results(x, B, y_dtype)
+    inputs = _readable(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        require_triton().forward(*inputs, dt_softplus, chunk_size, y, final_state)
+    return y, final_state
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return _new_results(x, B, y_dtype)
+
+
+@torch.library.custom_op("mamba_dist::ssd_gpu_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+) -> _Eight:
+    """Gradients of the floating inputs in their order; empty for one that was not given."""
+    gradients = _new_gradients(x, dt, A, B, C, D, dt_bias, initial_state)
+    inputs = _readable(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
+    grad_y = unit_stride(grad_y.to(x.dtype))
+    grad_final = None if grad_final is None else grad_final.contiguous()
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        require_triton().backward(*inputs, dt_softplus, chunk_size, grad_y, grad_final, gradients)
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+) -> _Eight:
+    return _new_gradients(x, dt, A, B, C, D, dt_bias, initial_state)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, dt_softplus, chunk_size, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = dt_softplus, chunk_size
+    # The final state's gradient would be a tensor of zeros, made for nothing.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
+    # Under activation checkpointing saved tensors can be unpacked only once.
+    saved = ctx.saved_tensors
+    x, initial_state = saved[0], saved[8]
+    if grad_y is None:
+        grad_y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    found = _backward(grad_y, grad_final, *saved, *ctx.options)
+    given = [
+        None if tensor is None else gradient
+        for tensor, gradient in zip((*saved[:7], initial_state), found, strict=True)
+    ]
+    return *given[:7], None, given[7], None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep_inputs)
+
+
+def _readable(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The inputs as the kernels can read them, copied only where they cannot."""
+    D, dt_bias, seq_idx, initial_state = (
+        None if tensor is None else tensor.contiguous()
+        for tensor in (D, dt_bias, seq_idx, initial_state)
+    )
+    streams = unit_stride(x), dt, A.contiguous(), unit_stride(B), unit_stride(C)
+    return *streams, D, dt_bias, seq_idx, initial_state
+
+
+def _new_results(x: Tensor, B: Tensor, y_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, _, heads, headdim = x.shape
+    return (
+        x.new_empty(x.shape, dtype=y_dtype),
+        x.new_empty(batch, heads, headdim, B.shape[3], dtype=torch.float32),
+    )
+
+
+def _new_gradients(*inputs: Tensor | None) -> _Eight:
+    like = inputs[0]
+    assert like is not None
+    x, dt, A, B, C, D, dt_bias, initial_state = (
+        like.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in inputs
+    )
+    return x, dt, A, B, C, D, dt_bias, initial_state
