@@ -45,6 +45,8 @@ def zero_settings(
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the device at the start of each forward pass and the end of each step.
+        "timers": {"throughput": {"enabled": False}},
         "communication_data_type": config.reduce_dtype,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
@@ -103,6 +105,7 @@ class ZeroEngine:
         world: World,
     ) -> None:
         require_fp32(module)
+        settings = _for_ranks(settings, world.size)
         self._world = world
         self._stage: int = settings["zero_optimization"]["stage"]
         self._parameters = dict(module.named_parameters())
@@ -120,6 +123,8 @@ class ZeroEngine:
             eps=optimizer.eps,
             fused=True,
         )
+        if self._stage == 3:
+            _gather_layers_whole(module)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=self._adamw,
@@ -129,6 +134,10 @@ class ZeroEngine:
         require_fp32(module)
         self._norm = float("nan")
         self._skip_above = float("inf")
+        if world.size == 1:
+            self._skip_reduction()
+        if self._stage in (1, 2):
+            self._share_masters()
         if self._stage > 0:
             self._watch_norm()
         self._materialise_moments()
@@ -257,6 +266,28 @@ class ZeroEngine:
             global_norm = self._optimizer.scaled_global_norm
             self._optimizer.scaled_global_norm = lambda: judged(global_norm())
 
+    def _skip_reduction(self) -> None:
+        """Leaves gradients where they are: their mean over one rank is what they are already.
+
+        DeepSpeed would flatten, divide and copy them all. Should it call its reduction by another
+        name one day, that work is done again and the result is the same.
+        """
+        if self._stage == 0:
+            self._engine.enable_backward_allreduce = False
+        elif self._stage in (1, 2):
+            self._optimizer.buffered_reduce_fallback = lambda *_, **__: None
+
+    def _share_masters(self) -> None:
+        """Makes AdamW update this rank's part of the parameters themselves.
+
+        DeepSpeed updates a copy, since its parameters are mostly 16 bits wide; ours are fp32, and
+        the copy would only take memory and be copied back in each step.
+        """
+        partitions = self._optimizer.parallel_partitioned_bit16_groups
+        for master, parts in zip(self._masters(), partitions, strict=True):
+            master.data = parts[self._world.rank]
+        self._optimizer._link_all_hp_params()
+
     def _masters(self) -> list[Tensor]:
         """The tensors that AdamW updates: parameters at stage 0, this rank's flat parts above."""
         if self._stage == 0:
@@ -337,3 +368,31 @@ class ZeroEngine:
             local("exp_avg"),
             local("exp_avg_sq"),
         )
+
+
+def _for_ranks(settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """The settings without what only pays when there are several ranks."""
+    if ranks > 1:
+        return dict(settings)
+    zero = dict(settings["zero_optimization"])
+    if zero["stage"] == 3:
+        # A gather costs nothing on one rank, but one of all small parameters waits for the step.
+        zero.setdefault("stage3_param_persistence_threshold", 0)
+        # Keeps to the bucket, where a reduce-scatter would first sort gradients by rank.
+        zero["reduce_scatter"] = False
+    else:
+        # Both are for sending one bucket while the next one fills; each copies every gradient.
+        zero.update(contiguous_gradients=False, overlap_comm=False)
+    return {**settings, "zero_optimization": zero}
+
+
+def _gather_layers_whole(module: nn.Module) -> None:
+    """Has ZeRO-3 gather and release the parameters of each layer at once.
+
+    By default it hooks into every module of a layer and fetches it alone: with Mamba's eight small
+    modules a layer, most of a step was Python between kernels.
+    """
+    for layers in module.modules():
+        if isinstance(layers, nn.ModuleList):
+            for layer in layers:
+                deepspeed.utils.set_z3_leaf_module(layer, True)
