@@ -17,6 +17,7 @@ from mamba_dist.config.schema import MambaConfig, RunConfig
 from mamba_dist.data.tokenization import Tokenizer, dataset_file_name, load_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
 from mamba_dist.inference.generate import GenerationSettings, generate, stream
+from mamba_dist.inference.precision import round_matrices
 from mamba_dist.inference.sampling import SamplingSettings
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.weights import load_parameters
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         trained = _load(Path(arguments.checkpoint), arguments.tokenizer)
+        if arguments.precision == "bf16":
+            round_matrices(trained.model)
         settings = _settings(arguments, trained)
         prompts = [p for p in arguments.prompt for _ in range(arguments.num_samples)]
         print(f"step {trained.step}, {len(prompts)} texts", file=sys.stderr)
@@ -71,6 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=_seed, default=0, help="default 0")
     parser.add_argument("--num-samples", type=_positive, default=1, help="texts per prompt")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the matrices; bf16 reads half as much per token; default fp32",
+    )
+    parser.add_argument(
+        "--no-graph",
+        action="store_true",
+        help="on a GPU: launch each kernel of a token by itself, not as one CUDA graph",
+    )
     parser.add_argument(
         "--tokenizer",
         help="tokenizer.json or .model; default: data.tokenizer_path of the run's config",
@@ -118,6 +132,7 @@ def _settings(arguments: argparse.Namespace, trained: _Trained) -> GenerationSet
         vocab_size=trained.tokenizer.vocab_size,
         seed=arguments.seed,
         sampling=SamplingSettings(arguments.temperature, arguments.top_k, arguments.top_p),
+        graph=not arguments.no_graph,
     )
 
 

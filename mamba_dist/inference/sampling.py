@@ -5,11 +5,17 @@ B batch, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Generator, Tensor
 
 from mamba_dist.errors import ConfigError, ModelError
+
+_NOT_FINITE: Final = (
+    "the model's logits are not finite, expected numbers; its weights are damaged or its training "
+    "diverged"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,28 @@ def sample(
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
 
 
+def most_probable(logits: Tensor) -> Tensor:
+    """The greedy choice without waiting for the device: (2, B) int64 there.
+
+    The first row holds the ids; the second one 1 where they mean something, and 0 where the largest
+    logit is not finite. Hand what has arrived to `chosen_ids`.
+    """
+    largest, ids = logits.max(-1)
+    return torch.stack([ids, torch.isfinite(largest).to(ids.dtype)])
+
+
+def chosen_ids(choice: Sequence[Sequence[int]]) -> list[int]:
+    """The ids of `most_probable`.
+
+    Raises:
+        ModelError: logits were NaN or +inf.
+    """
+    ids, are_finite = choice
+    if not all(are_finite):
+        raise ModelError(_NOT_FINITE)
+    return list(ids)
+
+
 def token_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Probabilities to sample from, (B, V) fp64, with zeros at excluded ids; temperature above 0.
 
@@ -87,7 +115,4 @@ def token_probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 def _require_finite_maximum(logits: Tensor) -> None:
     if not bool(torch.isfinite(logits.amax(-1)).all()):
-        raise ModelError(
-            "the model's logits are not finite, expected numbers; its weights are damaged or its "
-            "training diverged"
-        )
+        raise ModelError(_NOT_FINITE)

@@ -68,6 +68,25 @@ def causal_conv1d_fn() -> Function:
     return _import("causal_conv1d").causal_conv1d_fn  # type: ignore[no-any-return]
 
 
+def rms_norm_fn() -> Function:
+    """mamba-ssm's addition and RMSNorm, which no backend of ours calls: the benchmark's peer.
+
+    Raises:
+        BackendError: it cannot be imported.
+    """
+    return _import("mamba_ssm.ops.triton.layer_norm").rms_norm_fn  # type: ignore[no-any-return]
+
+
+def mamba_lm_head_model() -> tuple[Function, Function]:
+    """mamba-ssm's language model and its config, another peer of the benchmarks.
+
+    Raises:
+        BackendError: it cannot be imported.
+    """
+    model = _import("mamba_ssm.models.mixer_seq_simple").MambaLMHeadModel
+    return model, _import("mamba_ssm.models.config_mamba").MambaConfig
+
+
 def keep_fp32_products() -> None:
     """Has Triton multiply fp32 matrices in fp32 precision, unless the user said otherwise.
 

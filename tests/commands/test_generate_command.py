@@ -145,6 +145,29 @@ def test_only_ids_that_the_tokenizer_has_are_allowed_and_its_eos_ends_a_text(
     assert (seen[0].sampling.top_k, seen[0].sampling.top_p) == (5, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "graph"),
+    [((), torch.float32, True), (("--precision", "bf16", "--no-graph"), torch.bfloat16, False)],
+)
+def test_precision_and_graph_are_as_asked_for(
+    options: tuple[str, ...],
+    dtype: torch.dtype,
+    graph: bool,
+    run_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def stand_in(model: MambaLM, prompts: object, settings: GenerationSettings) -> list[list[int]]:
+        seen.append((model.lm_head.weight.dtype, settings.graph))
+        return [[], []]
+
+    monkeypatch.setattr(command, "generate", stand_in)
+    printed(capsys, run_dir, "--prompt", "x", "--num-samples", 2, *options)
+    assert seen == [(dtype, graph)]
+
+
 def test_every_prompt_gets_its_number_of_samples(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,13 @@ import torch
 from torch import Generator, Tensor
 
 from mamba_dist.errors import ConfigError, ModelError
-from mamba_dist.inference.sampling import SamplingSettings, sample, token_probabilities
+from mamba_dist.inference.sampling import (
+    SamplingSettings,
+    chosen_ids,
+    most_probable,
+    sample,
+    token_probabilities,
+)
 
 
 def random_logits(rows: int, ids: int) -> Tensor:
@@ -21,6 +27,25 @@ def drawn(logits: Tensor, settings: SamplingSettings, *, seed: int = 0) -> Tenso
 def test_temperature_zero_takes_the_most_probable_token() -> None:
     logits = random_logits(50, 33)
     assert torch.equal(drawn(logits, SamplingSettings(temperature=0.0)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_choice_without_waiting_is_that_of_temperature_zero(dtype: torch.dtype) -> None:
+    # In bf16 many rows have their largest logit twice.
+    logits = random_logits(300, 330).to(dtype)
+    expected = drawn(logits, SamplingSettings(temperature=0.0)).tolist()
+    assert chosen_ids(most_probable(logits).tolist()) == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_choice_without_waiting_tells_rows_that_are_not_finite(value: float) -> None:
+    logits = random_logits(3, 20)
+    logits[1, 7] = value
+    choice = most_probable(logits)
+    assert choice[1].tolist() == [1, 0, 1]
+    assert 0 <= choice[0].min() <= choice[0].max() < 20
+    with pytest.raises(ModelError, match="logits are not finite"):
+        chosen_ids(choice.tolist())
 
 
 def test_sampled_frequencies_follow_the_tempered_softmax() -> None:
