@@ -2,7 +2,7 @@
 
 Every figure is a ratio between things measured in the same run: each variant has a process of its
 own, they take turns, and rounds in which the machine was busy with something else do not count.
-A variant whose results are wrong gets no figure.
+A variant whose results are wrong gets no figure. On a GPU one process is enough: see `gpu_ops`.
 
 Exit codes: 0 done; 1 a variant's results are wrong, or a table has no figures; 2 a mistake that the
 message explains; 130 interrupted, after writing what was measured; anything else is a crash.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench import ops, train
+from mamba_dist.commands.bench import gpu_decode, gpu_ops, gpu_train, ops, train
 from mamba_dist.commands.bench.child import ChildWorker
 from mamba_dist.commands.bench.measure import Plan, run_in_turns
 from mamba_dist.commands.bench.report import Figures, figures, records, table
@@ -48,6 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(problem)
     found: list[Figures] = []
     try:
+        if arguments.command == "gpu-ops":
+            return 0 if gpu_ops.run(words, arguments) else EXIT_WRONG
+        if arguments.command == "gpu-decode":
+            return 0 if gpu_decode.run(words, arguments) else EXIT_WRONG
+        if arguments.command == "gpu-train":
+            return 0 if gpu_train.run(words, arguments) else EXIT_WRONG
         interrupted = _measure_all(words, arguments, found)
         if arguments.json is not None:
             write_text(
@@ -56,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MambaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_WRONG if any(f.result.wrong or f.is_empty for f in found) else 0
@@ -150,6 +158,17 @@ def _parser() -> argparse.ArgumentParser:
     of_train.add_argument(
         "--length", type=_numbers, help="instead of the preset's, or several as 512,1024"
     )
+    gpu_decode.add_arguments(
+        commands.add_parser("gpu-decode", help="tokens per second of greedy decoding on one GPU")
+    )
+    gpu_train.add_arguments(
+        commands.add_parser("gpu-train", help="training steps on one GPU, ours beside mamba-ssm's")
+    )
+    gpu_ops.add_arguments(
+        commands.add_parser("gpu-ops", help="kernels on one GPU beside mamba-ssm's, and precision"),
+        sizes=_numbers,
+        seconds=_positive,
+    )
     return parser
 
 
@@ -184,12 +203,18 @@ def _common_arguments() -> argparse.ArgumentParser:
 
 def _problem(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the machine or between arguments."""
-    if not Path("/proc/stat").exists():
-        return "runs on Linux only: load and memory are read from /proc"
     if arguments.json is not None and not arguments.json.parent.is_dir():
         return f"--json: folder {arguments.json.parent} does not exist"
     if arguments.json is not None and arguments.json.is_dir():
         return f"--json: {arguments.json} is a folder, expected a file to write"
+    if arguments.command == "gpu-ops":
+        return gpu_ops.problem(arguments)
+    if arguments.command == "gpu-decode":
+        return gpu_decode.problem(arguments)
+    if arguments.command == "gpu-train":
+        return gpu_train.problem(arguments)
+    if not Path("/proc/stat").exists():
+        return "runs on Linux only: load and memory are read from /proc"
     if arguments.command == "ops":
         names = arguments.op or tuple(ops.VARIANTS)
         known = {variant for name in names for variant in ops.VARIANTS[name]}

@@ -1,0 +1,284 @@
+"""bench gpu-ops: each kernel on one GPU, beside mamba-ssm's and with its precision.
+
+All variants of an op run in this process and take turns step by step, timed on the device with a
+cold L2 cache. A variant whose results are wrong gets no figure; one that fails says so, and the
+others go on.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import torch
+
+from mamba_dist.commands.bench.cases import LETTERS, Case, Op
+from mamba_dist.commands.bench.gpu_clock import Clock, clock_of, copy_bytes_per_s
+from mamba_dist.commands.bench.gpu_peers import (
+    OURS,
+    PEERS,
+    Inputs,
+    expected_outputs,
+    least_bytes,
+    model_inputs,
+    variant,
+)
+from mamba_dist.commands.bench.gpu_precision import (
+    Job,
+    Precision,
+    Row,
+    difference,
+    largest_difference,
+    output_gradients,
+    precision,
+    reason_of,
+)
+from mamba_dist.commands.bench.gpu_report import (
+    Measured,
+    Steps,
+    document,
+    heading,
+    precision_table,
+    table,
+)
+from mamba_dist.commands.bench.spec import DTYPES
+from mamba_dist.config.text import write_text
+from mamba_dist.errors import BackendError
+
+_Answer = TypeVar("_Answer")
+
+_SHAPES: Final[Mapping[Op, tuple[tuple[int, ...], ...]]] = {
+    "selective_scan": ((8, 2048, 4096, 16), (16, 2048, 1536, 16), (1, 16384, 4096, 16)),
+    "ssd": ((8, 2048, 64, 64, 128, 1, 256), (1, 16384, 64, 64, 128, 1, 256)),
+    "causal_conv1d": ((8, 2048, 4096, 4), (8, 2048, 4352, 4)),
+    "add_rms_norm": ((8, 2048, 2048),),
+    "linear_cross_entropy": ((8, 2048, 2048, 50280),),
+}
+_WITH_DOCUMENTS: Final = ("selective_scan", "ssd", "causal_conv1d")
+_DEFAULT_OURS: Final = "gpu"
+_MIN_ROUNDS: Final = 5
+_MAX_ROUNDS: Final = 100
+# The first one compiles and tunes, the second one fills the allocator's cache.
+_WARM_STEPS: Final = 3
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    sizes: Callable[[str], list[int]],
+    seconds: Callable[[str], float],
+) -> None:
+    """Adds the options of this benchmark; `sizes` and `seconds` are types of arguments."""
+    parser.add_argument("--op", action="append", choices=tuple(_SHAPES), help="only this one")
+    parser.add_argument(
+        "--shape", type=sizes, help="for one --op: its sizes, as 8,2048,4096,16 for selective_scan"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument(
+        "--variants",
+        type=lambda text: tuple(text.split(",")),
+        help=f"these, as gpu,mamba-ssm; default {_DEFAULT_OURS} and everything it is compared with",
+    )
+    parser.add_argument(
+        "--documents",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also ours with packed documents, as in training; default yes",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=15.0,
+        help="for the timed rounds of all tables together; default 15; 5 rounds at least",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+
+
+def problem(arguments: argparse.Namespace) -> str | None:
+    """What is wrong between arguments."""
+    names: Sequence[Op] = arguments.op or tuple(_SHAPES)
+    if arguments.shape:
+        if len(names) != 1:
+            return "--shape goes with exactly one --op"
+        letters = LETTERS[names[0]]
+        if len(letters) != len(arguments.shape):
+            return f"--shape: {names[0]} has the sizes {','.join(letters)}"
+    known = {*OURS, *(peer for name in names for peer in PEERS[name])}
+    unknown = sorted(set(arguments.variants or ()) - known)
+    if unknown:
+        return f"--variants: {', '.join(unknown)} unknown here, expected {', '.join(sorted(known))}"
+    return None
+
+
+def run(words: Sequence[str], arguments: argparse.Namespace) -> bool:
+    """Whether every variant could be measured and is right; prints tables, and writes --json.
+
+    Raises:
+        BackendError: there is no such device.
+    """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("--device cuda: torch sees no GPU here; --device cpu tries the tool out")
+    device = torch.device(arguments.device)
+    clock = clock_of(device)
+    copy = copy_bytes_per_s(clock, device)
+    print(heading(words, device, copy), flush=True)
+    cases = _cases(arguments)
+    measured: list[Measured] = []
+    precisions: dict[Op, Precision] = {}
+    try:
+        for number, case in enumerate(cases, 1):
+            print(f"[{number}/{len(cases)}] {case}", file=sys.stderr)
+            session = _Session(case, _rows(case.op, arguments), device)
+            known = set(precisions)
+            measured.append(session.measure(clock, arguments.seconds / len(cases), precisions))
+            print(table(measured[-1], copy), flush=True)
+            for op in precisions.keys() - known:
+                print(precision_table(precisions[op]), flush=True)
+    finally:
+        if arguments.json is not None:
+            content = document(words, device, copy, measured, precisions.values())
+            write_text(json.dumps(content, indent=2) + "\n", arguments.json)
+    return all(found.is_right for found in measured)
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    dtype = DTYPES[arguments.dtype]
+    return [
+        Case(op, dict(zip(LETTERS[op], shape, strict=True)), dtype)
+        for op in arguments.op or tuple(_SHAPES)
+        for shape in ([arguments.shape] if arguments.shape else _SHAPES[op])
+        if _rows(op, arguments)
+    ]
+
+
+def _rows(op: Op, arguments: argparse.Namespace) -> list[Row]:
+    asked = arguments.variants or (_DEFAULT_OURS, *PEERS[op])
+    rows = []
+    for name in asked:
+        if name not in OURS and name not in PEERS[op]:
+            continue
+        rows.append(Row(name))
+        if arguments.documents and name in OURS and op in _WITH_DOCUMENTS:
+            rows.append(Row(name, documents=True))
+    return rows
+
+
+class _Session:
+    """One case's jobs that still run, and why the others don't."""
+
+    def __init__(self, case: Case, rows: Sequence[Row], device: torch.device) -> None:
+        self._case = case
+        self._rows = rows
+        self._device = device
+        self._jobs: dict[Row, Job] = {}
+        self._absent: dict[Row, str] = {}
+        self._least_bytes: dict[Row, tuple[int, int]] = {}
+        self._warm_s: dict[Row, float] = {}
+
+    def measure(self, clock: Clock, seconds: float, precisions: dict[Op, Precision]) -> Measured:
+        """The case's figures; adds the op's precision to `precisions` if it is not there yet."""
+        op = self._case.op
+        # Before the comparison at small sizes: Triton tunes itself by the sizes it meets first.
+        self._warm_up(clock)
+        if op not in precisions:
+            precisions[op] = precision(self._case, self._rows, self._device)
+        wrong = {
+            row: reason
+            for row in self._rows
+            if (reason := precisions[op].objections.get(row)) and row not in self._absent
+        }
+        differences = self._differences()
+        for row in wrong:
+            self._jobs.pop(row, None)
+        return Measured(
+            case=self._case,
+            rows=self._rows,
+            rounds=self._rounds(clock, seconds),
+            absent=self._absent,
+            wrong=wrong,
+            least_bytes=self._least_bytes,
+            warm_s=self._warm_s,
+            differences={row: text for row, (text, _) in differences.items()},
+            suspects=frozenset(row for row, (_, suspect) in differences.items() if suspect),
+        )
+
+    def _warm_up(self, clock: Clock) -> None:
+        """Builds every job and takes it through what its first steps alone have to do."""
+        for row in self._rows:
+            started_at = time.monotonic()
+            job = self._told(row, partial(self._warm_job, row, clock))
+            if job is not None:
+                self._jobs[row] = job
+                self._warm_s[row] = time.monotonic() - started_at
+
+    def _warm_job(self, row: Row, clock: Clock) -> Job:
+        inputs = {n: t for n, t in self._inputs.items() if row.documents or n != "seq_idx"}
+        outputs = expected_outputs(self._case.op, inputs)
+        self._least_bytes[row] = least_bytes(self._case.op, inputs, outputs)
+        built = variant(self._case, row.name, self._device)
+        job = Job(self._case, built, inputs, self._gradients)
+        for _ in range(_WARM_STEPS):
+            _step(clock, job)
+        return job
+
+    @cached_property
+    def _inputs(self) -> Inputs:
+        return model_inputs(self._case, self._device)
+
+    @cached_property
+    def _gradients(self) -> Inputs:
+        return output_gradients(expected_outputs(self._case.op, self._inputs))
+
+    def _differences(self) -> dict[Row, tuple[str, bool]]:
+        """How far ours are from a peer at the timed sizes, and whether that is too far."""
+        peer = next((row for row in self._jobs if not row.is_ours), None)
+        other = self._told(peer, self._jobs[peer].results) if peer else None
+        found: dict[Row, tuple[str, bool]] = {}
+        for row, job in list(self._jobs.items()):
+            if other is None or not row.is_ours or row.documents:
+                continue
+            results = self._told(row, job.results)
+            if results is not None:
+                name, error = difference(results, other)
+                # NaN compares false.
+                suspect = not error <= largest_difference(self._case, self._device)
+                found[row] = (
+                    f"differs from {peer} at these sizes by at most {error:.1e}, in {name}, "
+                    "as ||x - y|| / ||y||",
+                    suspect,
+                )
+        return found
+
+    def _rounds(self, clock: Clock, seconds: float) -> list[dict[Row, Steps]]:
+        ends_at = time.monotonic() + seconds
+        found: list[dict[Row, Steps]] = []
+        while self._jobs and len(found) < _MAX_ROUNDS:
+            if len(found) >= _MIN_ROUNDS and time.monotonic() >= ends_at:
+                break
+            taken = {
+                row: self._told(row, partial(_step, clock, job))
+                for row, job in list(self._jobs.items())
+            }
+            found.append({row: steps for row, steps in taken.items() if steps is not None})
+        return found
+
+    def _told(self, row: Row, call: Callable[[], _Answer]) -> _Answer | None:
+        """What the call returns; None if it failed, which ends the row."""
+        try:
+            return call()
+        # Whatever a kernel dies of: the others are measured all the same.
+        except Exception as error:
+            self._absent[row] = reason_of(error)
+            self._jobs.pop(row, None)
+            return None
+
+
+def _step(clock: Clock, job: Job) -> Steps:
+    (forward,) = clock.seconds(job.infer)
+    kept, backward = clock.seconds(job.forward, job.backward)
+    return Steps(forward, backward, kept + backward)

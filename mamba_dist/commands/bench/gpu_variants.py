@@ -1,0 +1,87 @@
+"""A process of bench gpu-train for our own variants; `python -m` runs it, see `gpu_step.serve`.
+
+`plain` is our model in a plain PyTorch loop. `zero-N` is our model in our engine at ZeRO stage N,
+built and stepped as launch/train.py does it, on a world of one rank.
+"""
+
+from torch import Tensor
+
+from mamba_dist.commands.bench.gpu_step import (
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    SEED,
+    Batch,
+    Step,
+    StepSpec,
+    plain_step,
+    serve,
+    this_device,
+)
+from mamba_dist.config.schema import EngineConfig, RunConfig
+from mamba_dist.engine import zero
+from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
+from mamba_dist.engine.world import World, start_world
+from mamba_dist.errors import TrainingError
+from mamba_dist.model.init import initialize
+from mamba_dist.model.lm import MambaLM
+from mamba_dist.model.param_groups import classify
+from mamba_dist.ops.backend import resolve_backend
+
+_STAGES = {"zero-0": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3}
+
+
+def _build(spec: StepSpec, batch: Batch) -> Step:
+    if spec.variant in _STAGES:
+        return _engine_step(spec, batch)
+    with this_device():
+        model = _model(spec.config, this_device().type)
+    initialize(model, spec.config.model, seed=SEED, gather=zero.gather)
+    return plain_step(model, spec.config.training, lambda: model(**batch), spec.tokens)
+
+
+def _engine_step(spec: StepSpec, batch: Batch) -> Step:
+    world = start_world(timeout_minutes=spec.config.engine.timeout_minutes)
+    engine = _engine(spec.config, _STAGES[spec.variant], world)
+
+    def step() -> Tensor:
+        loss = engine.forward_backward(batch, step_tokens=spec.tokens, last=True)
+        stats = engine.step(LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, skip_above=None)
+        if stats.skipped:
+            raise TrainingError(f"a step was dropped, its gradient norm is {stats.grad_norm}")
+        return loss
+
+    return step
+
+
+def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
+    training = config.training
+    engine_config = EngineConfig.model_validate({**config.engine.model_dump(), "zero_stage": stage})
+    settings = zero.zero_settings(engine_config, precision=training.precision, accumulation_steps=1)
+    with zero.construction(settings):
+        model = _model(config, world.device.type)
+    initialize(model, config.model, seed=SEED, gather=zero.gather)
+    classes = classify(model)
+    return zero.ZeroEngine(
+        model.to(world.device),
+        groups=[
+            ParameterGroup(tuple(c.name for c in classes if c.decay), training.weight_decay),
+            ParameterGroup(tuple(c.name for c in classes if not c.decay), 0.0),
+        ],
+        optimizer=OptimizerSettings(
+            beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
+        ),
+        settings=settings,
+        world=world,
+    )
+
+
+def _model(config: RunConfig, device_type: str) -> MambaLM:
+    return MambaLM(
+        config.model,
+        backend=resolve_backend(config.engine.ops_backend, device_type=device_type),
+        activation_checkpointing=config.training.activation_checkpointing == "full",
+    )
+
+
+if __name__ == "__main__":
+    serve(_build)
