@@ -33,9 +33,16 @@ struct Call {
 constexpr int TILE = 4;
 constexpr int TILES = CHUNK / TILE;
 constexpr int TILE_FLOATS = TILE * WARP_CHANNELS;
-// B and C of a step in four orders: order p begins at 16 p, those of C 64 floats after those of B.
+// B and C of a step, each group of four states in four orders side by side, which the 8 lanes of a
+// group read without bank conflicts; those of C stand 64 floats after those of B.
 constexpr int STEP_FLOATS = 128;
 constexpr int LANE_STATES = 8;
+// Steps of a tile whose decays the way back takes from registers; it computes the others again.
+// With all of them kept a lane does not get by with 128 registers, and what is spilled lies in L2,
+// since shared memory takes all of L1: 2.3 ms instead of 1.6 (B16 L2048 E1536 on an H100).
+#ifndef KEPT_DECAYS
+#define KEPT_DECAYS 1
+#endif
 
 // The states before tiles 1 to 6 of a chunk; the last tile's stay in registers, the first one's are
 // those before the chunk.
@@ -66,10 +73,10 @@ struct SharedInputs {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int item = i * THREADS + thread_in_block(), part = item & 7;
-            const Rows& rows = part < 4 ? B : C;
-            if (item < FOURS)
-                raw[i] = Rows(rows.at + 4 * (part & 3), 0, rows.stride, rows.length)
-                             .four(first + (item >> 3));
+            // Values and not the rows themselves are chosen, which would have to lie in memory.
+            const Rows rows(part < 4 ? B.at : C.at, 4 * (part & 3), part < 4 ? B.stride : C.stride,
+                            B.length);
+            if (item < FOURS) raw[i] = rows.four(first + (item >> 3));
         }
     }
     DEVICE void put(float* shared) const {
@@ -78,10 +85,10 @@ struct SharedInputs {
             const int item = i * THREADS + thread_in_block(), part = item & 7;
             if (item >= FOURS) continue;
             const Four v = Storage::widen(raw[i]);
-            float* to = shared + (item >> 3) * STEP_FLOATS + (part >> 2) * 64 + 4 * (part & 3);
+            float* to = shared + (item >> 3) * STEP_FLOATS + (part >> 2) * 64 + 16 * (part & 3);
 #pragma unroll
             for (int p = 0; p < 4; ++p)
-                *reinterpret_cast<Four*>(to + 16 * p) =
+                *reinterpret_cast<Four*>(to + 4 * p) =
                     Four{{v.at[p], v.at[1 ^ p], v.at[2 ^ p], v.at[3 ^ p]}};
         }
     }
@@ -130,7 +137,7 @@ KERNEL(selective_scan_backward) {
     const Rows B(call.B, place.row * call.B_batch + place.group * call.B_group, call.B_row, length);
     const Rows C(call.C, place.row * call.C_batch + place.group * call.C_group, call.C_row, length);
     const Pair bias = load_pair(call.delta_bias + place.own());
-    const float* const c_of_lane = shared_bc + 64 + 16 * order + 4 * place.quarter;
+    const float* const c_of_lane = shared_bc + 64 + 16 * place.quarter + 4 * order;
     float A[2][4], carried[2][4];
     load_decays(A, call.A, place);
     reorder(A, order);
@@ -227,7 +234,7 @@ KERNEL(selective_scan_backward) {
     const Rows B(call.B, place.row * call.B_batch + place.group * call.B_group, call.B_row, length);
     const Rows C(call.C, place.row * call.C_batch + place.group * call.C_group, call.C_row, length);
     const Pair bias = load_pair(call.delta_bias + place.own());
-    const float* const bc_of_lane = shared_bc + 16 * order + 4 * place.quarter;
+    const float* const bc_of_lane = shared_bc + 16 * place.quarter + 4 * order;
     const int own_pair = 2 * place.pair;
     const int sum_at = (place.quarter & 2 ? TILE_FLOATS : 0) + own_pair + (place.quarter & 1);
     const int part_at = (upper ? 0 : 16) + 4 * place.quarter + order;
@@ -353,7 +360,7 @@ KERNEL(selective_scan_backward) {
             }
             sync_warp();
 
-            float before[TILE][2][4], decay[TILE][2][4], dC[TILE];
+            float before[TILE][2][4], kept_decay[KEPT_DECAYS + 1][2][4], dC[TILE];
 #pragma unroll
             for (int t = 0; t < TILE; ++t) {
                 const float* const bc = bc_of_lane + (tile * TILE + t) * STEP_FLOATS;
@@ -369,10 +376,14 @@ KERNEL(selective_scan_backward) {
                 for (int j = 0; j < 4; ++j) {
                     before[t][0][j] = h[0][j];
                     before[t][1][j] = h[1][j];
-                    decay[t][0][j] = exp2_approx(step.x * A[0][j]);
-                    decay[t][1][j] = exp2_approx(step.y * A[1][j]);
-                    h[0][j] = decay[t][0][j] * h[0][j] + in.x * b.at[j];
-                    h[1][j] = decay[t][1][j] * h[1][j] + in.y * b.at[j];
+                    const float decay0 = exp2_approx(step.x * A[0][j]);
+                    const float decay1 = exp2_approx(step.y * A[1][j]);
+                    if (t >= TILE - KEPT_DECAYS) {
+                        kept_decay[TILE - 1 - t][0][j] = decay0;
+                        kept_decay[TILE - 1 - t][1][j] = decay1;
+                    }
+                    h[0][j] = decay0 * h[0][j] + in.x * b.at[j];
+                    h[1][j] = decay1 * h[1][j] + in.y * b.at[j];
                     part[j] = h[0][j] * dy.x + h[1][j] * dy.y;
                 }
                 dC[t] = sum_over_half_group(part);
@@ -396,8 +407,11 @@ KERNEL(selective_scan_backward) {
                     part[j] = g0 * in.x + g1 * in.y;
                     gx.x += g0 * b.at[j];
                     gx.y += g1 * b.at[j];
-                    carried[0][j] = decay[t][0][j] * g0;
-                    carried[1][j] = decay[t][1][j] * g1;
+                    const bool was_kept = t >= TILE - KEPT_DECAYS;
+                    carried[0][j] = g0 * (was_kept ? kept_decay[TILE - 1 - t][0][j]
+                                                   : exp2_approx(step.x * A[0][j]));
+                    carried[1][j] = g1 * (was_kept ? kept_decay[TILE - 1 - t][1][j]
+                                                   : exp2_approx(step.y * A[1][j]));
                     const float q0 = carried[0][j] * before[t][0][j];
                     const float q1 = carried[1][j] * before[t][1][j];
                     gA.x += A[0][j] * q0;

@@ -35,10 +35,10 @@ struct SharedInputs {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int item = i * THREADS + thread_in_block(), part = item & 7;
-            const Rows& rows = part < 4 ? B : C;
-            if (item < FOURS)
-                raw[i] = Rows(rows.at + 4 * (part & 3), 0, rows.stride, rows.length)
-                             .four(first + (item >> 3));
+            // Values and not the rows themselves are chosen, which would have to lie in memory.
+            const Rows rows(part < 4 ? B.at : C.at, 4 * (part & 3), part < 4 ? B.stride : C.stride,
+                            B.length);
+            if (item < FOURS) raw[i] = rows.four(first + (item >> 3));
         }
     }
     DEVICE void put(float* shared) const {
