@@ -1,8 +1,8 @@
 // Gradients of the selective scan; see gpu_tile.cuh for who does what.
 //
 // Chunk by chunk from the last: forward from the kept state, noting the state every 4 steps in
-// shared memory, then 4 steps at a time from the last: forward again with all that the way back
-// needs in registers (decays and states, fp32), and back. With g_t the gradient of the state h_t:
+// shared memory, then 4 steps at a time from the last: forward again with the states in registers
+// (fp32), and back. With g_t the gradient of the state h_t:
 //     g_t = C_t dy_t + exp(dt_(t+1) A) g_(t+1);  dC_t += h_t dy_t;  dB_t += g_t dt_t u_t
 //     d(dt u)_t = sum_n B_t g_t;  q_t = g_t exp(dt_t A) h_(t-1);  d(dt)_t = sum_n A q_t;  dA += dt q
 //
@@ -37,13 +37,6 @@ constexpr int TILE_FLOATS = TILE * WARP_CHANNELS;
 // group read without bank conflicts; those of C stand 64 floats after those of B.
 constexpr int STEP_FLOATS = 128;
 constexpr int LANE_STATES = 8;
-// Steps of a tile whose decays the way back takes from registers; it computes the others again.
-// With all of them kept a lane does not get by with 128 registers, and what is spilled lies in L2,
-// since shared memory takes all of L1: 2.3 ms instead of 1.6 (B16 L2048 E1536 on an H100).
-#ifndef KEPT_DECAYS
-#define KEPT_DECAYS 1
-#endif
-
 // The states before tiles 1 to 6 of a chunk; the last tile's stay in registers, the first one's are
 // those before the chunk.
 constexpr int NOTED = TILES - 2;
@@ -64,42 +57,27 @@ DEVICE void reorder(float (&h)[2][4], int p) {
     reorder(h[1], p);
 }
 
-struct SharedInputs {
-    static constexpr int FOURS = CHUNK * 8;
-    static constexpr int EACH = (FOURS + THREADS - 1) / THREADS;
-    Raw4 raw[EACH];
-
-    DEVICE void fetch(const Rows& B, const Rows& C, int first) {
+// B and C of a chunk into shared memory, in the four orders.
+DEVICE void put(const ChunkInputs& inputs, float* shared) {
+    float* const to = shared + inputs.first * STEP_FLOATS + (ChunkInputs::is_C() ? 64 : 0) +
+                      16 * ChunkInputs::part();
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int item = i * THREADS + thread_in_block(), part = item & 7;
-            // Values and not the rows themselves are chosen, which would have to lie in memory.
-            const Rows rows(part < 4 ? B.at : C.at, 4 * (part & 3), part < 4 ? B.stride : C.stride,
-                            B.length);
-            if (item < FOURS) raw[i] = rows.four(first + (item >> 3));
-        }
+    for (int i = 0; i < ChunkInputs::EACH; ++i) {
+        const Four v = Storage::widen(inputs.raw[i]);
+#pragma unroll
+        for (int p = 0; p < 4; ++p)
+            *reinterpret_cast<Four*>(to + i * (THREADS / 8) * STEP_FLOATS + 4 * p) =
+                Four{{v.at[p], v.at[1 ^ p], v.at[2 ^ p], v.at[3 ^ p]}};
     }
-    DEVICE void put(float* shared) const {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int item = i * THREADS + thread_in_block(), part = item & 7;
-            if (item >= FOURS) continue;
-            const Four v = Storage::widen(raw[i]);
-            float* to = shared + (item >> 3) * STEP_FLOATS + (part >> 2) * 64 + 16 * (part & 3);
-#pragma unroll
-            for (int p = 0; p < 4; ++p)
-                *reinterpret_cast<Four*>(to + 4 * p) =
-                    Four{{v.at[p], v.at[1 ^ p], v.at[2 ^ p], v.at[3 ^ p]}};
-        }
-    }
-};
+}
 
-// Halves the 4 values over the lanes whose bit 0, then bit 1 of q differs; the sum over the 4 lanes
-// of the state 4 g + (q mod 4), of the two halves of the group each.
-DEVICE float sum_over_half_group(const float (&v)[4]) {
+// Halves the 4 values over the lanes of a group by bit 0, then bit 1 of q, and adds up the rest: the
+// sum over all channels of the state 4 g + (q mod 4).
+DEVICE float sum_over_group(const float (&v)[4]) {
     const float first = v[0] + from_lane_xor(v[1], 1);
     const float second = v[2] + from_lane_xor(v[3], 1);
-    return first + from_lane_xor(second, 2);
+    const float half = first + from_lane_xor(second, 2);
+    return half + from_lane_xor(half, 4);
 }
 
 // What a lane of the way back has for its channels at one step.
@@ -123,6 +101,14 @@ DEVICE Gate gate_of(Raw2 grad_y, Raw2 raw_z) {
 #endif
 }
 
+DEVICE Raw2 gate_input(const Rows& z, int ahead, bool within) {
+#if GATE
+    return z.two(ahead, within);
+#else
+    return Raw2{};
+#endif
+}
+
 #if LOCAL
 KERNEL(selective_scan_backward) {
     const Place place(call);
@@ -130,24 +116,24 @@ KERNEL(selective_scan_backward) {
     float* const shared_bc = reinterpret_cast<float*>(shared_memory());
     float* const steps = shared_bc + CHUNK * STEP_FLOATS + warp_in_block() * WARP_FLOATS;
     float* const grads = steps + TILE_FLOATS;
-    const Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row, length);
-    const Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, length);
-    const Rows grad_y(call.grad_y, place.row * call.grad_y_batch + place.own(), call.grad_y_row,
-                      length);
-    const Rows B(call.B, place.row * call.B_batch + place.group * call.B_group, call.B_row, length);
-    const Rows C(call.C, place.row * call.C_batch + place.group * call.C_group, call.C_row, length);
+    // The last chunk's last tile comes first.
+    const int begin = place.end_chunk * CHUNK - TILE + place.quarter;
+    Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row, begin);
+    Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, begin);
+    Rows grad_y(call.grad_y, place.row * call.grad_y_batch + place.own(), call.grad_y_row, begin);
+    int left = length - begin;
     const Pair bias = load_pair(call.delta_bias + place.own());
     const float* const c_of_lane = shared_bc + 64 + 16 * place.quarter + 4 * order;
     float A[2][4], carried[2][4];
     load_decays(A, call.A, place);
     reorder(A, order);
     clear(carried);
-    SharedInputs bc;
+    ChunkInputs bc(call, place);
 #pragma unroll 1
     for (int chunk = place.end_chunk - 1; chunk >= place.first_chunk; --chunk) {
-        bc.fetch(B, C, chunk * CHUNK);
+        bc.fetch(chunk);
         sync_block();
-        bc.put(shared_bc);
+        put(bc, shared_bc);
         sync_block();
         uint32 starts = 0;
 #if DOCUMENTS
@@ -156,10 +142,13 @@ KERNEL(selective_scan_backward) {
 #endif
 #pragma unroll 1
         for (int tile = TILES - 1; tile >= 0; --tile) {
-            const int t_own = chunk * CHUNK + tile * TILE + place.quarter;
             const int at = place.quarter * WARP_CHANNELS + 2 * place.pair;
-            const Pair dt = step_sizes(delta.two(t_own), bias, t_own < length);
-            const Gate gate = gate_of(grad_y.two(t_own), z.two(t_own));
+            const Pair dt = step_sizes(delta.two(0, left > 0), bias, left > 0);
+            const Gate gate = gate_of(grad_y.two(0, left > 0), gate_input(z, 0, left > 0));
+            delta.move(-TILE);
+            z.move(-TILE);
+            grad_y.move(-TILE);
+            left += TILE;
             sync_warp();
             store_pair(steps + at, dt.x, dt.y);
             store_pair(grads + at, gate.dy.x, gate.dy.y);
@@ -187,6 +176,15 @@ KERNEL(selective_scan_backward) {
 }
 #else
 
+// What the forward gave there, of use for the gate's gradient only.
+DEVICE Raw2 output(const void* y, int64 at, bool within) {
+    Raw2 raw{};
+#if GATE
+    if (within) raw = *reinterpret_cast<const Raw2*>(static_cast<const Element*>(y) + at);
+#endif
+    return raw;
+}
+
 // Sums gx and gA of both channels over the 4 lanes that share them: lane g is left with gx (g < 2)
 // or gA, of channel g mod 2.
 DEVICE float sum_over_states(Pair gx, Pair gA, int quarter) {
@@ -196,27 +194,49 @@ DEVICE float sum_over_states(Pair gx, Pair gA, int quarter) {
     return (second ? other : first) + from_lane_xor(second ? first : other, 8);
 }
 
-// Adds up the warps' parts of dB and dC of one tile, (WARPS, TILE, 32), and hands them on.
-DEVICE void pass_on(const float* parts, float* dBC, int64 row_floats, int first, int length) {
-#pragma unroll
-    for (int item = thread_in_block(); item < TILE * 32; item += THREADS) {
-        float sum = parts[item];
-#pragma unroll
-        for (int warp = 1; warp < WARPS; ++warp) sum += parts[warp * TILE * 32 + item];
-        const int t = first + (item >> 5);
-        if (t >= length) continue;
+// A thread's share of dB and dC of a tile: values of one step that it adds up over the warps.
+struct BlockSums {
+    static constexpr int EACH = (TILE * 32 + THREADS - 1) / THREADS;
+    float* to;
+    int64 step_floats;
+    int left;
+
+    template <class Call>
+    DEVICE BlockSums(const Call& call, const Place& place)
+        : to(call.dBC), step_floats(call.groups * 32) {
+        const int64 begin = place.end_chunk * CHUNK - TILE + (thread_in_block() >> 5);
+        to += ((place.row * call.length + begin) * call.groups + place.group) * 32 +
+              (thread_in_block() & 31);
+        left = int(call.length - begin);
 #if DETERMINISTIC
-        dBC[t * row_floats + (item & 31)] = sum;
-#else
-        add_to_global(dBC + t * row_floats + (item & 31), sum);
+        const int64 tile = place.channel % (call.channels / call.groups) / BLOCK_CHANNELS;
+        to += tile * call.batch * call.length * step_floats;
 #endif
     }
-}
+    // `parts` (WARPS, TILE, 32); then moves to the tile before.
+    DEVICE void pass_on(const float* parts) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int ahead = i * (THREADS / 32);
+            float sum = 0.f;
+#pragma unroll
+            for (int warp = 0; warp < WARPS; ++warp)
+                sum += parts[warp * TILE * 32 + i * THREADS + thread_in_block()];
+            if (ahead >= left) continue;
+#if DETERMINISTIC
+            to[ahead * step_floats] = sum;
+#else
+            add_to_global(to + ahead * step_floats, sum);
+#endif
+        }
+        to -= TILE * step_floats;
+        left += TILE;
+    }
+};
 
 KERNEL(selective_scan_backward) {
     const Place place(call);
     const int length = int(call.length), order = place.pair & 3;
-    const bool upper = place.pair & 4;
     float* const shared_bc = reinterpret_cast<float*>(shared_memory());
     float* const parts = shared_bc + CHUNK * STEP_FLOATS;
     float* const noted = parts + 2 * WARPS * TILE * 32 + warp_in_block() * WARP_FLOATS;
@@ -225,27 +245,21 @@ KERNEL(selective_scan_backward) {
     float* const inputs = steps + CHUNK * WARP_CHANNELS;
     float* const grads = inputs + TILE_FLOATS;
 
-    const Rows u(call.u, place.row * call.u_batch + place.own(), call.u_row, length);
-    const Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row, length);
-    const Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, length);
-    const Rows y(call.y, place.row * length * call.channels + place.own(), call.channels, length);
-    const Rows grad_y(call.grad_y, place.row * call.grad_y_batch + place.own(), call.grad_y_row,
-                      length);
-    const Rows B(call.B, place.row * call.B_batch + place.group * call.B_group, call.B_row, length);
-    const Rows C(call.C, place.row * call.C_batch + place.group * call.C_group, call.C_row, length);
-    const Pair bias = load_pair(call.delta_bias + place.own());
+    const int begin = place.end_chunk * CHUNK - TILE + place.quarter;
+    Rows u(call.u, place.row * call.u_batch + place.own(), call.u_row, begin);
+    Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, begin);
+    Rows grad_y(call.grad_y, place.row * call.grad_y_batch + place.own(), call.grad_y_row, begin);
+    // Of the output and the gradients of u, delta and z, which are all contiguous.
+    int64 out_at = (place.row * length + begin) * call.channels + place.own();
+    int left = length - begin;
+    BlockSums sums(call, place);
     const float* const bc_of_lane = shared_bc + 16 * place.quarter + 4 * order;
     const int own_pair = 2 * place.pair;
     const int sum_at = (place.quarter & 2 ? TILE_FLOATS : 0) + own_pair + (place.quarter & 1);
-    const int part_at = (upper ? 0 : 16) + 4 * place.quarter + order;
+    // Both halves of a group end up with the same sum, and write it to the same place.
+    const int part_at = 4 * place.quarter + order;
     const int chunks = int((call.length + CHUNK - 1) / CHUNK);
     const int64 split_at = place.row * call.splits + place.split;
-    const int64 row_floats = call.groups * 32;
-    float* dBC = call.dBC + place.row * call.length * row_floats + place.group * 32;
-#if DETERMINISTIC
-    const int64 tile_in_group = place.channel % (call.channels / call.groups) / BLOCK_CHANNELS;
-    dBC += tile_in_group * call.batch * call.length * row_floats;
-#endif
 
     float A[2][4], carried[2][4], dA[2][4];
     load_decays(A, call.A, place);
@@ -258,22 +272,28 @@ KERNEL(selective_scan_backward) {
         load_states(carried, call.grad_final + state_offset(place, place.row, call.channels));
     reorder(carried, order);
     Pair dD = {0.f, 0.f}, dbias = {0.f, 0.f};
-    SharedInputs next_bc;
-    next_bc.fetch(B, C, (place.end_chunk - 1) * CHUNK);
-    int parity = 0;
 
 #pragma unroll 1
     for (int chunk = place.end_chunk - 1; chunk >= place.first_chunk; --chunk) {
         const int chunk_start = chunk * CHUNK;
-        const float* const kept = call.chunk_states +
-                                  state_offset(place, place.row * chunks + chunk, call.channels);
         float h[2][4];
-        load_states(h, kept);
-        Raw2 next_delta = delta.two(chunk_start + place.quarter);
-        Raw2 next_u = u.two(chunk_start + place.quarter);
-        sync_block();
-        next_bc.put(shared_bc);
-        if (chunk > place.first_chunk) next_bc.fetch(B, C, chunk_start - CHUNK);
+        load_states(h, call.chunk_states +
+                           state_offset(place, place.row * chunks + chunk, call.channels));
+        // Whatever phase two does without is not kept in registers through it.
+        const int chunk_begin = chunk_start + place.quarter;
+        Rows first_u(call.u, place.row * call.u_batch + place.own(), call.u_row, chunk_begin);
+        Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row,
+                   chunk_begin);
+        const Pair bias = load_pair(call.delta_bias + place.own());
+        int chunk_left = left + CHUNK - TILE;
+        Raw2 next_delta = delta.two(0, chunk_left > 0);
+        Raw2 next_u = first_u.two(0, chunk_left > 0);
+        {
+            ChunkInputs bc(call, place);
+            bc.fetch(chunk);
+            sync_block();
+            put(bc, shared_bc);
+        }
         uint32 starts = 0;
 #if DOCUMENTS
         starts = document_starts(call.seq_idx + place.row * call.seq_idx_batch, length, chunk_start);
@@ -283,11 +303,13 @@ KERNEL(selective_scan_backward) {
 
 #pragma unroll 1
         for (int tile = 0; tile < TILES; ++tile) {
-            const int t_own = chunk_start + tile * TILE + place.quarter;
-            const Pair dt = step_sizes(next_delta, bias, t_own < length);
+            const Pair dt = step_sizes(next_delta, bias, chunk_left > 0);
             const Pair x = Storage::widen(next_u);
-            next_delta = delta.two(t_own + TILE);
-            next_u = u.two(t_own + TILE);
+            delta.move(TILE);
+            first_u.move(TILE);
+            chunk_left -= TILE;
+            next_delta = delta.two(0, chunk_left > 0);
+            next_u = first_u.two(0, chunk_left > 0);
             float* const tile_steps = steps + tile * TILE_FLOATS;
             store_pair(tile_steps + place.quarter * WARP_CHANNELS + own_pair, dt.x, dt.y);
             if (tile == TILES - 1) break;
@@ -314,34 +336,39 @@ KERNEL(selective_scan_backward) {
             }
         }
 
-        Raw2 next_z{}, next_y{}, next_grad;
-        {
-            const int t_own = chunk_start + CHUNK - TILE + place.quarter;
-            next_u = u.two(t_own);
-            next_grad = grad_y.two(t_own);
-#if GATE
-            next_z = z.two(t_own);
-            next_y = y.two(t_own);
-#endif
-        }
+        next_u = u.two(0, left > 0);
+        Raw2 next_grad = grad_y.two(0, left > 0);
+        Raw2 next_z = gate_input(z, 0, left > 0);
+        Raw2 next_y = output(call.y, out_at, left > 0);
 #pragma unroll 1
         for (int tile = TILES - 1; tile >= 0; --tile) {
-            const int first = chunk_start + tile * TILE, t_own = first + place.quarter;
             const float* const tile_steps = steps + tile * TILE_FLOATS;
             const int own_at = place.quarter * WARP_CHANNELS + own_pair;
             const Pair own_u = Storage::widen(next_u);
-            const Pair own_y = Storage::widen(next_y);
             const Gate gate = gate_of(next_grad, next_z);
-            if (tile > 0) {
-                next_u = u.two(t_own - TILE);
-                next_grad = grad_y.two(t_own - TILE);
+            const bool within = left > 0;
+            dD.x += gate.dy.x * own_u.x;
+            dD.y += gate.dy.y * own_u.y;
 #if GATE
-                next_z = z.two(t_own - TILE);
-                next_y = y.two(t_own - TILE);
+            if (within) {
+                const Pair own_y = Storage::widen(next_y);
+                store_two(static_cast<Element*>(call.dz) + out_at, gate.dz_per_y.x * own_y.x,
+                          gate.dz_per_y.y * own_y.y);
+            }
 #endif
+            left += TILE;
+            u.move(-TILE);
+            grad_y.move(-TILE);
+            z.move(-TILE);
+            if (tile > 0) {
+                next_u = u.two(0, left > 0);
+                next_grad = grad_y.two(0, left > 0);
+                next_z = gate_input(z, 0, left > 0);
+                next_y = output(call.y, out_at - TILE * call.channels, left > 0);
             }
             if (tile == 0) {
-                load_states(h, kept);
+                load_states(h, call.chunk_states +
+                                   state_offset(place, place.row * chunks + chunk, call.channels));
                 reorder(h, order);
             } else if (tile <= NOTED) {
                 const Four first_channel = load_four(noted + (((tile - 1) * 2) * 32 + lane_in_warp()) * 4);
@@ -360,7 +387,12 @@ KERNEL(selective_scan_backward) {
             }
             sync_warp();
 
-            float before[TILE][2][4], kept_decay[KEPT_DECAYS + 1][2][4], dC[TILE];
+            // Two sets take turns, so that one barrier a tile is enough.
+            float* const own_parts =
+                parts + ((tile & 1) * WARPS + warp_in_block()) * TILE * 32 + part_at;
+            // States only: with the decays as well a lane does not get by with 128 registers, and what is
+            // spilled lies in L2, since shared memory takes all of L1 (2.6 ms instead of 2.0).
+            float before[TILE][2][4];
 #pragma unroll
             for (int t = 0; t < TILE; ++t) {
                 const float* const bc = bc_of_lane + (tile * TILE + t) * STEP_FLOATS;
@@ -376,20 +408,13 @@ KERNEL(selective_scan_backward) {
                 for (int j = 0; j < 4; ++j) {
                     before[t][0][j] = h[0][j];
                     before[t][1][j] = h[1][j];
-                    const float decay0 = exp2_approx(step.x * A[0][j]);
-                    const float decay1 = exp2_approx(step.y * A[1][j]);
-                    if (t >= TILE - KEPT_DECAYS) {
-                        kept_decay[TILE - 1 - t][0][j] = decay0;
-                        kept_decay[TILE - 1 - t][1][j] = decay1;
-                    }
-                    h[0][j] = decay0 * h[0][j] + in.x * b.at[j];
-                    h[1][j] = decay1 * h[1][j] + in.y * b.at[j];
+                    h[0][j] = exp2_approx(step.x * A[0][j]) * h[0][j] + in.x * b.at[j];
+                    h[1][j] = exp2_approx(step.y * A[1][j]) * h[1][j] + in.y * b.at[j];
                     part[j] = h[0][j] * dy.x + h[1][j] * dy.y;
                 }
-                dC[t] = sum_over_half_group(part);
+                own_parts[t * 32 + 16] = sum_over_group(part);
             }
 
-            float* const own_parts = parts + (parity * WARPS + warp_in_block()) * TILE * 32 + part_at;
 #pragma unroll
             for (int t = TILE - 1; t >= 0; --t) {
                 const float* const bc = bc_of_lane + (tile * TILE + t) * STEP_FLOATS;
@@ -407,11 +432,8 @@ KERNEL(selective_scan_backward) {
                     part[j] = g0 * in.x + g1 * in.y;
                     gx.x += g0 * b.at[j];
                     gx.y += g1 * b.at[j];
-                    const bool was_kept = t >= TILE - KEPT_DECAYS;
-                    carried[0][j] = g0 * (was_kept ? kept_decay[TILE - 1 - t][0][j]
-                                                   : exp2_approx(step.x * A[0][j]));
-                    carried[1][j] = g1 * (was_kept ? kept_decay[TILE - 1 - t][1][j]
-                                                   : exp2_approx(step.y * A[1][j]));
+                    carried[0][j] = g0 * exp2_approx(step.x * A[0][j]);
+                    carried[1][j] = g1 * exp2_approx(step.y * A[1][j]);
                     const float q0 = carried[0][j] * before[t][0][j];
                     const float q1 = carried[1][j] * before[t][1][j];
                     gA.x += A[0][j] * q0;
@@ -422,15 +444,12 @@ KERNEL(selective_scan_backward) {
 #if DOCUMENTS
                 if (starts >> (tile * TILE + t) & 1) clear(carried);
 #endif
-                const float dB = sum_over_half_group(part);
-                const float both = (upper ? dB : dC[t]) + from_lane_xor(upper ? dC[t] : dB, 4);
                 const float sum = sum_over_states(gx, gA, place.quarter);
-                own_parts[t * 32] = both;
+                own_parts[t * 32] = sum_over_group(part);
                 inputs[t * WARP_CHANNELS + sum_at] = sum;
             }
             sync_block();
-            pass_on(parts + parity * WARPS * TILE * 32, dBC, row_floats, first, length);
-            parity ^= 1;
+            sums.pass_on(parts + (tile & 1) * WARPS * TILE * 32);
 
             const Pair gx = load_pair(inputs + own_at);
             const Pair gA = load_pair(grads + own_at);
@@ -442,19 +461,14 @@ KERNEL(selective_scan_backward) {
             ddelta.x *= softplus_slope(dt.x);
             ddelta.y *= softplus_slope(dt.y);
 #endif
-            if (t_own < length) {
-                dD.x += gate.dy.x * own_u.x;
-                dD.y += gate.dy.y * own_u.y;
+            if (within) {
                 dbias.x += ddelta.x;
                 dbias.y += ddelta.y;
-                const int64 at = (place.row * length + t_own) * call.channels + place.own();
-                store_two(call.du, at, skip.x * gate.dy.x + dt.x * gx.x,
-                          skip.y * gate.dy.y + dt.y * gx.y);
-                store_two(call.ddelta, at, ddelta.x, ddelta.y);
-#if GATE
-                store_two(call.dz, at, gate.dz_per_y.x * own_y.x, gate.dz_per_y.y * own_y.y);
-#endif
+                store_two(static_cast<Element*>(call.du) + out_at,
+                          skip.x * gate.dy.x + dt.x * gx.x, skip.y * gate.dy.y + dt.y * gx.y);
+                store_two(static_cast<Element*>(call.ddelta) + out_at, ddelta.x, ddelta.y);
             }
+            out_at -= TILE * call.channels;
         }
     }
 

@@ -25,42 +25,26 @@ constexpr int TILE = 8;
 // A warp's part of shared memory: dt, dt u, and y of one tile.
 constexpr int TILE_FLOATS = TILE * WARP_CHANNELS;
 
-// B and C of a chunk, (CHUNK, 32) fp32: 16 of B, then 16 of C.
-struct SharedInputs {
-    static constexpr int FOURS = CHUNK * 8;
-    static constexpr int EACH = (FOURS + THREADS - 1) / THREADS;
-    Raw4 raw[EACH];
-
-    DEVICE void fetch(const Rows& B, const Rows& C, int first) {
+// B and C of a chunk into (CHUNK, 32) fp32: 16 of B, then 16 of C.
+DEVICE void put(const ChunkInputs& inputs, float* shared) {
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int item = i * THREADS + thread_in_block(), part = item & 7;
-            // Values and not the rows themselves are chosen, which would have to lie in memory.
-            const Rows rows(part < 4 ? B.at : C.at, 4 * (part & 3), part < 4 ? B.stride : C.stride,
-                            B.length);
-            if (item < FOURS) raw[i] = rows.four(first + (item >> 3));
-        }
+    for (int i = 0; i < ChunkInputs::EACH; ++i) {
+        const int item = i * THREADS + thread_in_block();
+        store_four(shared + 4 * item, Storage::widen(inputs.raw[i]).at);
     }
-    DEVICE void put(float* shared) const {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const int item = i * THREADS + thread_in_block();
-            if (item < FOURS) store_four(shared + 4 * item, Storage::widen(raw[i]).at);
-        }
-    }
-};
+}
 
 // What a lane reads of u, delta and z for one tile: steps quarter and quarter + 4.
 struct TileInputs {
     Raw2 u[2], delta[2], z[2];
 
-    DEVICE void fetch(const Rows& u_rows, const Rows& delta_rows, const Rows& z_rows, int t) {
+    DEVICE void fetch(const Rows& u_rows, const Rows& delta_rows, const Rows& z_rows, int left) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            u[i] = u_rows.two(t + 4 * i);
-            delta[i] = delta_rows.two(t + 4 * i);
+            u[i] = u_rows.two(4 * i, 4 * i < left);
+            delta[i] = delta_rows.two(4 * i, 4 * i < left);
 #if GATE && !LOCAL
-            z[i] = z_rows.two(t + 4 * i);
+            z[i] = z_rows.two(4 * i, 4 * i < left);
 #endif
         }
     }
@@ -87,11 +71,12 @@ KERNEL(selective_scan_forward) {
     float* const inputs = steps + TILE_FLOATS;
     float* const outputs = inputs + TILE_FLOATS;
 
-    const Rows u(call.u, place.row * call.u_batch + place.own(), call.u_row, length);
-    const Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row, length);
-    const Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, length);
-    const Rows B(call.B, place.row * call.B_batch + place.group * call.B_group, call.B_row, length);
-    const Rows C(call.C, place.row * call.C_batch + place.group * call.C_group, call.C_row, length);
+    const int begin = place.first_chunk * CHUNK + place.quarter;
+    Rows u(call.u, place.row * call.u_batch + place.own(), call.u_row, begin);
+    Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row, begin);
+    Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, begin);
+    Element* y_at = static_cast<Element*>(call.y) +
+                    (place.row * length + begin) * call.channels + place.own();
     const Pair bias = load_pair(call.delta_bias + place.own());
     const Pair skip = load_pair(call.D + place.own());
     float A[2][4], h[2][4];
@@ -105,16 +90,18 @@ KERNEL(selective_scan_forward) {
 
     Pair total = {0.f, 0.f};
     uint32 any_start = 0;
-    SharedInputs next_bc;
+    ChunkInputs next_bc(call, place);
     TileInputs next;
-    next_bc.fetch(B, C, place.first_chunk * CHUNK);
-    next.fetch(u, delta, z, place.first_chunk * CHUNK + place.quarter);
+    next_bc.fetch(place.first_chunk);
+    // Steps from the lane's own one to the end of the row.
+    int left = length - begin;
+    next.fetch(u, delta, z, left);
     const int chunks = int((call.length + CHUNK - 1) / CHUNK);
 #pragma unroll 1
     for (int chunk = place.first_chunk; chunk < place.end_chunk; ++chunk) {
         sync_block();
-        next_bc.put(shared_bc);
-        if (chunk + 1 < place.end_chunk) next_bc.fetch(B, C, (chunk + 1) * CHUNK);
+        put(next_bc, shared_bc);
+        if (chunk + 1 < place.end_chunk) next_bc.fetch(chunk + 1);
         sync_block();
         uint32 starts = 0;
 #if DOCUMENTS
@@ -128,14 +115,16 @@ KERNEL(selective_scan_forward) {
                          h);
 #pragma unroll 1
         for (int tile = 0; tile < CHUNK / TILE; ++tile) {
-            const int first = chunk * CHUNK + tile * TILE;
             const TileInputs now = next;
-            next.fetch(u, delta, z, first + TILE + place.quarter);
+            u.move(TILE);
+            delta.move(TILE);
+            z.move(TILE);
+            next.fetch(u, delta, z, left - TILE);
             sync_warp();
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int at = (4 * i + place.quarter) * WARP_CHANNELS + 2 * place.pair;
-                const Pair dt = step_sizes(now.delta[i], bias, first + 4 * i + place.quarter < length);
+                const Pair dt = step_sizes(now.delta[i], bias, 4 * i < left);
                 const Pair x = Storage::widen(now.u[i]);
                 store_pair(steps + at, dt.x, dt.y);
                 store_pair(inputs + at, dt.x * x.x, dt.y * x.y);
@@ -164,7 +153,10 @@ KERNEL(selective_scan_forward) {
                 }
                 if (!LOCAL && (t & 1)) summed[t / 2] = sum_over_states(y, place.quarter);
             }
-            if (LOCAL) continue;
+            if (LOCAL) {
+                left -= TILE;
+                continue;
+            }
 #pragma unroll
             for (int two = 0; two < TILE / 2; ++two)
                 outputs[(2 * two + place.quarter / 2) * WARP_CHANNELS + 2 * place.pair +
@@ -172,8 +164,8 @@ KERNEL(selective_scan_forward) {
             sync_warp();
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int in_tile = 4 * i + place.quarter, t = first + in_tile;
-                Pair out = load_pair(outputs + in_tile * WARP_CHANNELS + 2 * place.pair);
+                Pair out = load_pair(outputs + (4 * i + place.quarter) * WARP_CHANNELS +
+                                     2 * place.pair);
                 const Pair x = Storage::widen(now.u[i]);
                 out.x += skip.x * x.x;
                 out.y += skip.y * x.y;
@@ -183,10 +175,10 @@ KERNEL(selective_scan_forward) {
                 out.x *= gate.x * sigmoid(gate.x);
                 out.y *= gate.y * sigmoid(gate.y);
 #endif
-                if (t < length)
-                    store_two(call.y, (place.row * length + t) * call.channels + place.own(), out.x,
-                              out.y);
+                if (4 * i < left) store_two(y_at + 4 * i * call.channels, out.x, out.y);
             }
+            y_at += TILE * call.channels;
+            left -= TILE;
         }
     }
     if (LOCAL) {

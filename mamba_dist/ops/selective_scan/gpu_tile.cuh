@@ -58,29 +58,60 @@ struct Place {
     DEVICE int own() const { return channel + 2 * pair; }
 };
 
-// One batch row of a (B, L, ...) tensor from some channel on.
+// A lane's elements of one batch row of a (B, L, ...) tensor, at a step that moves with the tiles:
+// an address that is added to costs a third of one computed from the step.
 struct Rows {
     const Element* at;
     int64 stride;
-    int length;
 
-    DEVICE Rows(const void* tensor, int64 offset, int64 row_stride, int64 steps)
-        : at(static_cast<const Element*>(tensor) + offset), stride(row_stride), length(int(steps)) {}
-    // Two or four neighbours at step t, zeros past the end.
-    DEVICE Raw2 two(int t) const {
+    DEVICE Rows(const void* tensor, int64 offset, int64 row_stride, int step)
+        : at(static_cast<const Element*>(tensor) + offset + step * row_stride), stride(row_stride) {}
+    // Two or four neighbours `ahead` steps from here, zeros unless that is `within` the row.
+    DEVICE Raw2 two(int ahead, bool within) const {
         Raw2 raw{};
-        if (t < length) raw = *reinterpret_cast<const Raw2*>(at + t * stride);
+        if (within) raw = *reinterpret_cast<const Raw2*>(at + ahead * stride);
         return raw;
     }
-    DEVICE Raw4 four(int t) const {
+    DEVICE Raw4 four(int ahead, bool within) const {
         Raw4 raw{};
-        if (t < length) raw = *reinterpret_cast<const Raw4*>(at + t * stride);
+        if (within) raw = *reinterpret_cast<const Raw4*>(at + ahead * stride);
         return raw;
+    }
+    DEVICE void move(int steps) { at += steps * stride; }
+};
+
+// B and C of a chunk on their way into shared memory: a thread has 4 states of some steps.
+struct ChunkInputs {
+    static constexpr int FOURS = CHUNK * 8;
+    static constexpr int EACH = (FOURS + THREADS - 1) / THREADS;
+    static_assert(THREADS % 8 == 0, "a thread keeps to B or to C");
+    Rows rows;
+    int first, length;
+    Raw4 raw[EACH];
+
+    template <class Call>
+    DEVICE ChunkInputs(const Call& call, const Place& place)
+        : rows(is_C() ? call.C : call.B,
+               (is_C() ? place.row * call.C_batch + place.group * call.C_group
+                       : place.row * call.B_batch + place.group * call.B_group) +
+                   4 * part(),
+               is_C() ? call.C_row : call.B_row, thread_in_block() >> 3),
+          first(thread_in_block() >> 3),
+          length(int(call.length)) {}
+    DEVICE static bool is_C() { return thread_in_block() & 4; }
+    // Which group of four states.
+    DEVICE static int part() { return thread_in_block() & 3; }
+    DEVICE void fetch(int chunk) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int step = chunk * CHUNK + i * (THREADS / 8);
+            raw[i] = rows.four(step, first + step < length);
+        }
     }
 };
 
-DEVICE void store_two(void* tensor, int64 offset, float x, float y) {
-    *reinterpret_cast<Raw2*>(static_cast<Element*>(tensor) + offset) = Storage::narrow(x, y);
+DEVICE void store_two(Element* at, float x, float y) {
+    *reinterpret_cast<Raw2*>(at) = Storage::narrow(x, y);
 }
 
 DEVICE Four load_four(const float* at) { return *reinterpret_cast<const Four*>(at); }
