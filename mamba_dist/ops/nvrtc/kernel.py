@@ -7,7 +7,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -15,6 +15,9 @@ from mamba_dist.errors import BackendError
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH, compiled, nvrtc_version
 
 _MAX_SHARED_BYTES: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# What the hardware keeps of each block's shared memory, and in what steps it gives it.
+_RESERVED_SHARED_BYTES: Final = 1024
+_SHARED_UNIT: Final = 128
 _INVALID_CONTEXT: Final = 201  # CUDA_ERROR_INVALID_CONTEXT
 # bf16 conversions and matrix instructions; what is older goes through the torch backend.
 OLDEST_CAPABILITY: Final = (8, 0)
@@ -62,6 +65,7 @@ def launch(
         with torch.cuda.device(index):
             launch(kernel, call, blocks=blocks, shared_bytes=shared_bytes, device=device)
         return
+    shared_bytes = max(shared_bytes, _spreading_bytes(blocks, index))
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     stream = torch.cuda.current_stream(index).cuda_stream
     function = _function(kernel, index, shared_bytes)
@@ -71,6 +75,20 @@ def launch(
         _bind_context(index)
         status = _driver().cuLaunchKernel(*words)
     _check(status, f"launching {kernel.name} with {blocks} blocks")
+
+
+@functools.cache
+def _spreading_bytes(blocks: int, device_index: int) -> int:
+    """Shared memory a block with which no multiprocessor takes more blocks than its even share.
+
+    Left to itself the hardware fills some before others: 384 blocks of which 4 fit took 2.3 ms on
+    an H100 of 132 multiprocessors, and 1.7 ms where 3 fit.
+    """
+    properties: Any = torch.cuda.get_device_properties(device_index)
+    share = -(-blocks // int(properties.multi_processor_count))
+    available = properties.shared_memory_per_multiprocessor // share - _RESERVED_SHARED_BYTES
+    most = int(min(available, properties.shared_memory_per_block_optin))
+    return max(0, most // _SHARED_UNIT * _SHARED_UNIT)
 
 
 def require_device() -> None:

@@ -397,9 +397,11 @@ def _run_backward(
         0 if inputs.seq_idx is None else inputs.seq_idx.stride(0),
         *(batch, length, channels, groups, splits),
     )
-    # B and C in four orders; per warp six noted states, the chunk's steps and two tiles.
+    # B and C in four orders; per warp six noted states, the chunk's steps, two tiles, two sets of
+    # dB and dC, and two numbers a channel.
     per_warp = 6 * 8 * 32 + _CHUNK_STEPS * _WARP_CHANNELS + 2 * 4 * _WARP_CHANNELS
-    shared_bytes = 4 * (_CHUNK_STEPS * 128 + warps * (2 * 4 * 32 + per_warp))
+    per_warp += 2 * 4 * 32 + 2 * _WARP_CHANNELS
+    shared_bytes = 4 * (_CHUNK_STEPS * 128 + warps * per_warp)
     for local in (True, False) if splits > 1 else (False,):
         chosen = kernel
         if local:

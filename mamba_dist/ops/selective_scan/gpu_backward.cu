@@ -40,6 +40,8 @@ constexpr int LANE_STATES = 8;
 // The states before tiles 1 to 6 of a chunk; the last tile's stay in registers, the first one's are
 // those before the chunk.
 constexpr int NOTED = TILES - 2;
+// Each channel's skip weight and step bias: L1, all of which shared memory takes, would not hold them.
+constexpr int VECTOR_FLOATS = 2 * BLOCK_CHANNELS;
 constexpr int WARP_FLOATS = NOTED * LANE_STATES * 32 + CHUNK * WARP_CHANNELS + 2 * TILE_FLOATS;
 
 // v[j] becomes v[j ^ p].
@@ -239,7 +241,11 @@ KERNEL(selective_scan_backward) {
     const int length = int(call.length), order = place.pair & 3;
     float* const shared_bc = reinterpret_cast<float*>(shared_memory());
     float* const parts = shared_bc + CHUNK * STEP_FLOATS;
-    float* const noted = parts + 2 * WARPS * TILE * 32 + warp_in_block() * WARP_FLOATS;
+    float* const own_skip = parts + 2 * WARPS * TILE * 32 + warp_in_block() * WARP_CHANNELS +
+                            2 * (lane_in_warp() & 7);
+    float* const own_bias = own_skip + BLOCK_CHANNELS;
+    float* const noted =
+        parts + 2 * WARPS * TILE * 32 + VECTOR_FLOATS + warp_in_block() * WARP_FLOATS;
     float* const steps = noted + NOTED * LANE_STATES * 32;
     // One tile's dt u and dy, whose places the sums over states take step by step.
     float* const inputs = steps + CHUNK * WARP_CHANNELS;
@@ -253,6 +259,12 @@ KERNEL(selective_scan_backward) {
     int64 out_at = (place.row * length + begin) * call.channels + place.own();
     int left = length - begin;
     BlockSums sums(call, place);
+    if (place.quarter == 0) {
+        const Pair skip = load_pair(call.D + place.own());
+        const Pair bias = load_pair(call.delta_bias + place.own());
+        store_pair(own_skip, skip.x, skip.y);
+        store_pair(own_bias, bias.x, bias.y);
+    }
     const float* const bc_of_lane = shared_bc + 16 * place.quarter + 4 * order;
     const int own_pair = 2 * place.pair;
     const int sum_at = (place.quarter & 2 ? TILE_FLOATS : 0) + own_pair + (place.quarter & 1);
@@ -284,10 +296,16 @@ KERNEL(selective_scan_backward) {
         Rows first_u(call.u, place.row * call.u_batch + place.own(), call.u_row, chunk_begin);
         Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row,
                    chunk_begin);
-        const Pair bias = load_pair(call.delta_bias + place.own());
         int chunk_left = left + CHUNK - TILE;
-        Raw2 next_delta = delta.two(0, chunk_left > 0);
-        Raw2 next_u = first_u.two(0, chunk_left > 0);
+        // Two tiles ahead: the memory answers later than one tile takes.
+        Raw2 now_delta = delta.two(0, chunk_left > 0);
+        Raw2 now_u = first_u.two(0, chunk_left > 0);
+        Raw2 next_delta = delta.two(TILE, chunk_left > TILE);
+        Raw2 next_u = first_u.two(TILE, chunk_left > TILE);
+        const Raw2 last_u = u.two(0, left > 0);
+        Raw2 next_grad = grad_y.two(0, left > 0);
+        Raw2 next_z = gate_input(z, 0, left > 0);
+        Raw2 next_y = output(call.y, out_at, left > 0);
         {
             ChunkInputs bc(call, place);
             bc.fetch(chunk);
@@ -303,13 +321,15 @@ KERNEL(selective_scan_backward) {
 
 #pragma unroll 1
         for (int tile = 0; tile < TILES; ++tile) {
-            const Pair dt = step_sizes(next_delta, bias, chunk_left > 0);
-            const Pair x = Storage::widen(next_u);
+            const Pair dt = step_sizes(now_delta, load_pair(own_bias), chunk_left > 0);
+            const Pair x = Storage::widen(now_u);
             delta.move(TILE);
             first_u.move(TILE);
             chunk_left -= TILE;
-            next_delta = delta.two(0, chunk_left > 0);
-            next_u = first_u.two(0, chunk_left > 0);
+            now_delta = next_delta;
+            now_u = next_u;
+            next_delta = delta.two(TILE, chunk_left > TILE);
+            next_u = first_u.two(TILE, chunk_left > TILE);
             float* const tile_steps = steps + tile * TILE_FLOATS;
             store_pair(tile_steps + place.quarter * WARP_CHANNELS + own_pair, dt.x, dt.y);
             if (tile == TILES - 1) break;
@@ -336,10 +356,7 @@ KERNEL(selective_scan_backward) {
             }
         }
 
-        next_u = u.two(0, left > 0);
-        Raw2 next_grad = grad_y.two(0, left > 0);
-        Raw2 next_z = gate_input(z, 0, left > 0);
-        Raw2 next_y = output(call.y, out_at, left > 0);
+        next_u = last_u;
 #pragma unroll 1
         for (int tile = TILES - 1; tile >= 0; --tile) {
             const float* const tile_steps = steps + tile * TILE_FLOATS;
@@ -454,7 +471,7 @@ KERNEL(selective_scan_backward) {
             const Pair gx = load_pair(inputs + own_at);
             const Pair gA = load_pair(grads + own_at);
             const Pair dt = load_pair(tile_steps + own_at);
-            const Pair skip = load_pair(call.D + place.own());
+            const Pair skip = load_pair(own_skip);
             Pair ddelta = {own_u.x * gx.x + gA.x * (1.f / LOG2_E),
                            own_u.y * gx.y + gA.y * (1.f / LOG2_E)};
 #if SOFTPLUS
