@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mamba_dist.ops.arguments import check_floating, check_rank, check_seq_idx, check_shape
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.causal_conv1d import cpu, cuda, reference, torch_chunked
+from mamba_dist.ops.causal_conv1d import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
     {
         "reference": reference.causal_conv1d,
         "torch": torch_chunked.causal_conv1d,
         "cpu": cpu.causal_conv1d,
-        "gpu": torch_chunked.causal_conv1d,
+        "gpu": gpu.causal_conv1d,
         "cuda": cuda.causal_conv1d,
     }
 )
