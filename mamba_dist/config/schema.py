@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 2
 
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no silent type conversion."""
@@ -171,8 +173,9 @@ class TrainingConfig(Section):
     """At most so many validation sequences each time, over all ranks."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 computes matrix products in bfloat16; parameters are stored in float32 either way."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full recomputes each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """full computes each block again in the backward pass instead of keeping its activations;
+    selective keeps the two large projections and the scan, and computes again what is cheap."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights."""
 

@@ -18,14 +18,14 @@ from mamba_dist.model.state import LayerState
 class Block(nn.Module):
     """One layer of the backbone."""
 
-    def __init__(self, config: MambaConfig, *, backend: str) -> None:
+    def __init__(
+        self, config: MambaConfig, *, backend: str, selective_recomputation: bool = False
+    ) -> None:
         super().__init__()
         self.norm = AddRMSNorm(config.d_model, eps=config.norm_eps, backend=backend)
         self.mixer: Mamba1Mixer | Mamba2Mixer
-        if config.layer == "mamba1":
-            self.mixer = Mamba1Mixer(config, backend=backend)
-        else:
-            self.mixer = Mamba2Mixer(config, backend=backend)
+        mixer = Mamba1Mixer if config.layer == "mamba1" else Mamba2Mixer
+        self.mixer = mixer(config, backend=backend, selective_recomputation=selective_recomputation)
 
     def forward(
         self,

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mamba_dist.config.schema import MambaConfig
+from mamba_dist.config.schema import ActivationCheckpointing, MambaConfig
 from mamba_dist.model.block import Block
 from mamba_dist.model.layers import Embedding
 from mamba_dist.model.norm import AddRMSNorm
+from mamba_dist.model.recomputation import recomputed
 from mamba_dist.model.state import LayerState
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
 from mamba_dist.ops.linear import linear
@@ -25,12 +25,20 @@ class Backbone(nn.Module):
     """Embedding, blocks and final norm."""
 
     def __init__(
-        self, config: MambaConfig, *, backend: str, activation_checkpointing: bool
+        self,
+        config: MambaConfig,
+        *,
+        backend: str,
+        activation_checkpointing: ActivationCheckpointing,
     ) -> None:
         super().__init__()
-        self._activation_checkpointing = activation_checkpointing
+        self._recomputes_blocks = activation_checkpointing == "full"
         self.embedding = Embedding(config.padded_vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, backend=backend) for _ in range(config.n_layers))
+        selective_recomputation = activation_checkpointing == "selective"
+        self.layers = nn.ModuleList(
+            Block(config, backend=backend, selective_recomputation=selective_recomputation)
+            for _ in range(config.n_layers)
+        )
         self.norm_f = AddRMSNorm(config.d_model, eps=config.norm_eps, backend=backend)
 
     def forward(
@@ -46,8 +54,8 @@ class Backbone(nn.Module):
         new_states: list[LayerState] = []
         for i, block in enumerate(self.layers):
             state = None if states is None else states[i]
-            if self._activation_checkpointing and torch.is_grad_enabled() and not keep_state:
-                mixed = _recomputed(block, mixed, seq_idx, state)
+            if self._recomputes_blocks and torch.is_grad_enabled() and not keep_state:
+                mixed = _recomputed_block(block, mixed, seq_idx, state)
                 continue
             mixed, residual, new_state = block(
                 mixed, residual, seq_idx, state, keep_state=keep_state
@@ -87,7 +95,11 @@ class MambaLM(nn.Module):
     """Mamba language model; parameters are unset until `initialize` or `load_parameters`."""
 
     def __init__(
-        self, config: MambaConfig, *, backend: str = "torch", activation_checkpointing: bool = False
+        self,
+        config: MambaConfig,
+        *,
+        backend: str = "torch",
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__()
         self.config = config
@@ -138,7 +150,7 @@ class MambaLM(nn.Module):
         return logits, new_states
 
 
-def _recomputed(
+def _recomputed_block(
     block: nn.Module, stream: Tensor, seq_idx: Tensor | None, state: LayerState | None
 ) -> Tensor:
     """The stream after the block, keeping only the one before it for the backward pass."""
@@ -149,10 +161,4 @@ def _recomputed(
         added: Tensor = residual + mixed
         return added
 
-    # Nothing in a block draws random numbers. Early stopping must stay on: without it the
-    # recomputation ends by ZeRO-3's letting go of parameters that the backward pass still needs
-    # (measured with DeepSpeed 0.19.8 on 2 ranks; with it gradients are bit-identical).
-    output: Tensor = checkpoint(
-        run, stream, use_reentrant=False, preserve_rng_state=False, early_stop=True
-    )
-    return output
+    return recomputed(run, stream)

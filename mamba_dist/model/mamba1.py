@@ -3,12 +3,16 @@
 B batch, L length, D d_model, E d_inner, N d_state, R dt_rank, K d_conv.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.model.layers import CausalConv1d, Linear, wide
+from mamba_dist.model.recomputation import recomputed
 from mamba_dist.model.state import LayerState, layer_state
+from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.linear import linear
 from mamba_dist.ops.selective_scan import selective_scan
 
@@ -16,10 +20,13 @@ from mamba_dist.ops.selective_scan import selective_scan
 class Mamba1Mixer(nn.Module):
     """Selective scan between two projections, gated by z."""
 
-    def __init__(self, config: MambaConfig, *, backend: str) -> None:
+    def __init__(
+        self, config: MambaConfig, *, backend: str, selective_recomputation: bool = False
+    ) -> None:
         super().__init__()
         inner, d_state, rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self._backend = backend
+        self._selective_recomputation = selective_recomputation
         self._x_proj_widths = (rank, d_state, d_state)
         self.in_proj = Linear(config.d_model, 2 * inner, bias=config.proj_bias, backend=backend)
         self.conv1d = CausalConv1d(
@@ -48,6 +55,24 @@ class Mamba1Mixer(nn.Module):
             keep_state: also return the state.
         """
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        scanned = functools.partial(self._scanned, seq_idx=seq_idx, state=state)
+        if self._selective_recomputation and torch.is_grad_enabled() and not keep_state:
+            y, new_state = recomputed(functools.partial(scanned, kept=KeptScan()), x, z)
+        else:
+            y, new_state = scanned(x, z, keep_state=keep_state)
+        return self.out_proj(y), new_state
+
+    def _scanned(
+        self,
+        x: Tensor,
+        z: Tensor,
+        *,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        keep_state: bool = False,
+        kept: KeptScan | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """Everything between the two projections, (B, L, E), and the state if it is to be kept."""
         x, conv_state = self.conv1d(
             x, seq_idx, None if state is None else state.conv, keep_state=keep_state
         )
@@ -66,7 +91,8 @@ class Mamba1Mixer(nn.Module):
             seq_idx,
             None if state is None else state.ssm,
             keep_state,
+            kept=kept,
             backend=self._backend,
         )
         y, ssm_state = result if isinstance(result, tuple) else (result, None)
-        return self.out_proj(y), layer_state(conv_state, ssm_state)
+        return y, layer_state(conv_state, ssm_state)

@@ -3,24 +3,31 @@
 B batch, L length, D d_model, E d_inner, N d_state, H heads, P headdim, G groups, K d_conv.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.model.layers import CausalConv1d, Linear, wide
 from mamba_dist.model.norm import GatedRMSNorm
+from mamba_dist.model.recomputation import recomputed
 from mamba_dist.model.state import LayerState, layer_state
+from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.ssd import ssd
 
 
 class Mamba2Mixer(nn.Module):
     """SSD between two projections, with a gated RMSNorm before the second."""
 
-    def __init__(self, config: MambaConfig, *, backend: str) -> None:
+    def __init__(
+        self, config: MambaConfig, *, backend: str, selective_recomputation: bool = False
+    ) -> None:
         super().__init__()
         inner, heads, groups = config.d_inner, config.n_heads, config.ngroups
         shared = groups * config.d_state
         self._backend = backend
+        self._selective_recomputation = selective_recomputation
         self._headdim, self._groups, self._chunk_size = config.headdim, groups, config.chunk_size
         self._in_proj_widths = (inner, inner + 2 * shared, heads)
         self._conv_widths = (inner, shared, shared)
@@ -36,7 +43,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.norm = GatedRMSNorm(inner, groups=groups, eps=config.norm_eps)
+        self.norm = GatedRMSNorm(inner, groups=groups, eps=config.norm_eps, backend=backend)
         self.out_proj = Linear(inner, config.d_model, bias=config.proj_bias, backend=backend)
 
     def forward(
@@ -56,10 +63,28 @@ class Mamba2Mixer(nn.Module):
             keep_state: also return the state.
         """
         z, xBC, dt = self.in_proj(hidden).split(self._in_proj_widths, dim=-1)
+        scanned = functools.partial(self._scanned, seq_idx=seq_idx, state=state)
+        if self._selective_recomputation and torch.is_grad_enabled() and not keep_state:
+            y, new_state = recomputed(functools.partial(scanned, kept=KeptScan()), xBC, dt)
+        else:
+            y, new_state = scanned(xBC, dt, keep_state=keep_state)
+        return self.out_proj(self.norm(y, z)), new_state
+
+    def _scanned(
+        self,
+        xBC: Tensor,
+        dt: Tensor,
+        *,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        keep_state: bool = False,
+        kept: KeptScan | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """Convolution and scan, (B, L, E), and the state if it is to be kept."""
         xBC, conv_state = self.conv1d(
             xBC, seq_idx, None if state is None else state.conv, keep_state=keep_state
         )
-        x, B, C = xBC.split(self._conv_widths, dim=-1)
+        x, B, C = xBC.split(self._conv_widths, dim=-1)  # type: ignore[no-untyped-call]
         result = ssd(
             x.unflatten(-1, (-1, self._headdim)),
             dt,
@@ -75,7 +100,8 @@ class Mamba2Mixer(nn.Module):
             None if state is None else state.ssm,
             keep_state,
             chunk_size=self._chunk_size,
+            kept=kept,
             backend=self._backend,
         )
         y, ssm_state = result if isinstance(result, tuple) else (result, None)
-        return self.out_proj(self.norm(y.flatten(-2), z)), layer_state(conv_state, ssm_state)
+        return y.flatten(-2), layer_state(conv_state, ssm_state)

@@ -5,10 +5,9 @@ arXiv 2405.21060, section 7.1.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba_dist.model.layers import wide
+from mamba_dist.ops.gated_rms_norm import gated_rms_norm
 from mamba_dist.ops.rms_norm import add_rms_norm
 
 
@@ -39,18 +38,24 @@ class AddRMSNorm(nn.Module):
 class GatedRMSNorm(nn.Module):
     """RMSNorm of x * silu(z) (norm_before_gate False), each of G groups of channels by itself."""
 
-    def __init__(self, width: int, *, groups: int, eps: float) -> None:
+    def __init__(self, width: int, *, groups: int, eps: float, backend: str) -> None:
         super().__init__()
         self.eps = eps
         self.groups = groups
+        self._backend = backend
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """(..., D), in autocast's dtype if it is on, else in x's; x and z are (..., D)."""
-        gated = wide(x) * F.silu(wide(z))
-        grouped = gated.view(*gated.shape[:-1], self.groups, -1)
-        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
-        return (normed * wide(self.weight)).to(_output_dtype(x))
+        return gated_rms_norm(
+            x,
+            z,
+            self.weight,
+            groups=self.groups,
+            eps=self.eps,
+            output_dtype=_output_dtype(x),
+            backend=self._backend,
+        )
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:

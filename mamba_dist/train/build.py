@@ -159,7 +159,7 @@ def _build_engine(
         model = MambaLM(
             config.model,
             backend=backend,
-            activation_checkpointing=training.activation_checkpointing == "full",
+            activation_checkpointing=training.activation_checkpointing,
         )
     initialize(model, config.model, seed=training.seed, gather=zero.gather)
     classes = classify(model)

@@ -76,7 +76,12 @@ RANGES: list[Row] = [
     ("training.eval_steps", [1, NOTHING, None], [0], "an integer of at least 1 or null"),
     ("training.eval_sequences", [1, NOTHING], [0, None], "an integer of at least 1"),
     ("training.precision", ["bf16", "fp32"], ["fp16", None], "one of 'bf16', 'fp32'"),
-    ("training.activation_checkpointing", ["none", "full"], [True], "one of 'none', 'full'"),
+    (
+        "training.activation_checkpointing",
+        ["none", "selective", "full"],
+        [True],
+        "one of 'none', 'selective', 'full'",
+    ),
     (
         "training.seed",
         [0, 2**63 - 1],

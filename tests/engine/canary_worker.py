@@ -34,9 +34,7 @@ def shared_memory() -> set[str]:
 
 
 def build(stage: int, world: World) -> zero.ZeroEngine:
-    return tiny.build_engine(
-        stage, layer="mamba1", precision="fp32", checkpointing=False, world=world
-    )
+    return tiny.build_engine(stage, layer="mamba1", precision="fp32", world=world)
 
 
 def compatible_ops() -> None:
@@ -122,7 +120,7 @@ def partition_norm_privates(engine: zero.ZeroEngine) -> None:
 
 def plain_norm() -> float:
     """The gradient norm of step 0 in plain PyTorch."""
-    lm = tiny.build("mamba1", checkpointing=False)
+    lm = tiny.build("mamba1")
     initialize(lm, tiny.tiny_config("mamba1"), seed=3, gather=zero.gather)
     module = tiny.Scaled(lm)
     for micro in range(tiny.MICRO_STEPS):

@@ -23,9 +23,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def new_engine(stage: int, world: World):
-    return tiny.build_engine(
-        stage, layer="mamba1", precision="fp32", checkpointing=False, world=world
-    )
+    return tiny.build_engine(stage, layer="mamba1", precision="fp32", world=world)
 
 
 def train(engine, steps: range, world: World) -> list[float]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mamba_dist.config.schema import EngineConfig, MambaConfig
+from mamba_dist.config.schema import ActivationCheckpointing, EngineConfig, MambaConfig
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
@@ -40,7 +40,7 @@ class Scaled(nn.Module):
         return self.lm(input_ids, labels=labels, seq_idx=seq_idx) * scale
 
 
-def build(layer: str, *, checkpointing: bool) -> MambaLM:
+def build(layer: str, *, checkpointing: ActivationCheckpointing = "none") -> MambaLM:
     return MambaLM(tiny_config(layer), backend="torch", activation_checkpointing=checkpointing)
 
 
@@ -73,7 +73,12 @@ def step_tokens(step: int, world_size: int) -> int:
 
 
 def build_engine(
-    stage: int, *, layer: str, precision: str, checkpointing: bool, world: World
+    stage: int,
+    *,
+    layer: str,
+    precision: str,
+    world: World,
+    checkpointing: ActivationCheckpointing = "none",
 ) -> zero.ZeroEngine:
     settings = zero.zero_settings(
         EngineConfig(zero_stage=stage), precision=precision, accumulation_steps=MICRO_STEPS

@@ -101,7 +101,7 @@ def test_activation_checkpointing_changes_no_bit(layer: str, autocast: bool) -> 
     ids = tokens(2, 40)
     seq_idx = (torch.arange(40) >= 11).int().expand(2, 40).contiguous()
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "full"):
         model = perturbed(config, activation_checkpointing=checkpointing)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(ids, labels=ids, seq_idx=seq_idx)
@@ -115,16 +115,16 @@ def test_activation_checkpointing_changes_no_bit(layer: str, autocast: bool) -> 
         assert torch.equal(gradient, again)
 
 
-def test_activation_checkpointing_runs_each_block_again_in_the_backward_pass() -> None:
+def test_full_activation_checkpointing_runs_each_block_again_in_the_backward_pass() -> None:
     runs = {}
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "selective", "full"):
         model = perturbed(small_config("mamba1"), activation_checkpointing=checkpointing)
         calls: list[Block] = []
         for block in model.backbone.layers:
             block.register_forward_pre_hook(lambda module, _, calls=calls: calls.append(module))
         model(tokens(1, 8), labels=tokens(1, 8)).backward()
         runs[checkpointing] = len(calls)
-    assert runs == {False: 2, True: 4}
+    assert runs == {"none": 2, "selective": 2, "full": 4}
 
 
 @pytest.mark.parametrize("layer", LAYERS)

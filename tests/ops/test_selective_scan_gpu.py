@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mamba_dist.errors import BackendError
 from mamba_dist.ops.agreement import tolerance
-from mamba_dist.ops.selective_scan import gpu, selective_scan
+from mamba_dist.ops.selective_scan import gpu_launch, selective_scan
 
 ROWS = {"u", "delta", "B", "C", "z"}
 
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "launch", launch_emulated)
+    monkeypatch.setattr(gpu_launch, "launch", launch_emulated)
 
 
 def inputs(
@@ -82,7 +82,7 @@ def test_any_number_of_channels_groups_and_states() -> None:
 
 
 def test_a_row_cut_into_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_splits", lambda *_: 3)
+    monkeypatch.setattr(gpu_launch, "_splits", lambda *_: 3)
     assert_agrees(inputs(length=150))
     assert_agrees(inputs(length=150), seq_idx=documents(1, 150))
 

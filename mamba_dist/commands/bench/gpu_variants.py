@@ -79,7 +79,7 @@ def _model(config: RunConfig, device_type: str) -> MambaLM:
     return MambaLM(
         config.model,
         backend=resolve_backend(config.engine.ops_backend, device_type=device_type),
-        activation_checkpointing=config.training.activation_checkpointing == "full",
+        activation_checkpointing=config.training.activation_checkpointing,
     )
 
 

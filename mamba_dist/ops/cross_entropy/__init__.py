@@ -11,15 +11,15 @@ from torch import Tensor
 
 from mamba_dist.ops.arguments import check_device, check_floating, check_rank, check_shape
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.cross_entropy import cpu, reference, torch_chunked
+from mamba_dist.ops.cross_entropy import cpu, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
     {
         "reference": reference.linear_cross_entropy,
         "torch": torch_chunked.linear_cross_entropy,
         "cpu": cpu.linear_cross_entropy,
+        "gpu": gpu.linear_cross_entropy,
         # mamba-ssm has none.
-        "gpu": torch_chunked.linear_cross_entropy,
         "cuda": torch_chunked.linear_cross_entropy,
     }
 )

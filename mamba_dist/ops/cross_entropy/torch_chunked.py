@@ -12,6 +12,7 @@ T tokens (B L), D d_model, V rows of the head.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,13 +47,17 @@ class Pieces:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a call computes: the softmax's rows, the matmuls' dtype, which gradients are wanted."""
+    """How a call computes: the softmax's rows and the matmuls' dtype."""
 
     pieces: Pieces
     vocab_size: int
     matmul_dtype: torch.dtype
-    grad_hidden: bool
-    grad_weight: bool
+
+
+LossAndGradients = tuple[Tensor, Tensor | None, Tensor | None]
+"""The loss, and its gradients for tokens (T, D) and weight (V, D) as far as wanted."""
+Forward = Callable[[Tensor, Tensor, Tensor, tuple[bool, bool]], LossAndGradients]
+"""Tokens, weight, targets (T,) and which of the two gradients are wanted -> what it computes."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
@@ -65,26 +70,28 @@ def chunked(
     hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, pieces: Pieces
 ) -> Tensor:
     """`linear_cross_entropy` out of `pieces`."""
+    plan = _Plan(pieces, vocab_size, pieces.product_dtype(matmul_dtype(hidden, weight)))
+    return differentiable(hidden, weight, labels, partial(_forward, plan))
+
+
+def differentiable(hidden: Tensor, weight: Tensor, labels: Tensor, forward: Forward) -> Tensor:
+    """The scalar loss of `forward`, which computes the gradients along with it, outside autocast.
+
+    Its gradients may have other dtypes than hidden and weight.
+    """
     refuse_tangents("linear_cross_entropy", hidden, weight)
     tokens, targets = hidden.flatten(0, 1), labels.flatten()
-    with_gradient = torch.is_grad_enabled()
-    plan = _Plan(
-        pieces,
-        vocab_size,
-        pieces.product_dtype(_matmul_dtype(hidden, weight)),
-        with_gradient and hidden.requires_grad,
-        with_gradient and weight.requires_grad,
-    )
     with autocast_disabled(hidden):
-        if plan.grad_hidden or plan.grad_weight:
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                tokens, weight, targets, plan
+                tokens, weight, targets, forward
             )
             return loss
-        return _forward(tokens, weight, targets, plan)[0]
+        return forward(tokens, weight, targets, (False, False))[0]
 
 
-def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What autocast or the promotion of both makes of the matmuls."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
@@ -94,8 +101,10 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor, plan: _Plan) -> Tensor:
-        loss, grad_tokens, grad_weight = _forward(tokens, weight, targets, plan)
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor, forward: Forward
+    ) -> Tensor:
+        loss, grad_tokens, grad_weight = forward(tokens, weight, targets, ctx.needs_input_grad[:2])
         # The inputs only for `first_order`.
         ctx.save_for_backward(grad_tokens, grad_weight, tokens, weight)
         return loss
@@ -112,15 +121,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _forward(
-    tokens: Tensor, weight: Tensor, targets: Tensor, plan: _Plan
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, and its gradients for tokens (T, D) and weight (V, D) as far as wanted."""
+    plan: _Plan, tokens: Tensor, weight: Tensor, targets: Tensor, wanted: tuple[bool, bool]
+) -> LossAndGradients:
     dtype = compute_dtype(tokens)
     head = weight[: plan.vocab_size].to(plan.matmul_dtype)
     # fp64 costs nothing here and makes the sum independent of how tokens fall into chunks.
     loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
-    grad_tokens = torch.empty_like(tokens, dtype=dtype) if plan.grad_hidden else None
-    grad_weight = torch.empty_like(weight, dtype=dtype) if plan.grad_weight else None
+    grad_tokens = torch.empty_like(tokens, dtype=dtype) if wanted[0] else None
+    grad_weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else None
     if grad_weight is not None:
         # The other rows are written by the first chunk.
         grad_weight[plan.vocab_size :].zero_()
@@ -129,22 +137,26 @@ def _forward(
         where = slice(start, start + chunk)
         inputs = tokens[where].to(plan.matmul_dtype)
         losses, logits_grad = plan.pieces.softmax_loss(
-            plan.pieces.product(inputs, head), targets[where], plan.grad_hidden or plan.grad_weight
+            plan.pieces.product(inputs, head), targets[where], any(wanted)
         )
         loss += losses.sum(dtype=torch.float64)
         logits_grad = logits_grad.to(plan.matmul_dtype)
         if grad_tokens is not None:
             grad_tokens[where] = plan.pieces.product(logits_grad, head.t())
         if grad_weight is not None:
-            rows = grad_weight[: plan.vocab_size]
-            # In one call where the dtypes allow it: no second (V, D) for the product.
-            if logits_grad.dtype == dtype:
-                torch.addmm(rows, logits_grad.t(), inputs, beta=int(start > 0), out=rows)
-            elif start == 0:
-                rows.copy_(logits_grad.t() @ inputs)
-            else:
-                rows += logits_grad.t() @ inputs
+            add_product(grad_weight[: plan.vocab_size], logits_grad, inputs, is_first=start == 0)
     return loss.to(dtype), grad_tokens, grad_weight
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
+    """Adds left^T @ right to `total`, or overwrites it in the first chunk."""
+    # In one call where the dtypes allow it: no second (V, D) for the product.
+    if left.dtype == total.dtype:
+        torch.addmm(total, left.t(), right, beta=int(not is_first), out=total)
+    elif is_first:
+        total.copy_(left.t() @ right)
+    else:
+        total += left.t() @ right
 
 
 def _chunk_tokens(tokens: Tensor, vocab_size: int) -> int:

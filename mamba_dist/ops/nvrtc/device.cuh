@@ -63,6 +63,32 @@ DEVICE uint32 pack_bf16(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
 }
+// D += A B on the tensor cores, fp32 sums of tf32 products: of each factor the lower 13 bits are left
+// out. A is 16 x 8 and a lane has its rows lane / 4 and that + 8, columns lane mod 4 (a[0], a[1]) and
+// that + 4 (a[2], a[3]); B is 8 x 8, rows lane mod 4 and that + 4, column lane / 4; D is 16 x 8, rows
+// as A, columns 2 (lane mod 4) and the next (PTX ISA, mma.m16n8k8).
+DEVICE void multiply_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+// Copies 8 or 16 bytes to shared memory while the thread goes on, zeros unless `within`. Unlike a load
+// it holds none of the six scoreboards, on which other instructions would then wait as well.
+template <int BYTES>
+DEVICE void copy_async(void* shared, const void* global, bool within) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"((uint32)__cvta_generic_to_shared(shared)), "l"(global), "n"(BYTES),
+                   "r"(within ? BYTES : 0)
+                 : "memory");
+}
+// Until the thread's own copies have arrived.
+DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" : : : "memory");
+}
+DEVICE uint32 float_to_bits(float x) { return __float_as_uint(x); }
 DEVICE void add_to_global(float* target, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" : : "l"(target), "f"(value) : "memory");
 }
@@ -99,6 +125,19 @@ struct Fp32 {
 };
 
 constexpr float LOG2_E = 1.4426950408889634f;
+
+// What tf32 keeps of x.
+DEVICE float tf32_part(float x) { return bits_to_float(float_to_bits(x) & 0xffffe000u); }
+
+// D += A B to fp32 precision, in three products.
+DEVICE void multiply_fp32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    const float high[4] = {tf32_part(a[0]), tf32_part(a[1]), tf32_part(a[2]), tf32_part(a[3])};
+    const float low[4] = {a[0] - high[0], a[1] - high[1], a[2] - high[2], a[3] - high[3]};
+    const float b0_high = tf32_part(b0), b1_high = tf32_part(b1);
+    multiply_tf32(d, high, b0 - b0_high, b1 - b1_high);
+    multiply_tf32(d, low, b0_high, b1_high);
+    multiply_tf32(d, high, b0_high, b1_high);
+}
 
 DEVICE float sigmoid(float x) { return reciprocal(1.f + exp2_approx(-LOG2_E * x)); }
 

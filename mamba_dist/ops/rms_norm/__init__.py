@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mamba_dist.ops.arguments import check_floating, check_shape
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.rms_norm import cpu, reference, torch_fused
+from mamba_dist.ops.rms_norm import cpu, gpu, reference, torch_fused
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
     {
         "reference": reference.add_rms_norm,
         "torch": torch_fused.add_rms_norm,
         "cpu": cpu.add_rms_norm,
-        "gpu": torch_fused.add_rms_norm,
+        "gpu": gpu.add_rms_norm,
         "cuda": torch_fused.add_rms_norm,
     }
 )

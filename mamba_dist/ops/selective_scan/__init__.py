@@ -16,6 +16,7 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
+from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
 from mamba_dist.ops.selective_scan import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
@@ -27,6 +28,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "cuda": cuda.selective_scan,
     }
 )
+_KEEPING_BACKENDS: Final = ("cpu", "gpu")
 
 
 def selective_scan(
@@ -43,6 +45,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     *,
+    kept: KeptScan | None = None,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype, or (y, final_state) with final_state (B, E, N).
@@ -65,14 +68,19 @@ def selective_scan(
         seq_idx: (B, L) int32; the state is reset wherever it differs from the position before.
         initial_state: (B, E, N), the state before position 0, of each row's first document.
         return_final_state: also return the state after L - 1, of each row's last document.
+        kept: spares a recomputation of this very call the scan: the first run fills it, later ones
+            take y and the states from it, and no final state. Backends `reference`, `torch` and
+            `cuda` scan again.
         backend: a name from `resolve_backend`.
 
     Raises:
-        ValueError: a shape, dtype or backend name is wrong.
+        ValueError: a shape, dtype or backend name is wrong, or a final state is wanted of `kept`.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state)
+    refuse_final_state(kept, return_final_state)
+    options = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, **options
     )
     return (y, final_state) if return_final_state else y
 

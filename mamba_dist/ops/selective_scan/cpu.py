@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_dist.ops.first_order import first_order
+from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import STORAGE, may_skip_dispatch, refuse_tangents, unit_stride
 from mamba_dist.ops.native.library import checked_kernel
 from mamba_dist.ops.precision import compute_dtype
@@ -56,6 +57,7 @@ def selective_scan(
     delta_softplus: bool,
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
+    kept: KeptScan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype and final state (B, E, N) in fp32 or fp64.
 
@@ -91,7 +93,7 @@ def selective_scan(
     if not may_skip_dispatch(u):
         y, final_state, _ = _forward(*arguments)
     elif with_gradient:
-        y, final_state = _SelectiveScan.apply(*arguments)  # type: ignore[no-untyped-call]
+        y, final_state = _SelectiveScan.apply(kept, *arguments)  # type: ignore[no-untyped-call]
     else:
         y, final_state, _ = _run_forward(*arguments)
     return y.to(u.dtype), final_state
@@ -268,8 +270,9 @@ _forward.register_autograd(
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        outputs = _run_forward(*arguments)
+    def forward(ctx: Any, kept: KeptScan | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+        run = functools.partial(_run_forward, *arguments)
+        outputs = run() if kept is None else kept.results(run)
         _save(ctx, arguments, outputs)
         return outputs[:2]
 
@@ -278,7 +281,7 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        return _differentiate(_run_backward, ctx, grad_y, grad_final)
+        return None, *_differentiate(_run_backward, ctx, grad_y, grad_final)
 
 
 def _run(

@@ -1,5 +1,5 @@
 // Selective scan, forward (arXiv 2312.00752, algorithm 2), channels last; see gpu_tile.cuh for who
-// does what.
+// does what. Lane r + 4 s has channels 2s, 2s + 1 and states 4r to 4r + 3.
 //
 // Macros: STORAGE_BF16, SOFTPLUS, GATE, DOCUMENTS; KEEP_STATES writes the state before each chunk;
 // LOCAL computes only the state that each part of the length would end with if it began with zero,
@@ -20,82 +20,82 @@ struct Call {
     int64 seq_idx_batch, batch, length, channels, groups, splits;
 };
 
-// Steps whose inputs are prepared together; 8 values of a channel lie side by side for a lane each.
-constexpr int TILE = 8;
-// A warp's part of shared memory: dt, dt u, and y of one tile.
-constexpr int TILE_FLOATS = TILE * WARP_CHANNELS;
-
 // B and C of a chunk into (CHUNK, 32) fp32: 16 of B, then 16 of C.
 DEVICE void put(const ChunkInputs& inputs, float* shared) {
 #pragma unroll
-    for (int i = 0; i < ChunkInputs::EACH; ++i) {
-        const int item = i * THREADS + thread_in_block();
-        store_four(shared + 4 * item, Storage::widen(inputs.raw[i]).at);
-    }
+    for (int i = 0; i < ChunkInputs::EACH; ++i)
+        store_four(shared + 4 * (i * THREADS + thread_in_block()), Storage::widen(inputs.raw[i]));
 }
 
-// What a lane reads of u, delta and z for one tile: steps quarter and quarter + 4.
-struct TileInputs {
-    Raw2 u[2], delta[2], z[2];
+// A warp's dt, dt u and y of one tile, and the next tile's inputs in two sets.
+constexpr int WARP_FLOATS = 3 * TILE_FLOATS + 6 * 32 * int(sizeof(Raw4) / sizeof(float));
 
-    DEVICE void fetch(const Rows& u_rows, const Rows& delta_rows, const Rows& z_rows, int left) {
+DEVICE void load_states(float (&h)[2][4], const float* warp_states, const Place& place) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            u[i] = u_rows.two(4 * i, 4 * i < left);
-            delta[i] = delta_rows.two(4 * i, 4 * i < left);
-#if GATE && !LOCAL
-            z[i] = z_rows.two(4 * i, 4 * i < left);
-#endif
-        }
+    for (int c = 0; c < 2; ++c) {
+        const Four row = load_four(warp_states + (2 * place.s + c) * STATES + 4 * place.r);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) h[c][j] = row.at[j];
     }
-};
-
-// Sums of y[step][channel] over the 4 lanes that share channels: each lane is left with the one at
-// step quarter / 2, channel quarter mod 2.
-DEVICE float sum_over_states(const float (&y)[2][2], int quarter) {
-    const bool second_step = quarter & 2, second_channel = quarter & 1;
-    float kept[2];
+}
+DEVICE void store_states(float* warp_states, const float (&h)[2][4], const Place& place) {
 #pragma unroll
     for (int c = 0; c < 2; ++c)
-        kept[c] = (second_step ? y[1][c] : y[0][c]) +
-                  from_lane_xor(second_step ? y[0][c] : y[1][c], 16);
-    return (second_channel ? kept[1] : kept[0]) +
-           from_lane_xor(second_channel ? kept[0] : kept[1], 8);
+        store_four(warp_states + (2 * place.s + c) * STATES + 4 * place.r,
+                   {{h[c][0], h[c][1], h[c][2], h[c][3]}});
+}
+
+// The lanes' states times C of all steps of a tile: the column of the states' own step is the output
+// of channels 2s, 2s + 1 there, and lane r has columns 2r and 2r + 1. `c` is C of step s.
+DEVICE void multiply_all(float (&d)[4], const float (&h)[2][4], const Four& c) {
+    multiply(d, {h[0][0], h[1][0], h[0][1], h[1][1]}, c.at[0], c.at[1]);
+    multiply(d, {h[0][2], h[1][2], h[0][3], h[1][3]}, c.at[2], c.at[3]);
 }
 
 KERNEL(selective_scan_forward) {
     const Place place(call);
     const int length = int(call.length);
     float* const shared_bc = reinterpret_cast<float*>(shared_memory());
-    float* const steps = shared_bc + CHUNK * 32 + warp_in_block() * 3 * TILE_FLOATS;
+    float* const steps = shared_bc + CHUNK * 32 + warp_in_block() * WARP_FLOATS;
     float* const inputs = steps + TILE_FLOATS;
     float* const outputs = inputs + TILE_FLOATS;
+    // The next tile's u, delta and z of this lane, for even and for odd tiles.
+    Raw4* const fetched = reinterpret_cast<Raw4*>(outputs + TILE_FLOATS) + lane_in_warp();
+    const int own_at = place.s * WARP_CHANNELS + 4 * place.r;
 
-    const int begin = place.first_chunk * CHUNK + place.quarter;
+    const int begin = place.first_chunk * CHUNK + place.s;
     Rows u(call.u, place.row * call.u_batch + place.own(), call.u_row, begin);
     Rows delta(call.delta, place.row * call.delta_batch + place.own(), call.delta_row, begin);
     Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, begin);
     Element* y_at = static_cast<Element*>(call.y) +
                     (place.row * length + begin) * call.channels + place.own();
-    const Pair bias = load_pair(call.delta_bias + place.own());
-    const Pair skip = load_pair(call.D + place.own());
+    // Steps from the lane's own one to the end of the row.
+    int left = length - begin;
+    const Four bias = load_four(call.delta_bias + place.own());
+    const Four skip = load_four(call.D + place.own());
     float A[2][4], h[2][4];
-    load_decays(A, call.A, place);
+    load_states(A, call.A + place.channel * STATES, place);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        A[0][j] *= LOG2_E;
+        A[1][j] *= LOG2_E;
+    }
     clear(h);
     const int64 split_at = place.row * call.splits + place.split;
     if (!LOCAL && call.splits > 1)
-        load_states(h, call.split_states + state_offset(place, split_at, call.channels));
+        load_states(h, call.split_states + place.states_at(split_at, call.channels), place);
     else if (!LOCAL && call.initial_state)
-        load_states(h, call.initial_state + state_offset(place, place.row, call.channels));
+        load_states(h, call.initial_state + place.states_at(place.row, call.channels), place);
 
-    Pair total = {0.f, 0.f};
+    Four total = {{0.f, 0.f, 0.f, 0.f}};
     uint32 any_start = 0;
     ChunkInputs next_bc(call, place);
-    TileInputs next;
     next_bc.fetch(place.first_chunk);
-    // Steps from the lane's own one to the end of the row.
-    int left = length - begin;
-    next.fetch(u, delta, z, left);
+    u.fetch(fetched, 0, left > 0);
+    delta.fetch(fetched + 32, 0, left > 0);
+#if GATE && !LOCAL
+    z.fetch(fetched + 64, 0, left > 0);
+#endif
     const int chunks = int((call.length + CHUNK - 1) / CHUNK);
 #pragma unroll 1
     for (int chunk = place.first_chunk; chunk < place.end_chunk; ++chunk) {
@@ -111,87 +111,85 @@ KERNEL(selective_scan_forward) {
 #endif
         if (KEEP_STATES)
             store_states(call.chunk_states +
-                             state_offset(place, place.row * chunks + chunk, call.channels),
-                         h);
+                             place.states_at(place.row * chunks + chunk, call.channels),
+                         h, place);
 #pragma unroll 1
-        for (int tile = 0; tile < CHUNK / TILE; ++tile) {
-            const TileInputs now = next;
+        for (int tile = 0; tile < TILES; ++tile) {
+            wait_for_copies();
+            const Raw4* const now = fetched + (tile & 1) * 96;
+            Raw4* const next = fetched + (~tile & 1) * 96;
             u.move(TILE);
             delta.move(TILE);
+            u.fetch(next, 0, left > TILE);
+            delta.fetch(next + 32, 0, left > TILE);
+#if GATE && !LOCAL
             z.move(TILE);
-            next.fetch(u, delta, z, left - TILE);
-            sync_warp();
+            z.fetch(next + 64, 0, left > TILE);
+#endif
+            const Raw4 now_u = now[0];
+            const Four own_steps = step_sizes(now[32], bias, left > 0);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int at = (4 * i + place.quarter) * WARP_CHANNELS + 2 * place.pair;
-                const Pair dt = step_sizes(now.delta[i], bias, 4 * i < left);
-                const Pair x = Storage::widen(now.u[i]);
-                store_pair(steps + at, dt.x, dt.y);
-                store_pair(inputs + at, dt.x * x.x, dt.y * x.y);
-                total.x += dt.x;
-                total.y += dt.y;
-            }
+            for (int i = 0; i < 4; ++i) total.at[i] += own_steps.at[i];
             sync_warp();
-            float y[2][2], summed[TILE / 2];
+            store_four(steps + own_at, own_steps);
+            store_four(inputs + own_at, product(own_steps, Storage::widen(now_u)));
+            sync_warp();
+            // Read once a tile instead of at each step, which shared memory would not keep up with.
+            Four c{};
+            if (!LOCAL) c = load_four(shared_bc + (tile * TILE + place.s) * 32 + 16 + 4 * place.r);
+            Pair y[2];
 #pragma unroll
             for (int t = 0; t < TILE; ++t) {
-                const float* bc = shared_bc + (tile * TILE + t) * 32 + 4 * place.quarter;
+                const float* bc = shared_bc + (tile * TILE + t) * 32 + 4 * place.r;
                 const Four b = load_four(bc);
-                const Four c = load_four(bc + 16);
-                const Pair dt = load_pair(steps + t * WARP_CHANNELS + 2 * place.pair);
-                const Pair x = load_pair(inputs + t * WARP_CHANNELS + 2 * place.pair);
+                const Pair dt = load_pair(steps + t * WARP_CHANNELS + 2 * place.s);
+                const Pair x = load_pair(inputs + t * WARP_CHANNELS + 2 * place.s);
 #if DOCUMENTS
                 if (starts >> (tile * TILE + t) & 1) clear(h);
 #endif
-                y[t & 1][0] = y[t & 1][1] = 0.f;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     h[0][j] = exp2_approx(dt.x * A[0][j]) * h[0][j] + x.x * b.at[j];
                     h[1][j] = exp2_approx(dt.y * A[1][j]) * h[1][j] + x.y * b.at[j];
-                    y[t & 1][0] += h[0][j] * c.at[j];
-                    y[t & 1][1] += h[1][j] * c.at[j];
                 }
-                if (!LOCAL && (t & 1)) summed[t / 2] = sum_over_states(y, place.quarter);
+                if (LOCAL) continue;
+                float d[4] = {0.f, 0.f, 0.f, 0.f};
+                multiply_all(d, h, c);
+                if (place.r == t / 2) y[t % 2] = {d[t % 2], d[2 + t % 2]};
             }
-            if (LOCAL) {
-                left -= TILE;
-                continue;
-            }
+            if (!LOCAL) {
 #pragma unroll
-            for (int two = 0; two < TILE / 2; ++two)
-                outputs[(2 * two + place.quarter / 2) * WARP_CHANNELS + 2 * place.pair +
-                        (place.quarter & 1)] = summed[two];
-            sync_warp();
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                Pair out = load_pair(outputs + (4 * i + place.quarter) * WARP_CHANNELS +
-                                     2 * place.pair);
-                const Pair x = Storage::widen(now.u[i]);
-                out.x += skip.x * x.x;
-                out.y += skip.y * x.y;
+                for (int i = 0; i < 2; ++i)
+                    store_pair(outputs + (2 * place.r + i) * WARP_CHANNELS + 2 * place.s, y[i].x,
+                               y[i].y);
+                sync_warp();
+                const Four x = Storage::widen(now_u);
+                Four out = load_four(outputs + own_at);
 #if GATE
-                const Pair raw_gate = Storage::widen(now.z[i]);
-                const Pair gate = {nonzero_gate(raw_gate.x), nonzero_gate(raw_gate.y)};
-                out.x *= gate.x * sigmoid(gate.x);
-                out.y *= gate.y * sigmoid(gate.y);
+                const Four z_of_own = Storage::widen(now[64]);
 #endif
-                if (4 * i < left) store_two(y_at + 4 * i * call.channels, out.x, out.y);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    out.at[i] = CUT_OFF * out.at[i] + skip.at[i] * x.at[i];
+#if GATE
+                    const float gate = nonzero_gate(z_of_own.at[i]);
+                    out.at[i] *= gate * sigmoid(gate);
+#endif
+                }
+                if (left > 0) store_rounded(y_at, out);
+                y_at += TILE * call.channels;
             }
-            y_at += TILE * call.channels;
             left -= TILE;
         }
     }
     if (LOCAL) {
-        store_states(call.split_states + state_offset(place, split_at, call.channels), h);
-        total.x += from_lane_xor(total.x, 8);
-        total.y += from_lane_xor(total.y, 8);
-        total.x += from_lane_xor(total.x, 16);
-        total.y += from_lane_xor(total.y, 16);
+        store_states(call.split_states + place.states_at(split_at, call.channels), h, place);
+        total = sum_over_steps(total);
         const float wiped = bits_to_float(0x7f800000u);
-        if (place.quarter == 0)
-            store_pair(call.split_steps + split_at * call.channels + place.own(),
-                       any_start ? wiped : total.x, any_start ? wiped : total.y);
+        if (any_start) total = {{wiped, wiped, wiped, wiped}};
+        if (place.s == 0)
+            store_four(call.split_steps + split_at * call.channels + place.own(), total);
     } else if (place.end_chunk == chunks && place.first_chunk < place.end_chunk) {
-        store_states(call.final_state + state_offset(place, place.row, call.channels), h);
+        store_states(call.final_state + place.states_at(place.row, call.channels), h, place);
     }
 }

@@ -16,6 +16,7 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
+from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
 from mamba_dist.ops.ssd import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
@@ -27,6 +28,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "cuda": cuda.ssd,
     }
 )
+_KEEPING_BACKENDS: Final = ("cpu", "gpu")
 
 
 def ssd(
@@ -44,6 +46,7 @@ def ssd(
     return_final_state: bool = False,
     *,
     chunk_size: int = 256,
+    kept: KeptScan | None = None,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype, or (y, final_state) with final_state (B, H, P, N).
@@ -68,14 +71,20 @@ def ssd(
         return_final_state: also return the state after L - 1, of each row's last document.
         chunk_size: longest chunk in steps; a backend may take shorter ones, the result is the same
             up to rounding.
+        kept: spares a recomputation of this very call the scan: the first run fills it, later ones
+            take y and the states from it, and no final state. Backends `reference`, `torch` and
+            `cuda` scan again.
         backend: a name from `resolve_backend`.
 
     Raises:
-        ValueError: a shape, dtype, the chunk size or the backend name is wrong.
+        ValueError: a shape, dtype, the chunk size or the backend name is wrong, or a final state is
+            wanted of `kept`.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, chunk_size)
+    refuse_final_state(kept, return_final_state)
+    options = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size, **options
     )
     return (y, final_state) if return_final_state else y
 

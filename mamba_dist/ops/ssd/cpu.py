@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import STORAGE, may_skip_dispatch, pointer, refuse_tangents
 from mamba_dist.ops.native.library import checked_kernel
 from mamba_dist.ops.precision import compute_dtype
@@ -55,6 +56,7 @@ def ssd(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     chunk_size: int,
+    kept: KeptScan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype and final state (B, H, P, N) in fp32 or fp64.
 
@@ -81,9 +83,13 @@ def ssd(
     differentiates = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in inputs
     )
-    plain = not differentiates and may_skip_dispatch(x)
-    operator: Any = _run_forward if plain else _forward
-    y, final_state, _ = operator(*inputs, dt_softplus, chunk_size, differentiates)
+    arguments = (*inputs, dt_softplus, chunk_size, differentiates)
+    plain = may_skip_dispatch(x)
+    if kept is not None and differentiates and plain:
+        y, final_state = _KeptSsd.apply(kept, *arguments)  # type: ignore[no-untyped-call]
+    else:
+        operator: Any = _run_forward if plain and not differentiates else _forward
+        y, final_state, _ = operator(*arguments)
     return y if y.dtype == x.dtype else y.to(x.dtype), final_state
 
 
@@ -221,6 +227,20 @@ def _differentiate(
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_inputs)
+
+
+class _KeptSsd(torch.autograd.Function):
+    """`_forward` with the scan run once, which no operator can say: its arguments are values."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: KeptScan, *arguments: Any) -> tuple[Tensor, Tensor]:
+        outputs = kept.results(functools.partial(_run_forward, *arguments))
+        _keep_inputs(ctx, arguments, outputs)
+        return outputs[:2]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
+        return None, *_differentiate(ctx, grad_y, grad_final, None)
 
 
 class _Inputs:

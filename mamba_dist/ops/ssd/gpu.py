@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.errors import BackendError
+from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents, unit_stride
 from mamba_dist.ops.precision import autocast_disabled
 from mamba_dist.ops.ssd import torch_chunked
@@ -63,6 +64,7 @@ def ssd(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     chunk_size: int,
+    kept: KeptScan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype and final state (B, H, P, N) in fp32.
 
@@ -91,7 +93,7 @@ def ssd(
         D, dt_bias, initial_state = (
             None if tensor is None else tensor.float() for tensor in (D, dt_bias, initial_state)
         )
-        y, final_state = _forward(
+        arguments = (
             x.to(dtype),
             dt if dt.dtype == torch.bfloat16 else dt.float(),
             A.float(),
@@ -106,6 +108,11 @@ def ssd(
             # With a gate, y is rounded once, after it.
             torch.float32 if z is not None else x.dtype,
         )
+        # A compiler can look into operators only.
+        if kept is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y, final_state = _KeptSsd.apply(kept, *arguments)  # type: ignore[no-untyped-call]
+        else:
+            y, final_state = _forward(*arguments)
         if z is not None:
             y = y * F.silu(z.float())
         return y.to(x.dtype), final_state
@@ -220,6 +227,21 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_inputs)
+
+
+class _KeptSsd(torch.autograd.Function):
+    """`_forward` with the scan run once, which no operator can say: its arguments are values."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: KeptScan, *arguments: Any) -> tuple[Tensor, Tensor]:
+        run = functools.partial(_forward, *arguments)
+        outputs: tuple[Tensor, Tensor] = kept.results(run) if any(ctx.needs_input_grad) else run()
+        _keep_inputs(ctx, arguments, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
+        return None, *_differentiate(ctx, grad_y, grad_final)
 
 
 def _readable(

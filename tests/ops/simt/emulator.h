@@ -44,6 +44,7 @@ struct Block {
     std::vector<char> shared;
     std::vector<Barrier> warp_barriers;
     std::vector<float> exchanged;
+    std::vector<float> fragments;
     Barrier barrier;
     int current = 0;
     int index = 0;
@@ -121,6 +122,7 @@ inline void run_grid(int blocks, int threads, size_t shared_bytes, std::function
         current.shared.assign(shared_bytes + 16, char(0xff));
         current.warp_barriers.resize(size_t((threads + WARP - 1) / WARP));
         current.exchanged.assign(size_t(threads), 0.f);
+        current.fragments.assign(size_t(threads) * 6, 0.f);
         current.fibres = std::vector<Fibre>(size_t(threads));
         for (Fibre& fibre : current.fibres) {
             fibre.stack.resize(STACK_BYTES);
@@ -180,5 +182,36 @@ inline unsigned round_to_bf16(float value) {
 }
 inline unsigned pack_bf16(float low, float high) {
     return round_to_bf16(low) | (round_to_bf16(high) << 16);
+}
+template <int BYTES>
+inline void copy_async(void* shared, const void* global, bool within) {
+    if (within)
+        memcpy(shared, global, BYTES);
+    else
+        memset(shared, 0, BYTES);
+}
+inline void wait_for_copies() {}
+inline unsigned float_to_bits(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline void multiply_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    constexpr int EACH = 6;
+    const int first = simt::block->current / simt::WARP * simt::WARP;
+    const int lane = simt::block->current - first;
+    simt::Barrier& barrier = simt::block->warp_barriers[size_t(first / simt::WARP)];
+    float* all = simt::block->fragments.data() + first * EACH;
+    const float own[EACH] = {a[0], a[1], a[2], a[3], b0, b1};
+    for (int i = 0; i < EACH; ++i)
+        all[lane * EACH + i] = bits_to_float(float_to_bits(own[i]) & 0xffffe000u);
+    simt::wait(barrier, simt::WARP);
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
+        for (int k = 0; k < 8; ++k)
+            d[i] += all[(4 * row + k % 4) * EACH + i / 2 + 2 * (k / 4)] *
+                    all[(4 * column + k % 4) * EACH + 4 + k / 4];
+    }
+    simt::wait(barrier, simt::WARP);
 }
 inline void add_to_global(float* target, float value) { *target += value; }
