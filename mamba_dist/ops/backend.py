@@ -73,7 +73,7 @@ _RECORDS: Final = MappingProxyType[Backend, _BackendRecord](
     }
 )
 # `auto` takes the first one that works on the device: the fastest comes first.
-_AUTO_ORDER: Final[tuple[Backend, ...]] = ("cuda", "gpu", "cpu", "torch")
+_AUTO_ORDER: Final[tuple[Backend, ...]] = ("gpu", "cuda", "cpu", "torch")
 
 
 def resolve_backend(requested: str, *, device_type: str) -> Backend:

@@ -27,8 +27,9 @@ from mamba_dist.model.init import initialize
 
 def _build(spec: StepSpec, batch: Batch) -> Step:
     config = spec.config
-    if config.training.activation_checkpointing != "none":
-        raise NotMeasuredError("mamba-ssm's model keeps all activations")
+    # Its fused mixer computes again what `selective` does, and has no way to compute more.
+    if config.training.activation_checkpointing == "full":
+        raise NotMeasuredError("mamba-ssm's model does not checkpoint its blocks")
     model = _language_model(config.model)
     # Names and shapes of their parameters are ours, so one initialisation serves both.
     initialize(model, config.model, seed=SEED, gather=lambda _: nullcontext())
