@@ -92,7 +92,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any, backend: str
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any, **options: Any
 ) -> Tensor:
     D, z, delta_bias = rest[:3]
     y: Tensor = _Scan.apply(u, delta, B, C, z)  # type: ignore[no-untyped-call]
