@@ -172,7 +172,8 @@ def _print_machine() -> None:
     versions = [(name, package_version(name)) for name in _PACKAGES]
     machine = this_machine()
     gpus = [
-        f"{properties.name} ({properties.total_memory / _GIB:.0f} GiB)"
+        f"{properties.name} ({properties.total_memory / _GIB:.0f} GiB, compute capability "
+        f"{properties.major}.{properties.minor})"
         for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
     lines = {

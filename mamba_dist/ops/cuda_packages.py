@@ -77,6 +77,15 @@ def rms_norm_fn() -> Function:
     return _import("mamba_ssm.ops.triton.layer_norm").rms_norm_fn  # type: ignore[no-any-return]
 
 
+def gated_rms_norm_fn() -> Function:
+    """mamba-ssm's gated RMSNorm, another peer of the benchmark.
+
+    Raises:
+        BackendError: it cannot be imported.
+    """
+    return _import("mamba_ssm.ops.triton.layernorm_gated").rmsnorm_fn  # type: ignore[no-any-return]
+
+
 def mamba_lm_head_model() -> tuple[Function, Function]:
     """mamba-ssm's language model and its config, another peer of the benchmarks.
 

@@ -44,6 +44,7 @@ SMALL: dict[Op, tuple[int, ...]] = {
     "ssd": (2, 40, 4, 8, 16, 2, 16),
     "causal_conv1d": (2, 40, 16, 4),
     "add_rms_norm": (2, 40, 32),
+    "gated_rms_norm": (2, 40, 32, 2),
     "linear_cross_entropy": (2, 40, 32, 64),
 }
 OURS, OTHER, PEER, SLOW_PEER = Row("gpu"), Row("gpu", True), Row("mamba-ssm"), Row("causal-conv1d")
@@ -232,12 +233,29 @@ def prenorm(
     return F.rms_norm(stream, weight.shape, weight, eps).to(x.dtype), stream
 
 
+def gated_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: None,
+    *,
+    z: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """mamba-ssm's `rmsnorm_fn` of layernorm_gated."""
+    assert not norm_before_gate
+    gated = (x.float() * F.silu(z.float())).unflatten(-1, (-1, group_size))
+    return (F.rms_norm(gated, (group_size,), eps=eps).flatten(-2) * weight).to(x.dtype)
+
+
 @pytest.mark.parametrize(("op", "peer"), [(op, peer) for op in SMALL for peer in PEERS[op]])
 def test_every_peer_computes_the_op_in_its_own_layout(
     op: Op, peer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_cuda_packages.install(monkeypatch)
     monkeypatch.setattr(cuda_packages, "rms_norm_fn", lambda: prenorm)
+    monkeypatch.setattr(cuda_packages, "gated_rms_norm_fn", lambda: gated_norm)
     if peer == "causal-conv1d":
         monkeypatch.setattr(cuda_packages, "causal_conv1d_fn", lambda: channels_first_convolution)
     found = precision(small_case(op), [Row(peer), Row("torch")], CPU)
@@ -286,7 +304,8 @@ def test_the_tool_prints_times_and_errors_and_writes_the_same_figures(tmp_path: 
     assert ours["share_of_copy"]["forward"] == pytest.approx(
         moved / taken / written["copy_bytes_per_s"]
     )
-    assert written["precision"][0]["l2"]["cpu"]["d weight"] < 1e-5
+    # Whether products are rounded to bf16 depends on the CPU's instructions.
+    assert 0 < written["precision"][0]["l2"]["cpu"]["d weight"] < 6e-3
 
 
 def test_a_variant_that_cannot_run_leaves_the_others_their_figures(

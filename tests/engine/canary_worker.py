@@ -54,6 +54,38 @@ def engine_privates(engine: zero.ZeroEngine) -> None:
     assert hasattr(engine._engine, "set_gradient_accumulation_boundary"), "it is gone"
 
 
+def reduction_privates(engine: zero.ZeroEngine, stage: int) -> None:
+    """On one rank the engine switches the reduction of gradients off, by these two names."""
+    switched = engine._engine if stage == 0 else engine._optimizer
+    name = "enable_backward_allreduce" if stage == 0 else "buffered_reduce_fallback"
+    assert name in vars(switched), f"the engine has not set {name}"
+    assert hasattr(type(switched), name) or name in inspect.getsource(type(switched)), (
+        f"{name} is gone: gradients of one rank are copied and divided once more in each step"
+    )
+
+
+def shared_masters(engine: zero.ZeroEngine) -> None:
+    optimizer = engine._optimizer
+    parts = optimizer.parallel_partitioned_bit16_groups
+    masters = optimizer.single_partition_of_fp32_groups
+    assert len(parts) == len(masters)
+    assert callable(getattr(optimizer, "_link_all_hp_params", None)), "it is gone"
+    for name, parameter in engine.module.named_parameters():
+        fragment = parameter._hp_mapping.get_hp_fragment()
+        assert fragment.data_ptr() == parameter.data_ptr(), (
+            f"{name}: AdamW updates a copy, see _share_masters in zero.py"
+        )
+
+
+def leaf_modules(engine: zero.ZeroEngine) -> None:
+    layers = [m for m in engine.module.modules() if isinstance(m, torch.nn.ModuleList)]
+    assert layers
+    assert all(deepspeed.utils.z3_leaf_module(layer) for layer in layers[0])
+    for layer in layers[0]:
+        inner = [m for m in layer.modules() if m is not layer and hasattr(m, "ds_grads_remaining")]
+        assert not inner, f"ZeRO-3 still hooks into {inner} inside a leaf module"
+
+
 def flat_master_privates(engine: zero.ZeroEngine) -> None:
     optimizer = engine._optimizer
     masters = optimizer.single_partition_of_fp32_groups
@@ -154,10 +186,14 @@ def veto(engine: zero.ZeroEngine, world: World) -> None:
 
 def checks(engine: zero.ZeroEngine, stage: int, world: World) -> Iterator[tuple[str, Check]]:
     yield "DeepSpeedEngine", lambda: engine_privates(engine)
+    if stage < 3:
+        yield "reduction", lambda: reduction_privates(engine, stage)
     if stage in (1, 2):
+        yield "shared masters", lambda: shared_masters(engine)
         yield "flat masters", lambda: flat_master_privates(engine)
         yield "_hp_mapping", lambda: hp_mapping(engine)
     if stage == 3:
+        yield "leaf modules", lambda: leaf_modules(engine)
         yield "ds_tensor, ds_numel, ds_shape", lambda: partition_privates(engine)
         yield "_get_norm_groups", lambda: partition_norm_privates(engine)
     yield "veto", lambda: veto(engine, world)

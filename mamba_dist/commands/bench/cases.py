@@ -16,13 +16,20 @@ from mamba_dist.config.schema import MambaConfig
 from mamba_dist.ops.agreement import Function
 from mamba_dist.ops.causal_conv1d import causal_conv1d
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
+from mamba_dist.ops.gated_rms_norm import gated_rms_norm
 from mamba_dist.ops.linear import linear
 from mamba_dist.ops.rms_norm import add_rms_norm
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
 
 Op = Literal[
-    "selective_scan", "ssd", "causal_conv1d", "linear", "add_rms_norm", "linear_cross_entropy"
+    "selective_scan",
+    "ssd",
+    "causal_conv1d",
+    "linear",
+    "add_rms_norm",
+    "gated_rms_norm",
+    "linear_cross_entropy",
 ]
 
 LETTERS: Final[Mapping[Op, str]] = {
@@ -31,6 +38,7 @@ LETTERS: Final[Mapping[Op, str]] = {
     "causal_conv1d": "BLEK",
     "linear": "BLIO",
     "add_rms_norm": "BLD",
+    "gated_rms_norm": "BLDG",
     "linear_cross_entropy": "BLDV",
 }
 # Elements of all time steps' states (or logits) that the float64 loop may hold: about 2 GiB with
@@ -38,6 +46,8 @@ LETTERS: Final[Mapping[Op, str]] = {
 _REFERENCE_ELEMENTS: Final = 1 << 25
 # The same for its matrix products, forward and backward.
 _REFERENCE_FLOPS: Final = 1 << 35
+# The size that a product sums over.
+_SUMMED: Final[Mapping[Op, str]] = {"linear": "I", "linear_cross_entropy": "D"}
 # Long enough for several chunks of every backend, with a ragged end.
 _SHORTEST_LENGTH: Final = 300
 
@@ -68,7 +78,7 @@ def layer_cases(config: MambaConfig, *, batch: int, length: int, dtype: torch.dt
     projected = 2 * channels
     if config.layer == "mamba1":
         sizes = {**common, "E": channels, "N": config.d_state}
-        mixer = Case("selective_scan", sizes, dtype)
+        mixer = [Case("selective_scan", sizes, dtype)]
     else:
         sizes = {
             **common,
@@ -78,7 +88,8 @@ def layer_cases(config: MambaConfig, *, batch: int, length: int, dtype: torch.dt
             "G": config.ngroups,
             "Q": config.chunk_size,
         }
-        mixer = Case("ssd", sizes, dtype)
+        gated = {**common, "D": channels, "G": config.ngroups}
+        mixer = [Case("ssd", sizes, dtype), Case("gated_rms_norm", gated, dtype)]
         shared = 2 * config.ngroups * config.d_state
         channels += shared
         projected += shared + config.n_heads
@@ -87,7 +98,7 @@ def layer_cases(config: MambaConfig, *, batch: int, length: int, dtype: torch.dt
     stream = {**common, "D": config.d_model}
     head = {**stream, "V": config.padded_vocab_size}
     return [
-        mixer,
+        *mixer,
         Case("causal_conv1d", convolution, dtype),
         Case("linear", projection, dtype),
         Case("add_rms_norm", stream, dtype),
@@ -104,8 +115,9 @@ def within_reference_time(case: Case, *, share: float = 1.0) -> Case:
     per_step = _state_letters(case.op)
     floor = min(sizes["L"], max(_SHORTEST_LENGTH, sizes.get("Q", 0) * 5 // 4))
 
-    summed = sizes.get("I", 0) + sizes.get("D", 0)
-    largest = min(_REFERENCE_ELEMENTS, _REFERENCE_FLOPS // (6 * max(1, summed)))
+    largest = _REFERENCE_ELEMENTS
+    if case.op in _SUMMED:
+        largest = min(largest, _REFERENCE_FLOPS // (6 * sizes[_SUMMED[case.op]]))
     elements = int(share * largest)
 
     def room(letter: str) -> int:
@@ -115,8 +127,9 @@ def within_reference_time(case: Case, *, share: float = 1.0) -> Case:
     sizes["B"] = min(sizes["B"], room("B"))
     sizes["L"] = min(sizes["L"], max(floor, room("L")))
     widest = per_step[0]
-    # Whole groups of heads; kernels on GPUs want aligned channels.
-    multiple = sizes["G"] if widest == "H" else 16
+    # Whole groups; kernels on GPUs want aligned channels.
+    groups = sizes.get("G", 1)
+    multiple = groups if widest == "H" else math.lcm(16, groups)
     sizes[widest] = min(sizes[widest], max(multiple, room(widest) // multiple * multiple))
     return replace(case, sizes=sizes)
 
@@ -130,6 +143,7 @@ def random_inputs(case: Case, *, device: torch.device | None = None) -> dict[str
         "causal_conv1d": _conv_inputs,
         "linear": _linear_inputs,
         "add_rms_norm": _norm_inputs,
+        "gated_rms_norm": _gated_norm_inputs,
         "linear_cross_entropy": _head_inputs,
     }[case.op](draw, case.as_in_model)
     return {name: tensor.to(device) for name, tensor in inputs.items()} if device else inputs
@@ -157,6 +171,12 @@ def _call_of(case: Case) -> tuple[Callable[..., Any], dict[str, Any]]:
         return linear, {}
     if case.op == "add_rms_norm":
         return _sum_of_norm_and_stream, {"eps": 1e-5, "output_dtype": case.dtype}
+    if case.op == "gated_rms_norm":
+        return gated_rms_norm, {
+            "groups": case.sizes["G"],
+            "eps": 1e-5,
+            "output_dtype": case.dtype,
+        }
     return linear_cross_entropy, {"vocab_size": _classes(case.sizes)}
 
 
@@ -179,6 +199,7 @@ def _state_letters(op: Op) -> str:
         "causal_conv1d": "EK",
         "linear": "O",
         "add_rms_norm": "D",
+        "gated_rms_norm": "D",
         "linear_cross_entropy": "V",
     }[op]
 
@@ -260,6 +281,14 @@ def _norm_inputs(draw: _Draw, as_in_model: bool) -> dict[str, Tensor]:
     return {
         "x": draw.activation("BLD"),
         "residual": draw.parameter("BLD"),
+        "weight": 1 + 0.1 * draw.parameter("D"),
+    }
+
+
+def _gated_norm_inputs(draw: _Draw, as_in_model: bool) -> dict[str, Tensor]:
+    return {
+        "x": draw.activation("BLD"),
+        "z": draw.activation("BLD"),
         "weight": 1 + 0.1 * draw.parameter("D"),
     }
 

@@ -56,6 +56,7 @@ _SHAPES: Final[Mapping[Op, tuple[tuple[int, ...], ...]]] = {
     "ssd": ((8, 2048, 64, 64, 128, 1, 256), (1, 16384, 64, 64, 128, 1, 256)),
     "causal_conv1d": ((8, 2048, 4096, 4), (8, 2048, 4352, 4)),
     "add_rms_norm": ((8, 2048, 2048),),
+    "gated_rms_norm": ((8, 2048, 4096, 1),),
     "linear_cross_entropy": ((8, 2048, 2048, 50280),),
 }
 _WITH_DOCUMENTS: Final = ("selective_scan", "ssd", "causal_conv1d")

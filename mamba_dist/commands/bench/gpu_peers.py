@@ -19,6 +19,7 @@ from mamba_dist.ops import cuda_packages
 from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.ops.causal_conv1d import causal_conv1d
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
+from mamba_dist.ops.gated_rms_norm import gated_rms_norm
 from mamba_dist.ops.rms_norm import add_rms_norm
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
@@ -33,6 +34,7 @@ PEERS: Final[Mapping[Op, tuple[str, ...]]] = {
     # Mamba-1 calls it with channels first, Mamba-2 with channels last.
     "causal_conv1d": ("causal-conv1d", "causal-conv1d-last"),
     "add_rms_norm": ("mamba-ssm",),
+    "gated_rms_norm": ("mamba-ssm",),
     "linear_cross_entropy": ("F.cross_entropy",),
 }
 # Of each op's outputs; the state belongs to them only where it is asked for.
@@ -41,6 +43,7 @@ OUTPUTS: Final[Mapping[Op, tuple[str, ...]]] = {
     "ssd": ("y", "final_state"),
     "causal_conv1d": ("y", "final_state"),
     "add_rms_norm": ("y", "stream"),
+    "gated_rms_norm": ("y",),
     "linear_cross_entropy": ("loss",),
 }
 _PER_POSITION: Final = frozenset({"u", "delta", "B", "C", "z", "x", "dt", "residual", "hidden"})
@@ -87,6 +90,7 @@ def variant(case: Case, name: str, device: torch.device) -> Variant:
         "ssd": _mamba_ssm_ssd,
         "causal_conv1d": _causal_conv1d_peer,
         "add_rms_norm": _mamba_ssm_norm,
+        "gated_rms_norm": _mamba_ssm_gated_norm,
         "linear_cross_entropy": _torch_cross_entropy,
     }[case.op](case, name)
 
@@ -205,6 +209,9 @@ def _our_function(case: Case) -> tuple[Callable[..., Any], dict[str, Any]]:
         return causal_conv1d, {"activation": "silu"}
     if case.op == "add_rms_norm":
         return add_rms_norm, {"eps": _EPS, "output_dtype": case.dtype}
+    if case.op == "gated_rms_norm":
+        options = {"groups": case.sizes["G"], "eps": _EPS, "output_dtype": case.dtype}
+        return gated_rms_norm, options
     # All rows, as the peer has no notion of padding.
     return linear_cross_entropy, {"vocab_size": case.sizes["V"]}
 
@@ -257,6 +264,17 @@ def _mamba_ssm_norm(case: Case, name: str) -> Variant:
             residual_in_fp32=True,
         )
         return y, stream
+
+    return Variant(name, call)
+
+
+def _mamba_ssm_gated_norm(case: Case, name: str) -> Variant:
+    norm = cuda_packages.gated_rms_norm_fn()
+    width = case.sizes["D"] // case.sizes["G"]
+
+    def call(x: Inputs) -> tuple[Tensor, ...]:
+        options = {"eps": _EPS, "group_size": width, "norm_before_gate": False}
+        return (norm(x["x"], x["weight"], None, z=x["z"], **options),)
 
     return Variant(name, call)
 

@@ -187,7 +187,7 @@ def checked(case: Case) -> Case:
     sizes = {
         letter: min(size, _CHECKED_SIZES.get(letter, size)) for letter, size in case.sizes.items()
     }
-    if "G" in sizes:
+    if "H" in sizes:
         # Whole groups of heads.
         sizes["H"] = max(sizes["G"], sizes["H"] // sizes["G"] * sizes["G"])
     return within_reference_time(replace(case, sizes=sizes))
