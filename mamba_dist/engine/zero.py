@@ -33,10 +33,23 @@ from mamba_dist.engine.world import World
 _NEVER = 1 << 62
 
 
+def stage_for(config: EngineConfig, *, ranks: int) -> int:
+    """The ZeRO stage that runs: on one rank, which has nobody to share with, always 0.
+
+    The others would only cost it copies: at stage 1 7.5 % of a 1.4B model's step on an H100, see
+    tools/BENCHMARKS.md.
+    """
+    return config.zero_stage if ranks > 1 else 0
+
+
 def zero_settings(
-    config: EngineConfig, *, precision: Literal["bf16", "fp32"], accumulation_steps: int
+    config: EngineConfig, *, stage: int, precision: Literal["bf16", "fp32"], accumulation_steps: int
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration of an engine, as `deepspeed.initialize` takes it."""
+    """The DeepSpeed configuration of an engine, as `deepspeed.initialize` takes it.
+
+    Args:
+        stage: see `stage_for`.
+    """
     settings: dict[str, Any] = {
         # Batches are cut by the loader; DeepSpeed only needs a consistent triple.
         "train_micro_batch_size_per_gpu": 1,
@@ -50,7 +63,7 @@ def zero_settings(
         "communication_data_type": config.reduce_dtype,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": config.zero_stage,
+            "stage": stage,
             "reduce_bucket_size": config.bucket_elements,
             "allgather_bucket_size": config.bucket_elements,
             "stage3_prefetch_bucket_size": config.bucket_elements,
@@ -105,7 +118,6 @@ class ZeroEngine:
         world: World,
     ) -> None:
         require_fp32(module)
-        settings = _for_ranks(settings, world.size)
         self._world = world
         self._stage: int = settings["zero_optimization"]["stage"]
         self._parameters = dict(module.named_parameters())
@@ -134,8 +146,10 @@ class ZeroEngine:
         require_fp32(module)
         self._norm = float("nan")
         self._skip_above = float("inf")
-        if world.size == 1:
-            self._skip_reduction()
+        if self._stage == 0 and world.size == 1:
+            # Their mean over one rank is what gradients are already; DeepSpeed would flatten,
+            # divide and copy them all.
+            self._engine.enable_backward_allreduce = False
         if self._stage in (1, 2):
             self._share_masters()
         if self._stage > 0:
@@ -266,17 +280,6 @@ class ZeroEngine:
             global_norm = self._optimizer.scaled_global_norm
             self._optimizer.scaled_global_norm = lambda: judged(global_norm())
 
-    def _skip_reduction(self) -> None:
-        """Leaves gradients where they are: their mean over one rank is what they are already.
-
-        DeepSpeed would flatten, divide and copy them all. Should it call its reduction by another
-        name one day, that work is done again and the result is the same.
-        """
-        if self._stage == 0:
-            self._engine.enable_backward_allreduce = False
-        elif self._stage in (1, 2):
-            self._optimizer.buffered_reduce_fallback = lambda *_, **__: None
-
     def _share_masters(self) -> None:
         """Makes AdamW update this rank's part of the parameters themselves.
 
@@ -368,22 +371,6 @@ class ZeroEngine:
             local("exp_avg"),
             local("exp_avg_sq"),
         )
-
-
-def _for_ranks(settings: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """The settings without what only pays when there are several ranks."""
-    if ranks > 1:
-        return dict(settings)
-    zero = dict(settings["zero_optimization"])
-    if zero["stage"] == 3:
-        # A gather costs nothing on one rank, but one of all small parameters waits for the step.
-        zero.setdefault("stage3_param_persistence_threshold", 0)
-        # Keeps to the bucket, where a reduce-scatter would first sort gradients by rank.
-        zero["reduce_scatter"] = False
-    else:
-        # Both are for sending one bucket while the next one fills; each copies every gradient.
-        zero.update(contiguous_gradients=False, overlap_comm=False)
-    return {**settings, "zero_optimization": zero}
 
 
 def _gather_layers_whole(module: nn.Module) -> None:

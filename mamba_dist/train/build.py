@@ -149,8 +149,17 @@ def _build_engine(
     config: RunConfig, *, plan: BatchPlan, world: World
 ) -> tuple[Engine, list[ParamClass]]:
     training = config.training
+    stage = zero.stage_for(config.engine, ranks=world.size)
+    if stage != config.engine.zero_stage:
+        _log.info(
+            "engine.zero_stage: %d shares nothing on one rank; running stage %d, which is the same "
+            "without its copies",
+            config.engine.zero_stage,
+            stage,
+        )
     settings = zero.zero_settings(
         config.engine,
+        stage=stage,
         precision=training.precision,
         accumulation_steps=plan.accumulation_steps,
     )

@@ -81,7 +81,7 @@ def build_engine(
     checkpointing: ActivationCheckpointing = "none",
 ) -> zero.ZeroEngine:
     settings = zero.zero_settings(
-        EngineConfig(zero_stage=stage), precision=precision, accumulation_steps=MICRO_STEPS
+        EngineConfig(), stage=stage, precision=precision, accumulation_steps=MICRO_STEPS
     )
     # By default parameters this small would stay whole on every rank, and stage 3 would test
     # nothing.

@@ -68,15 +68,18 @@ def test_five_steps_kill_nine_and_five_more_are_ten_steps_bit_for_bit(
 
 
 def test_deepspeed_torchrun_and_python_give_the_same_run(tiny_data: Path, tmp_path: Path) -> None:
-    runs = {}
+    runs, said = {}, {}
     for name, command in {
         "deepspeed": launching.deepspeed_command,
         "torchrun": launching.torchrun_command,
         "python": launching.python_command,
     }.items():
         config = write_config(tmp_path / name, tiny_data)
-        require_success(finish(command(config)))
-        runs[name] = tmp_path / name / "run"
+        result = finish(command(config))
+        require_success(result)
+        runs[name], said[name] = tmp_path / name / "run", result.stderr
+    # Only the last of them runs on one rank.
+    assert [name for name, text in said.items() if "running stage 0" in text] == ["python"]
     assert state_hashes(runs["deepspeed"], 10) == state_hashes(runs["torchrun"], 10)
     two_ranks, one_rank = losses(runs["deepspeed"]), losses(runs["python"])
     assert two_ranks.keys() == one_rank.keys() == set(range(1, 11))

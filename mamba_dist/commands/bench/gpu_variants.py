@@ -56,7 +56,12 @@ def _engine_step(spec: StepSpec, batch: Batch) -> Step:
 def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     training = config.training
     engine_config = EngineConfig.model_validate({**config.engine.model_dump(), "zero_stage": stage})
-    settings = zero.zero_settings(engine_config, precision=training.precision, accumulation_steps=1)
+    settings = zero.zero_settings(
+        engine_config,
+        stage=zero.stage_for(engine_config, ranks=world.size),
+        precision=training.precision,
+        accumulation_steps=1,
+    )
     with zero.construction(settings):
         model = _model(config, world.device.type)
     initialize(model, config.model, seed=SEED, gather=zero.gather)
