@@ -243,7 +243,7 @@ class EngineConfig(Section):
     kind: Literal["zero", "fsdp2"] = "zero"
     """zero is DeepSpeed ZeRO; fsdp2 is not available yet and is refused."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """0 replicates, 1 shards AdamW's state, 2 also gradients, 3 also parameters; one rank runs 0."""
+    """0 replicates, 1 shards AdamW's state, 2 also gradients, 3 parameters too; one rank runs 0."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Gradient reduction and ZeRO-3 gathering; bf16 halves the traffic and loses precision."""
     bucket_elements: int = Field(default=50_000_000, ge=1, le=10**10)

@@ -20,8 +20,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *output_gradients: Tensor | None) -> Any:
+        unpacked = _Unpacked(ctx)
         with torch.no_grad():
-            results = backward(ctx, *output_gradients)
+            results = backward(unpacked, *output_gradients)
         # A compiler traces a backward to run it, not to differentiate it.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results
@@ -29,7 +30,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         present = [gradient for gradient in gradients if gradient is not None]
         sources = [
             tensor
-            for tensor in (*ctx.saved_tensors, *output_gradients)
+            for tensor in (*unpacked.saved_tensors, *output_gradients)
             if tensor is not None and tensor.requires_grad
         ]
         name = type(ctx).__name__.removesuffix("Backward").lstrip("_")
@@ -37,6 +38,20 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(None if gradient is None else next(marked) for gradient in gradients)
 
     return checked
+
+
+class _Unpacked:
+    """A Function's context whose saved tensors are asked for once.
+
+    Activation checkpointing computes them again at the question, and refuses a second one.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors: tuple[Any, ...] = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _NoDerivative(torch.autograd.Function):

@@ -83,7 +83,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         config=config,
         world=world,
         engine=engine,
-        engine_name=f"zero-{config.engine.zero_stage}",
+        engine_name=f"zero-{zero.stage_for(config.engine, ranks=world.size)}",
         tokenizer=TokenizerRecord(
             sha256=dataset.manifest.tokenizer.sha256,
             eos_token=dataset.manifest.tokenizer.eos_token,

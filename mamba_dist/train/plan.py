@@ -3,13 +3,10 @@
 from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.loader import training_windows
+from mamba_dist.engine import zero
 from mamba_dist.model.flops import flops_per_token, parameter_count
 from mamba_dist.train.build import open_matching_dataset, planned_steps
 from mamba_dist.train.state import run_folder
-
-# fp32 parameter, gradient, master copy and two moments (DeepSpeed keeps parameter and master
-# apart).
-_STATE_BYTES_PER_PARAMETER = 20
 
 
 def describe_plan(config: RunConfig, *, world_size: int) -> str:
@@ -28,13 +25,17 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
     windows = training_windows(dataset, config.data.sequence_length)
     epochs = steps * plan.global_batch_size / windows
     model, training = config.model, config.training
+    stage = zero.stage_for(config.engine, ranks=world_size)
+    asked = config.engine.zero_stage
+    why = "" if stage == asked else f" (one rank shares nothing: not {asked})"
+    state_gib = zero.state_bytes(parameters, stage=stage, ranks=world_size) / 2**30
     rows = {
         "run folder": str(run_folder(config)),
         "model": f"{model.layer}, d_model {model.d_model}, {model.n_layers} layers, "
         f"{parameters:,} parameters",
-        "engine": f"ZeRO {config.engine.zero_stage} on {world_size} ranks, {training.precision}, "
+        "engine": f"ZeRO {stage}{why} on {world_size} ranks, {training.precision}, "
         f"activation checkpointing {training.activation_checkpointing}",
-        "training state": f"{_state_gib(parameters):.2f} GiB over all ranks",
+        "training state": f"{state_gib:.2f} GiB a rank: parameters, gradients, AdamW's moments",
         "batch": f"{plan.micro_batch_size} x {plan.accumulation_steps} micro-batches x "
         f"{world_size} ranks = {plan.global_batch_size} sequences, {step_tokens:,} tokens per step",
         "data": f"{config.data.dataset_path}: {windows:,} training sequences of "
@@ -47,7 +48,3 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items())
-
-
-def _state_gib(parameters: int) -> float:
-    return parameters * _STATE_BYTES_PER_PARAMETER / 2**30

@@ -80,6 +80,8 @@ def test_deepspeed_torchrun_and_python_give_the_same_run(tiny_data: Path, tmp_pa
         runs[name], said[name] = tmp_path / name / "run", result.stderr
     # Only the last of them runs on one rank.
     assert [name for name, text in said.items() if "running stage 0" in text] == ["python"]
+    engines = {n: read_manifest(checkpoint_folder(run, 10)).engine for n, run in runs.items()}
+    assert engines == {"deepspeed": "zero-1", "torchrun": "zero-1", "python": "zero-0"}
     assert state_hashes(runs["deepspeed"], 10) == state_hashes(runs["torchrun"], 10)
     two_ranks, one_rank = losses(runs["deepspeed"]), losses(runs["python"])
     assert two_ranks.keys() == one_rank.keys() == set(range(1, 11))
@@ -87,6 +89,21 @@ def test_deepspeed_torchrun_and_python_give_the_same_run(tiny_data: Path, tmp_pa
         assert two_ranks[step] == pytest.approx(loss, rel=1e-5)
     assert losses(runs["python"])[10] < losses(runs["python"])[1] - 0.5
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
+
+
+def test_a_dry_run_tells_the_stage_that_would_run_and_what_it_takes(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    plans = {}
+    for ranks in (1, 2):
+        words = ("--config", config, "--dry-run", "--ranks", str(ranks), "engine.zero_stage=3")
+        result = run_script("launch/train.py", *words, cwd=tmp_path)
+        require_success(result)
+        plans[ranks] = result.stdout
+    assert "ZeRO 0 (one rank shares nothing: not 3) on 1 ranks" in plans[1]
+    assert "ZeRO 3 on 2 ranks" in plans[2]
+    assert not (tmp_path / "run").exists()
 
 
 def long_run(tmp_path: Path, tiny_data: Path) -> Path:

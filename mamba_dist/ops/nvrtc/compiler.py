@@ -4,6 +4,7 @@ Users need no CUDA toolkit: the sources include nothing of it, and NVRTC is a li
 compiled is kept per user, named by all that it is made of, and carries its own digest.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -70,20 +71,27 @@ def _library() -> ctypes.CDLL:
             f"ops backend 'gpu' needs a CUDA build of torch, and this is {torch.__version__}; "
             f"install torch for CUDA, or {USE_TORCH}"
         )
-    name = f"libnvrtc.so.{version.split('.')[0]}"
-    # torch has it loaded or on its own path; its wheels lie beside torch's package.
-    places = [name]
-    for folder in sys.path:
-        places += map(str, Path(folder or ".").glob(f"nvidia/*/lib/{name}"))
-    for place in places:
-        try:
+    major = version.split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    # NVRTC asks for its builtins by name, and a wheel's does not look beside itself.
+    for builtins in _in_wheels(f"libnvrtc-builtins.so.{major}*"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)
+    # torch has it loaded or on its own path.
+    for place in (name, *_in_wheels(name)):
+        with contextlib.suppress(OSError):
             return ctypes.CDLL(place)
-        except OSError:
-            continue
+    wheel = "nvidia-cuda-nvrtc-cu12" if major == "12" else "nvidia-cuda-nvrtc"
     raise BackendError(
         f"ops backend 'gpu' needs {name}, which comes with torch's CUDA wheels, and it cannot be "
-        f"loaded; pip install nvidia-cuda-nvrtc, or {USE_TORCH}"
+        f"loaded; pip install '{wheel}=={major}.*', or {USE_TORCH}"
     )
+
+
+def _in_wheels(name: str) -> list[str]:
+    """Libraries of NVIDIA's wheels, which lie beside torch's package, by a pattern."""
+    folders = (Path(folder or ".") for folder in sys.path)
+    return [str(found) for folder in folders for found in folder.glob(f"nvidia/*/lib/{name}")]
 
 
 def _inlined(source: Path) -> str:
@@ -164,8 +172,9 @@ def _read_whole(path: Path) -> bytes | None:
 def _keep(path: Path, image: bytes) -> None:
     """Leaves `image` at `path` whole or not at all; several processes may do so at once."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            file.write(image + hashlib.sha256(image).digest())
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            written = Path(folder, path.name)
+            written.write_bytes(image + hashlib.sha256(image).digest())
+            os.replace(written, path)
     except OSError as error:
         _logger.info("the GPU kernel %s is not kept (%s)", path.name, error)

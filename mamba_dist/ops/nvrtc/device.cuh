@@ -68,7 +68,9 @@ DEVICE uint32 pack_bf16(float low, float high) {
 // that + 4 (a[2], a[3]); B is 8 x 8, rows lane mod 4 and that + 4, column lane / 4; D is 16 x 8, rows
 // as A, columns 2 (lane mod 4) and the next (PTX ISA, mma.m16n8k8).
 DEVICE void multiply_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    // Volatile, for all lanes must take part, also those that have no use for the result.
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
@@ -125,6 +127,14 @@ struct Fp32 {
 };
 
 constexpr float LOG2_E = 1.4426950408889634f;
+
+// A log2(e), so that exp(dt A) is one multiplication and one 2^x. Finite: where no step is taken, dt
+// is 0 and nothing decays, also at a rate of infinity. A NaN stays one.
+DEVICE float per_log2(float A) {
+    constexpr float fastest = -3.4028234e38f;
+    const float rate = A * LOG2_E;
+    return rate < fastest ? fastest : rate;
+}
 
 // What tf32 keeps of x.
 DEVICE float tf32_part(float x) { return bits_to_float(float_to_bits(x) & 0xffffe000u); }

@@ -12,13 +12,14 @@ from typing import Any, Final
 import torch
 
 from mamba_dist.errors import BackendError
-from mamba_dist.ops.nvrtc.compiler import USE_TORCH, compiled, nvrtc_version
+from mamba_dist.ops.nvrtc.compiler import USE_TORCH, compiled
 
 _MAX_SHARED_BYTES: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # What the hardware keeps of each block's shared memory, and in what steps it gives it.
 _RESERVED_SHARED_BYTES: Final = 1024
 _SHARED_UNIT: Final = 128
 _INVALID_CONTEXT: Final = 201  # CUDA_ERROR_INVALID_CONTEXT
+_FIRST_RUNNING_ERROR: Final = 700  # CUDA_ERROR_ILLEGAL_ADDRESS
 # bf16 conversions and matrix instructions; what is older goes through the torch backend.
 OLDEST_CAPABILITY: Final = (8, 0)
 
@@ -29,6 +30,7 @@ class Kernel:
 
     threads: per block, THREADS in the source.
     blocks_per_sm: how many blocks registers have to be left for, BLOCKS_PER_SM in the source.
+    spreads: no multiprocessor takes more than its even share of the blocks, see `launch`.
     """
 
     source: Path
@@ -36,12 +38,16 @@ class Kernel:
     macros: tuple[tuple[str, int | str], ...]
     threads: int
     blocks_per_sm: int = 1
+    spreads: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
         """The compiler's command line for it."""
         named = (*self.macros, ("THREADS", self.threads), ("BLOCKS_PER_SM", self.blocks_per_sm))
         return tuple(f"-D{name}={value}" for name, value in named)
+
+
+_EMPTY: Final = Kernel(Path(__file__).with_name("empty.cu"), "empty", (), threads=32)
 
 
 def launch(
@@ -57,18 +63,29 @@ def launch(
     The caller keeps every tensor whose address is in `call` alive until the stream got that far,
     as torch's allocator does for tensors of the same stream.
 
+    Left to itself the hardware fills some multiprocessors before others: 384 blocks of the scan,
+    of which 4 fit, took 2.3 ms on an H100 of 132 multiprocessors, and 1.7 ms where 3 fit. A kernel
+    that `spreads` asks for so much shared memory that no more than the even share fits. Not beside
+    other ranks, for whose communication kernels there has to be room.
+
     Raises:
-        BackendError: the kernel cannot be compiled, loaded or launched.
+        BackendError: the tensors are not on a GPU, or the kernel cannot be compiled, loaded or
+            launched.
     """
+    if device.type != "cuda":
+        raise BackendError(
+            f"ops backend 'gpu' was given tensors on {device}; move them to the GPU, or {USE_TORCH}"
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
             launch(kernel, call, blocks=blocks, shared_bytes=shared_bytes, device=device)
         return
-    shared_bytes = max(shared_bytes, _spreading_bytes(blocks, index))
+    if kernel.spreads and not _has_other_ranks():
+        shared_bytes = max(shared_bytes, _spreading_bytes(blocks, _multiprocessors(index)))
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     stream = torch.cuda.current_stream(index).cuda_stream
-    function = _function(kernel, index, shared_bytes)
+    function = _function(kernel, index)
     words = (function, blocks, 1, 1, kernel.threads, 1, 1, shared_bytes, stream, arguments, None)
     status = _driver().cuLaunchKernel(*words)
     if status == _INVALID_CONTEXT:
@@ -77,22 +94,43 @@ def launch(
     _check(status, f"launching {kernel.name} with {blocks} blocks")
 
 
-@functools.cache
-def _spreading_bytes(blocks: int, device_index: int) -> int:
-    """Shared memory a block with which no multiprocessor takes more blocks than its even share.
+@dataclass(frozen=True)
+class _Multiprocessors:
+    """Of one device; shared memory in bytes, of each of them and of a block at most."""
 
-    Left to itself the hardware fills some before others: 384 blocks of which 4 fit took 2.3 ms on
-    an H100 of 132 multiprocessors, and 1.7 ms where 3 fit.
-    """
+    count: int
+    shared_bytes: int
+    block_shared_bytes: int
+
+
+@functools.cache
+def _multiprocessors(device_index: int) -> _Multiprocessors:
     properties: Any = torch.cuda.get_device_properties(device_index)
-    share = -(-blocks // int(properties.multi_processor_count))
-    available = properties.shared_memory_per_multiprocessor // share - _RESERVED_SHARED_BYTES
-    most = int(min(available, properties.shared_memory_per_block_optin))
+    return _Multiprocessors(
+        count=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_multiprocessor,
+        block_shared_bytes=properties.shared_memory_per_block_optin,
+    )
+
+
+def _spreading_bytes(blocks: int, multiprocessors: _Multiprocessors) -> int:
+    """Shared memory a block with which each multiprocessor takes its even share at most."""
+    share = -(-blocks // multiprocessors.count)
+    available = multiprocessors.shared_bytes // share - _RESERVED_SHARED_BYTES
+    most = min(available, multiprocessors.block_shared_bytes)
     return max(0, most // _SHARED_UNIT * _SHARED_UNIT)
 
 
+def _has_other_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
 def require_device() -> None:
-    """Raises BackendError unless the current device runs the kernels and NVRTC is there."""
+    """Compiles a first kernel for the current device, an empty one.
+
+    Raises:
+        BackendError: there is no GPU, it is too old, or NVRTC is missing or cannot compile for it.
+    """
     if not torch.cuda.is_available():
         raise BackendError(
             f"ops backend 'gpu' needs a CUDA device, and torch has none; {USE_TORCH}"
@@ -103,7 +141,7 @@ def require_device() -> None:
             f"ops backend 'gpu' needs compute capability {_dotted(OLDEST_CAPABILITY)} (Ampere) or "
             f"newer, and this device has {_dotted(capability)}; {USE_TORCH}"
         )
-    nvrtc_version()
+    compiled(_EMPTY.source, _EMPTY.options, capability)
 
 
 def _dotted(version: tuple[int, int]) -> str:
@@ -121,8 +159,8 @@ def _driver() -> ctypes.CDLL:
 
 
 @functools.cache
-def _function(kernel: Kernel, device_index: int, shared_bytes: int) -> ctypes.c_void_p:
-    """The loaded kernel, with leave to use that much shared memory."""
+def _function(kernel: Kernel, device_index: int) -> ctypes.c_void_p:
+    """The loaded kernel, with leave to use as much shared memory as a block can have."""
     _bind_context(device_index)
     capability = torch.cuda.get_device_capability(device_index)
     image = compiled(kernel.source, kernel.options, capability)
@@ -130,10 +168,10 @@ def _function(kernel: Kernel, device_index: int, shared_bytes: int) -> ctypes.c_
     what = f"loading {kernel.name}"
     _check(driver.cuModuleLoadData(ctypes.byref(module), image), what)
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, kernel.name.encode()), what)
-    allowed = ctypes.c_int(shared_bytes)
+    allowed = _multiprocessors(device_index).block_shared_bytes
     _check(
-        driver.cuFuncSetAttribute(function, _MAX_SHARED_BYTES, allowed),
-        f"giving {kernel.name} {shared_bytes} bytes of shared memory",
+        driver.cuFuncSetAttribute(function, _MAX_SHARED_BYTES, ctypes.c_int(allowed)),
+        f"giving {kernel.name} {allowed} bytes of shared memory",
     )
     return function
 
@@ -152,4 +190,8 @@ def _check(status: int, doing: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
         reason = (text.value or b"unknown").decode()
-        raise BackendError(f"{doing} failed: {reason} (CUDA driver status {status}); {USE_TORCH}")
+        # Errors of running kernels come to light at whatever is launched next.
+        cause = ", maybe of an earlier kernel" if status >= _FIRST_RUNNING_ERROR else ""
+        raise BackendError(
+            f"{doing} failed: {reason} (CUDA driver status {status}{cause}); {USE_TORCH}"
+        )

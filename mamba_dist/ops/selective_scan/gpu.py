@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.errors import BackendError
+from mamba_dist.ops.cuda_packages import document_numbers
 from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents
@@ -79,12 +80,19 @@ def selective_scan(
         initial_state=None
         if initial_state is None
         else _widened(initial_state.float().mT, groups, short).mT,
-        seq_idx=None if seq_idx is None else seq_idx.to(torch.int32),
+        seq_idx=_int32(seq_idx),
     )
     # With padding y is copied, and would be kept beside its copy.
     y, final_state = _all_states(inputs, delta_softplus, d_state, None if short else kept)
     y = _narrowed(y, groups, short)
     return y.to(u.dtype), _narrowed(final_state.mT, groups, short).mT
+
+
+def _int32(seq_idx: Tensor | None) -> Tensor | None:
+    """The same documents; ids of 64 bits would not survive a cast."""
+    if seq_idx is None or seq_idx.dtype == torch.int32:
+        return seq_idx
+    return document_numbers(seq_idx)
 
 
 def _widened(values: Tensor, groups: int, more: int) -> Tensor:

@@ -76,13 +76,12 @@ DEVICE void store_states(float* warp_states, const float (&h)[2][4], const Place
         store_pair(warp_states + channel * STATES + 2 * place.s, h[0][c], h[1][c]);
     }
 }
-// A times log2(e), so that exp(dt A) is one multiplication and one 2^x.
 DEVICE void load_decays(float (&A)[2][4], const float* table, const Place& place) {
     load_states(A, table + place.channel * STATES, place);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-        A[0][c] *= LOG2_E;
-        A[1][c] *= LOG2_E;
+        A[0][c] = per_log2(A[0][c]);
+        A[1][c] = per_log2(A[1][c]);
     }
 }
 

@@ -16,7 +16,7 @@ KERNEL(selective_scan_chain) {
     const int64 per_row = call.channels * STATES;
     if (item >= call.batch * per_row) return;
     const int64 row = item / per_row, state = item % per_row, channel = state / STATES;
-    const float A = LOG2_E * call.A[state];
+    const float A = per_log2(call.A[state]);
     float running = call.initial ? call.initial[item] : 0.f;
     for (int64 i = 0; i < call.splits; ++i) {
         const int64 part = row * call.splits + (call.backwards ? call.splits - 1 - i : i);

@@ -77,8 +77,8 @@ KERNEL(selective_scan_forward) {
     load_states(A, call.A + place.channel * STATES, place);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        A[0][j] *= LOG2_E;
-        A[1][j] *= LOG2_E;
+        A[0][j] = per_log2(A[0][j]);
+        A[1][j] = per_log2(A[1][j]);
     }
     clear(h);
     const int64 split_at = place.row * call.splits + place.split;

@@ -147,6 +147,7 @@ def _kernel(
         macros=tuple((name, int(value)) for name, value in named.items()),
         threads=32 * warps,
         blocks_per_sm=max(8 // warps, min(per_sm, 16 // warps)),
+        spreads=True,
     )
     return kernel, blocks
 
