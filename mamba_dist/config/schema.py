@@ -178,6 +178,9 @@ class TrainingConfig(Section):
     selective keeps the two large projections and the scan, and computes again what is cheap."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights."""
+    deterministic: bool = False
+    """On a GPU, let every operation add up in a fixed order, so that a run repeats bit for bit; it
+    takes longer. On a CPU that is always so."""
 
     @model_validator(mode="after")
     def _check_choices(self) -> "TrainingConfig":

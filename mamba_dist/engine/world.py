@@ -105,8 +105,12 @@ def placement_from_environment(environment: Mapping[str, str]) -> Placement:
     return Placement(rank=rank, world_size=size, local_rank=local, local_size=local_size)
 
 
-def start_world(*, timeout_minutes: float) -> World:
+def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World:
     """The connected ranks of this run, on gloo for CPU and NCCL for CUDA.
+
+    Args:
+        timeout_minutes: a collective that takes longer ends the run.
+        deterministic: torch, cuBLAS and our kernels add up in a fixed order, or refuse.
 
     Raises:
         EngineError: the launcher's environment is unusable or the ranks cannot meet.
@@ -118,6 +122,8 @@ def start_world(*, timeout_minutes: float) -> World:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // placement.local_size))
     if device.type == "cpu":
         keep_freed_memory(os.environ)
+    if deterministic:
+        _fix_orders()
     for name, value in {
         "RANK": placement.rank,
         "WORLD_SIZE": placement.world_size,
@@ -150,6 +156,14 @@ def start_world(*, timeout_minutes: float) -> World:
         timeout=timedelta(minutes=timeout_minutes),
     )
     return World(placement, device)
+
+
+def _fix_orders() -> None:
+    # cuBLAS reads it when its first product is computed.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # It would overwrite all memory that is reserved, to show reads of what nobody has written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
 
 
 def stop_world() -> None:

@@ -63,7 +63,10 @@ _RECORDS: Final = MappingProxyType[Backend, _BackendRecord](
         "torch": _BackendRecord("chunked, plain PyTorch"),
         "cpu": _BackendRecord("native kernels", "cpu", _require_kernels),
         "gpu": _BackendRecord(
-            "our own kernels, compiled by NVRTC and Triton at their first use", "cuda", _require_gpu
+            "our own kernels, compiled by NVRTC and Triton at their first use; unless "
+            "training.deterministic the last bits of gradients vary from run to run",
+            "cuda",
+            _require_gpu,
         ),
         "cuda": _BackendRecord(
             "mamba-ssm and causal-conv1d, whose gradients vary in the last bits from run to run",

@@ -23,6 +23,7 @@ from mamba_dist.data.tokenization import check_tokenizer
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
+from mamba_dist.errors import BackendError
 from mamba_dist.model.flops import flops_per_token
 from mamba_dist.model.init import audit, initialize
 from mamba_dist.model.lm import MambaLM
@@ -164,6 +165,11 @@ def _build_engine(
         accumulation_steps=plan.accumulation_steps,
     )
     backend = resolve_backend(config.engine.ops_backend, device_type=world.device.type)
+    if training.deterministic and backend == "cuda":
+        raise BackendError(
+            "training.deterministic: mamba-ssm adds up gradients in any order; set "
+            "engine.ops_backend: gpu or torch, or training.deterministic: false"
+        )
     with zero.construction(settings):
         model = MambaLM(
             config.model,

@@ -26,7 +26,10 @@ def run_training(config: RunConfig) -> int:
     stop.listen()
     watch_launcher(stop, launcher_pids())
     try:
-        world = start_world(timeout_minutes=config.engine.timeout_minutes)
+        world = start_world(
+            timeout_minutes=config.engine.timeout_minutes,
+            deterministic=config.training.deterministic,
+        )
         setup_logging(rank=world.rank, world_size=world.size)
         with prepare_run_folder(config, world=world):
             run = build_run(config, world=world, stop=stop)

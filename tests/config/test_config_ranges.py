@@ -88,6 +88,7 @@ RANGES: list[Row] = [
         [-1, 2**63],
         "an integer of at least 0 and below 9223372036854775808",
     ),
+    ("training.deterministic", [True, False], ["yes"], "true or false"),
     ("data.dataset_path", ["x"], [None, 1], "text"),
     ("data.tokenizer_path", ["x"], [None, 1], "text"),
     ("data.sequence_length", [1, 2**24], [0, 2**24 + 1], "an integer from 1 to 16777216"),

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import launching
@@ -89,6 +90,21 @@ def test_deepspeed_torchrun_and_python_give_the_same_run(tiny_data: Path, tmp_pa
         assert two_ranks[step] == pytest.approx(loss, rel=1e-5)
     assert losses(runs["python"])[10] < losses(runs["python"])[1] - 0.5
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
+
+
+def test_deterministic_algorithms_are_all_that_a_run_needs(tiny_data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_data)
+    code = (
+        "import sys, torch\n"
+        "from mamba_dist.commands.train import main\n"
+        "sys.argv[1:] = ['--config', sys.argv[1], 'training.deterministic=true']\n"
+        "status = main()\n"
+        "print(status, torch.are_deterministic_algorithms_enabled())\n"
+    )
+    result = finish([sys.executable, "-c", code, str(config)])
+    require_success(result)
+    assert result.stdout.splitlines()[-1] == "0 True"
+    assert losses(tmp_path / "run").keys() == set(range(1, 11))
 
 
 def test_a_dry_run_tells_the_stage_that_would_run_and_what_it_takes(

@@ -178,7 +178,8 @@ def _backward(
     """Gradients of the floating inputs in their order; empty for one that was not given."""
     gradients = _new_gradients(x, dt, A, B, C, D, dt_bias, initial_state)
     inputs = _readable(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
-    grad_y = unit_stride(grad_y.to(x.dtype))
+    # With a gate it is fp32, as y is, and the kernels need its digits.
+    grad_y = unit_stride(grad_y if grad_y.dtype == torch.float32 else grad_y.to(x.dtype))
     grad_final = None if grad_final is None else grad_final.contiguous()
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         require_triton().backward(*inputs, dt_softplus, chunk_size, grad_y, grad_final, gradients)

@@ -23,7 +23,9 @@ def chunk_gradients(
     decays,
     numbers,
     states,
+    scales,
     grad_states,
+    grad_scales,
     grad_B,
     grad_C,
     by_position,
@@ -55,12 +57,14 @@ def chunk_gradients(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """The gradients of B and C for one chunk, summed over `units` blocks of heads.
 
     `grad_B` and `grad_C` (B, L, G, splits, N) get the sums. `by_position` (6, B, H, blocks, padded)
     gets the terms of the gradients of decays and steps that `finish_steps` adds up, `by_chunk`
-    (B, H, blocks, chunks) what the state that passes through the chunk gives to each decay.
+    (B, H, blocks, chunks) what the state that passes through the chunk gives to each decay. HALF,
+    the states are fp16 over scales, as `store_state` keeps them.
     """
     split, chunk = tl.program_id(0) % splits, tl.program_id(0) // splits
     group, row = tl.program_id(1) % groups, (tl.program_id(1) // groups).to(tl.int64)
@@ -96,46 +100,68 @@ def chunk_gradients(
         x_tile = tile(x + head * x_h, x_l, q, p, rows, P, P % BLOCK_P == 0)
         grad = tile(grad_y + head * y_h, y_l, q, p, rows, P, P % BLOCK_P == 0)
         of_unit = row * heads * blocks + unit
-        place = (of_unit * chunks + chunk) * (BLOCK_P * BLOCK_N)
+        place = of_unit * chunks + chunk
         inner = block_p[:, None] * BLOCK_N + n[None, :]
-        state = tl.load(states + place + inner)
-        grad_state = tl.load(grad_states + place + inner)
+        state = tl.load(states + place * (BLOCK_P * BLOCK_N) + inner)
+        grad_state = tl.load(grad_states + place * (BLOCK_P * BLOCK_N) + inner)
         of_head = (row * heads + head) * chunks * Q + chunk * Q
         step = tl.load(steps + of_head + q)
         decay = tl.load(decays + of_head + q)
         last_decay = tl.load(decays + of_head + Q - 1)
         at = by_position + of_unit * chunks * Q + positions
+        own_products = tl.sum(x_tile.to(tl.float32) * grad.to(tl.float32), axis=1)
+        x_scale, state_scale, grad_scale, grad_state_scale = 1.0, 1.0, 1.0, 1.0
+        if HALF:
+            # bf16 numbers in fp16's range are fp16 numbers.
+            x_scale, state_scale = tl.load(scales + 2 * place), tl.load(scales + 2 * place + 1)
+            grad_scale = tl.load(grad_scales + 2 * place)
+            grad_state_scale = tl.load(grad_scales + 2 * place + 1)
+            x_tile = (x_tile.to(tl.float32) * (1.0 / x_scale)).to(tl.float16)
+            grad = (grad.to(tl.float32) * (1.0 / grad_scale)).to(tl.float16)
+
+        if HALF:
+            # Of the product of matrices only the trace is wanted, and yet it is quicker.
+            square = tl.dot(state, tl.trans(grad_state))
+            through = tl.sum(tl.where(block_p[:, None] == block_p[None, :], square, 0.0), axis=1)
+            through = tl.sum(through, axis=0) * state_scale * grad_state_scale
+        else:
+            through = tl.sum(tl.sum(state * grad_state, axis=1), axis=0)
+        through *= from_start(last_decay, last_number, HAS_DOCUMENTS)
+        tl.store(by_chunk + of_unit * chunks + chunk, through)
 
         # Inside the chunk.
         products = tl.dot(x_tile, tl.trans(grad), input_precision=PRECISION)
-        own_products = tl.sum(tl.where(own, products, 0.0), axis=0)
         between = tl.exp2((decay[None, :] - decay[:, None]).to(tl.float32))
         products = tl.where(together, products * between, 0.0)
-        stepped = products * step[:, None]
+        size = x_scale * grad_scale
+        stepped = products * (step * size)[:, None]
         grad_scores += stepped
         tl.store(at, tl.sum(stepped * scores, axis=0))
-        tl.store(at + plane, tl.sum(products * scores, axis=1))
+        tl.store(at + plane, tl.sum(products * scores, axis=1) * size)
         tl.store(at + 2 * plane, own_products * own_scores)
         tl.store(at + 3 * plane, own_products)
 
         # Through the state after the chunk.
         leaving = to_end(decay, number, last_decay, last_number, HAS_DOCUMENTS)
-        given = tl.dot(x_tile, grad_state, input_precision=PRECISION) * leaving[:, None]
-        tl.store(at + 4 * plane, tl.sum(given * B_tile.to(tl.float32), axis=1))
-        sum_B += given * step[:, None]
+        leaving *= x_scale * grad_state_scale
+        given = tl.dot(x_tile, grad_state, input_precision=PRECISION)
+        tl.store(at + 4 * plane, tl.sum(given * B_tile.to(tl.float32), axis=1) * leaving)
+        sum_B += given * (leaving * step)[:, None]
 
         # Through the state before the chunk.
-        entering = from_start(decay, number, HAS_DOCUMENTS)
-        taken = tl.dot(grad, state, input_precision=PRECISION) * entering[:, None]
-        tl.store(at + 5 * plane, tl.sum(taken * C_tile.to(tl.float32), axis=1))
-        sum_C += taken
-        through = tl.sum(tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1), axis=0)
-        through *= from_start(last_decay, last_number, HAS_DOCUMENTS)
-        tl.store(by_chunk + of_unit * chunks + chunk, through)
+        entering = from_start(decay, number, HAS_DOCUMENTS) * (grad_scale * state_scale)
+        taken = tl.dot(grad, state, input_precision=PRECISION)
+        tl.store(at + 5 * plane, tl.sum(taken * C_tile.to(tl.float32), axis=1) * entering)
+        sum_C += taken * entering[:, None]
 
     narrow = grad_scores.to(B_tile.dtype)
     sum_B = tl.dot(narrow, C_tile, acc=sum_B, input_precision=PRECISION)
     sum_C = tl.dot(tl.trans(narrow), B_tile, acc=sum_C, input_precision=PRECISION)
+    if narrow.dtype == tl.bfloat16:
+        # Once for all the heads, so the digits that bf16 lacks cost next to nothing.
+        rest = (grad_scores - narrow.to(tl.float32)).to(narrow.dtype)
+        sum_B = tl.dot(rest, C_tile, acc=sum_B)
+        sum_C = tl.dot(tl.trans(rest), B_tile, acc=sum_C)
     sum_l = groups * splits * N
     place = (row * length + begin) * sum_l + (group * splits + split) * N
     place += q[:, None] * sum_l + n[None, :]

@@ -123,6 +123,52 @@ def to_end(decay, number, last_decay, last_number, HAS_DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
+def largest_entry(values):
+    """The largest magnitude in a tile."""
+    return tl.max(tl.max(tl.abs(values.to(tl.float32)), axis=1), axis=0)
+
+
+@triton.jit
+def half_scale(bound):
+    """A power of two and its inverse, which brings entries up to `bound` below 2^15.
+
+    That is the upper end of fp16's range: entries down to 2^-29 of it keep all of fp16's digits.
+    NaN where there is no bound.
+    """
+    bits = bound.to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 40 << 23), 230 << 23) - (14 << 23)
+    inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
+    scale = tl.where(bound < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
+    return scale, inverse
+
+
+@triton.jit
+def next_scale(bound, scale, kept, size, reach, weight):
+    """The next state's bound and scale; `kept` and `weight` such that the state comes over it."""
+    bound = bound * kept + size * reach * tl.sum(tl.abs(weight), axis=0)
+    following, inverse = half_scale(bound)
+    # In this order: 0 times the scales' ratio, which may overflow, would be NaN.
+    return bound, following, kept * scale * inverse, weight * inverse
+
+
+@triton.jit
+def store_state(state, scale, size, states, scales, place, SCALED: tl.constexpr):
+    """Keeps a chunk's state as number `place`: in fp32, or in fp16 over `scale`.
+
+    `scales` (..., 2) gets a scale for the chunk's values, all of them up to `size`, and `scale`.
+    The products of two states cancel in their sum, where bf16's few digits would not do.
+    """
+    if SCALED:
+        of_values, _ = half_scale(size)
+        tl.store(scales + 2 * place, of_values)
+        tl.store(scales + 2 * place + 1, scale)
+    states += place * (state.shape[0] * state.shape[1])
+    p, n = tl.arange(0, state.shape[0]), tl.arange(0, state.shape[1])
+    pointers = states + (p[:, None] * state.shape[1] + n[None, :])
+    tl.store(pointers, state.to(states.dtype.element_ty))
+
+
+@triton.jit
 def scan_chunks(
     values,
     written,
@@ -134,6 +180,8 @@ def scan_chunks(
     start,
     out,
     chunk_states,
+    scales,
+    reach,
     ends,
     length,
     heads,
@@ -158,6 +206,7 @@ def scan_chunks(
     HAS_DOCUMENTS: tl.constexpr,
     STORE_CHUNKS: tl.constexpr,
     STORE_END: tl.constexpr,
+    HALF: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -169,7 +218,9 @@ def scan_chunks(
     REVERSE, the gradients of y are written along C and read along B as x's; the steps then scale
     what is read. `start` (B, H, segments, P, N) has the states before the segments, `ends`
     (B, H, P, N) gets the one past them all, and `chunk_states` (B, H, blocks, chunks, BLOCK_P,
-    BLOCK_N) what the state is on coming to each chunk.
+    BLOCK_N) what the state is on coming to each chunk, as `store_state` keeps it. `values` may be
+    fp32 with the others bf16. HALF, `reach` is the largest magnitude in `written`, and the state is
+    held over a scale that leads it into fp16's range: a power of two, which rounds nothing.
     """
     segment = tl.program_id(0) // (heads * blocks)
     unit = tl.program_id(0) % (heads * blocks)
@@ -195,6 +246,15 @@ def scan_chunks(
         begins = start + ((row * heads + head) * segments + segment) * P * N
         state = tl.load(begins + inner, mask=exists, other=0.0)
     skip = tl.load(D + head) if HAS_D else 0.0
+    own = q[:, None] == q[None, :]
+    SCALED: tl.constexpr = HALF and STORE_CHUNKS
+    if SCALED:
+        largest = tl.load(reach)
+        bound = largest_entry(state)
+        scale, inverse = half_scale(bound)
+        state *= inverse
+    else:
+        scale = 1.0
     for count in range(last - first):
         chunk = last - 1 - count if REVERSE else first + count
         rows = chunk * Q + q < length
@@ -204,16 +264,16 @@ def scan_chunks(
         step = tl.load(steps + by_position + chunk * Q + q)
         decay = tl.load(decays + by_position + chunk * Q + q)
         last_decay = tl.load(decays + by_position + chunk * Q + Q - 1)
-        together = q[:, None] <= q[None, :] if REVERSE else q[:, None] >= q[None, :]
+        together = q[:, None] <= q[None, :] if REVERSE else q[:, None] > q[None, :]
         number, last_number = 0, 0
         if HAS_DOCUMENTS:
             number = tl.load(numbers + numbered + chunk * Q + q)
             last_number = tl.load(numbers + numbered + chunk * Q + Q - 1)
             together = together & (number[:, None] == number[None, :])
         if STORE_CHUNKS:
-            kept = ((row * heads * blocks + unit) * chunks + chunk) * (BLOCK_P * BLOCK_N)
-            kept = chunk_states + kept + (block_p[:, None] * BLOCK_N + n[None, :])
-            tl.store(kept, state.to(chunk_states.dtype.element_ty))
+            place = (row * heads * blocks + unit) * chunks + chunk
+            size = largest_entry(value) if SCALED else 0.0
+            store_state(state, scale, size, chunk_states, scales, place, SCALED)
         entering = from_start(decay, number, HAS_DOCUMENTS)
         leaving = to_end(decay, number, last_decay, last_number, HAS_DOCUMENTS)
         scores = tl.dot(reader, tl.trans(writer), input_precision=PRECISION)
@@ -223,22 +283,30 @@ def scan_chunks(
             between = decay[:, None] - decay[None, :]
             scores *= step[None, :]
         mixing = tl.where(together, scores * tl.exp2(between.to(tl.float32)), 0.0)
-        result = tl.dot(reader, tl.trans(state.to(value.dtype)), input_precision=PRECISION)
-        result *= (leaving if REVERSE else entering)[:, None]
-        result = tl.dot(mixing.to(value.dtype), value, acc=result, input_precision=PRECISION)
+        result = tl.dot(reader, tl.trans(state.to(reader.dtype)), input_precision=PRECISION)
+        result *= (scale * (leaving if REVERSE else entering))[:, None]
+        mixing, narrow = mixing.to(reader.dtype), value.to(reader.dtype)
+        result = tl.dot(mixing, narrow, acc=result, input_precision=PRECISION)
+        wide = value.to(tl.float32)
         if REVERSE:
             result *= step[:, None]
-        wide = value.to(tl.float32)
-        if HAS_D:
-            result += skip * wide
+            if HAS_D:
+                result += skip * wide
+        else:
+            # A position's own term is often the largest, and is not rounded, as the skip is not.
+            own_score = tl.sum(tl.where(own, scores, 0.0), axis=1)
+            result += (own_score + skip)[:, None] * wide
         tl.store(
             out + (q[:, None] * out_l + p[None, :]),
             result.to(out.dtype.element_ty),
             mask=rows[:, None] & (p < P)[None, :],
         )
-        weighted = wide * (entering if REVERSE else step * leaving)[:, None]
-        weighted = tl.trans(weighted.to(value.dtype))
-        state *= from_start(last_decay, last_number, HAS_DOCUMENTS)
+        weight = entering if REVERSE else step * leaving
+        kept = from_start(last_decay, last_number, HAS_DOCUMENTS)
+        if SCALED:
+            bound, scale, kept, weight = next_scale(bound, scale, kept, size, largest, weight)
+        weighted = tl.trans((wide * weight[:, None]).to(writer.dtype))
+        state *= kept
         state = tl.dot(weighted, writer, acc=state, input_precision=PRECISION)
         move = -Q if REVERSE else Q
         values += move * values_l
@@ -246,7 +314,7 @@ def scan_chunks(
         read += move * read_l
         out += move * out_l
     if STORE_END and segment == (0 if REVERSE else segments - 1):
-        tl.store(ends + (row * heads + head) * P * N + inner, state, mask=exists)
+        tl.store(ends + (row * heads + head) * P * N + inner, state * scale, mask=exists)
 
 
 @triton.jit
@@ -258,6 +326,8 @@ def carry_states(
     numbers,
     start,
     chunk_states,
+    scales,
+    reach,
     ends,
     length,
     heads,
@@ -278,6 +348,7 @@ def carry_states(
     HAS_DOCUMENTS: tl.constexpr,
     STORE_CHUNKS: tl.constexpr,
     STORE_ENDS: tl.constexpr,
+    HALF: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -287,7 +358,8 @@ def carry_states(
 
     Forward, the states of the scan: `values` x, `vectors` B. REVERSE, their gradients: `values`
     the output's gradient, `vectors` C. `chunk_states` (B, H, blocks, chunks, BLOCK_P, BLOCK_N) gets
-    what the state is on coming to each chunk, `ends` (B, H, segments, P, N) on leaving the segment.
+    what the state is on coming to each chunk, as `store_state` keeps it, `ends` (B, H, segments, P,
+    N) what it is on leaving the segment.
     """
     segment = tl.program_id(0) // (heads * blocks)
     unit = tl.program_id(0) % (heads * blocks)
@@ -310,6 +382,14 @@ def carry_states(
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if HAS_START:
         state = tl.load(start + outer + inner, mask=exists, other=0.0)
+    SCALED: tl.constexpr = HALF and STORE_CHUNKS
+    if SCALED:
+        largest = tl.load(reach)
+        bound = largest_entry(state)
+        scale, inverse = half_scale(bound)
+        state *= inverse
+    else:
+        scale = 1.0
     for count in range(last - first):
         chunk = last - 1 - count if REVERSE else first + count
         positions = chunk * Q + q
@@ -328,11 +408,14 @@ def carry_states(
             weight = to_end(decay, number, last_decay, last_number, HAS_DOCUMENTS)
             weight *= tl.load(steps + by_position + positions)
         if STORE_CHUNKS:
-            kept = chunk_states + (by_chunk + chunk) * (BLOCK_P * BLOCK_N)
-            kept += block_p[:, None] * BLOCK_N + n[None, :]
-            tl.store(kept, state.to(chunk_states.dtype.element_ty))
-        weighted = (value.to(tl.float32) * weight[:, None]).to(value.dtype)
-        state *= from_start(last_decay, last_number, HAS_DOCUMENTS)
+            place = by_chunk + chunk
+            size = largest_entry(value) if SCALED else 0.0
+            store_state(state, scale, size, chunk_states, scales, place, SCALED)
+        kept = from_start(last_decay, last_number, HAS_DOCUMENTS)
+        if SCALED:
+            bound, scale, kept, weight = next_scale(bound, scale, kept, size, largest, weight)
+        weighted = (value.to(tl.float32) * weight[:, None]).to(vector.dtype)
+        state *= kept
         state = tl.dot(tl.trans(weighted), vector, acc=state, input_precision=PRECISION)
         if REVERSE:
             values -= Q * values_l
@@ -341,7 +424,7 @@ def carry_states(
             values += Q * values_l
             vectors += Q * vectors_l
     if STORE_ENDS:
-        tl.store(ends + outer + inner, state, mask=exists)
+        tl.store(ends + outer + inner, state * scale, mask=exists)
 
 
 @triton.jit

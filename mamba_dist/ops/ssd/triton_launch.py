@@ -48,6 +48,9 @@ _SHORTEST_SEGMENT: Final = 4
 _STATES_BYTES: Final = 320 * 2**20
 _PASS_BLOCK: Final = 1024
 
+_States = tuple[Tensor | None, Tensor | None, Tensor | None]
+_NO_STATES: Final = None, None, None
+
 
 @dataclass(frozen=True)
 class _Problem:
@@ -99,11 +102,6 @@ class _Problem:
         return _ceiling(self.chunks, self.segment_chunks)
 
     @property
-    def state_shape(self) -> tuple[int, int, int, int]:
-        batch, _, heads, headdim = self.x.shape
-        return batch, heads, headdim, self.B.shape[3]
-
-    @property
     def options(self) -> dict[str, int | str | bool]:
         """What every kernel with matrix products is compiled for."""
         return {
@@ -113,6 +111,7 @@ class _Problem:
             "Q": self.chunk,
             "BLOCK_P": self.block_p,
             "BLOCK_N": self.block_n,
+            "HALF": self.x.dtype == torch.bfloat16,
             # Three TF32 products give fp32's precision back; "ieee" would be scalar code.
             "PRECISION": "tf32x3" if self.x.dtype == torch.float32 else "tf32",
         }
@@ -135,8 +134,8 @@ def forward(
 ) -> None:
     """Fills y (B, L, H, P) and the final state (B, H, P, N), both contiguous."""
     problem = _prepare(x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus, chunk_size)
-    starts = _segment_starts(problem, x, B, initial_state, reverse=False)
-    _scan(problem, (x, B, C), starts, (y, None, final_state), reverse=False)
+    starts = _segment_starts(problem, (x, B), initial_state, reverse=False)
+    _scan(problem, (x, B, C), starts, (y, _NO_STATES, final_state), reverse=False)
 
 
 def backward(
@@ -172,14 +171,14 @@ def backward(
             *(of_rows(seq_idx), dt_softplus, chunk_size),
         )
         parts = [tensor[rows] for tensor in per_position]
-        states, grad_states = (_new_chunk_states(problem) for _ in range(2))
-        starts = _segment_starts(problem, x[rows], B[rows], of_rows(initial_state), reverse=False)
-        _carry(problem, (x[rows], B[rows]), starts, states, None, reverse=False)
-        grads = grad_y[rows]
-        starts = _segment_starts(problem, grads, C[rows], of_rows(grad_final), reverse=True)
+        states, grad_states = (_new_chunk_states(problem, t[rows]) for t in (B, C))
+        forwards, backwards = (x[rows], B[rows]), (grad_y[rows], C[rows])
+        starts = _segment_starts(problem, forwards, of_rows(initial_state), reverse=False)
+        _carry(problem, forwards, starts, states, None, reverse=False)
+        starts = _segment_starts(problem, backwards, of_rows(grad_final), reverse=True)
         results = parts[0], grad_states, of_rows(grad_initial)
-        _scan(problem, (grads, C[rows], B[rows]), starts, results, reverse=True)
-        sums.append(_gradients_of_rows(problem, grads, states, grad_states, parts[1:]))
+        _scan(problem, (*backwards, B[rows]), starts, results, reverse=True)
+        sums.append(_gradients_of_rows(problem, grad_y[rows], states, grad_states, parts[1:]))
     of_A, of_bias, of_D = torch.stack(sums).sum(0)
     gradients[2].copy_(of_A)
     if D is not None:
@@ -222,21 +221,16 @@ def _prepare(
 
 
 def _segment_starts(
-    problem: _Problem,
-    values: Tensor,
-    vectors: Tensor,
-    initial: Tensor | None,
-    *,
-    reverse: bool,
+    problem: _Problem, inputs: tuple[Tensor, Tensor], initial: Tensor | None, *, reverse: bool
 ) -> Tensor | None:
     """The states (B, H, segments, P, N) that the segments start from; None is zeros."""
     segments = problem.segments
     if segments == 1:
         return initial
-    batch, heads, headdim, d_state = problem.state_shape
+    (batch, _, heads, headdim), d_state = problem.x.shape, problem.B.shape[3]
     shape = batch, heads, segments, headdim, d_state
     local, starts = (problem.steps.new_empty(shape) for _ in range(2))
-    _carry(problem, (values, vectors), None, None, local, reverse=reverse)
+    _carry(problem, inputs, None, _NO_STATES, local, reverse=reverse)
     size = headdim * d_state
     triton_forward.pass_states[(_ceiling(size, _PASS_BLOCK), batch * heads)](
         *(local, initial, starts, problem.decays, problem.numbers),
@@ -250,19 +244,25 @@ def _segment_starts(
     return starts
 
 
-def _new_chunk_states(problem: _Problem) -> Tensor:
-    """(B, H, blocks, chunks, BLOCK_P, BLOCK_N) in the dtype that states are multiplied in."""
-    batch, heads, _, _ = problem.state_shape
-    return problem.x.new_empty(
-        batch, heads, problem.blocks, problem.chunks, problem.block_p, problem.block_n
-    )
+def _new_chunk_states(problem: _Problem, vectors: Tensor) -> _States:
+    """Room for states (B, H, blocks, chunks, BLOCK_P, BLOCK_N): fp32, or fp16 over scales (..., 2).
+
+    The third is the largest magnitude in `vectors`, along which the states are written.
+    """
+    chunks = *problem.steps.shape[:2], problem.blocks, problem.chunks
+    shape = *chunks, problem.block_p, problem.block_n
+    if problem.x.dtype == torch.float32:
+        return problem.steps.new_empty(shape), None, None
+    reach = torch.linalg.vector_norm(vectors, torch.inf, dtype=torch.float32)
+    states = problem.steps.new_empty(shape, dtype=torch.float16)
+    return states, problem.steps.new_empty(*chunks, 2), reach
 
 
 def _scan(
     problem: _Problem,
     inputs: tuple[Tensor, Tensor, Tensor],
     starts: Tensor | None,
-    results: tuple[Tensor, Tensor | None, Tensor | None],
+    results: tuple[Tensor, _States, Tensor | None],
     *,
     reverse: bool,
 ) -> None:
@@ -271,13 +271,13 @@ def _scan(
     out, chunk_states, end = results
     triton_forward.scan_chunks[(problem.segments * heads * problem.blocks, batch)](
         *(*inputs, problem.D, problem.steps, problem.decays, problem.numbers),
-        *(starts, out, chunk_states, end, length, heads, problem.per_group, problem.blocks),
+        *(starts, out, *chunk_states, end, length, heads, problem.per_group, problem.blocks),
         *(problem.segments, problem.segment_chunks),
         *(stride for tensor in inputs for stride in tensor.stride()[:3]),
         REVERSE=reverse,
         HAS_D=problem.D is not None,
         HAS_START=starts is not None,
-        STORE_CHUNKS=chunk_states is not None,
+        STORE_CHUNKS=chunk_states[0] is not None,
         STORE_END=end is not None,
         num_warps=problem.tuning.scan_warps,
         num_stages=problem.tuning.scan_stages,
@@ -289,7 +289,7 @@ def _carry(
     problem: _Problem,
     inputs: tuple[Tensor, Tensor],
     starts: Tensor | None,
-    chunk_states: Tensor | None,
+    chunk_states: _States,
     ends: Tensor | None,
     *,
     reverse: bool,
@@ -297,12 +297,12 @@ def _carry(
     batch, length, heads, _ = problem.x.shape
     triton_forward.carry_states[(problem.segments * heads * problem.blocks, batch)](
         *(*inputs, problem.steps, problem.decays, problem.numbers),
-        *(starts, chunk_states, ends, length, heads, problem.per_group, problem.blocks),
+        *(starts, *chunk_states, ends, length, heads, problem.per_group, problem.blocks),
         *(problem.segments, problem.segment_chunks),
         *(stride for tensor in inputs for stride in tensor.stride()[:3]),
         REVERSE=reverse,
         HAS_START=starts is not None,
-        STORE_CHUNKS=chunk_states is not None,
+        STORE_CHUNKS=chunk_states[0] is not None,
         STORE_ENDS=ends is not None,
         num_warps=problem.tuning.carry_warps,
         num_stages=problem.tuning.carry_stages,
@@ -313,8 +313,8 @@ def _carry(
 def _gradients_of_rows(
     problem: _Problem,
     grad_y: Tensor,
-    states: Tensor,
-    grad_states: Tensor,
+    states: _States,
+    grad_states: _States,
     gradients: list[Tensor],
 ) -> Tensor:
     """Fills the gradients of dt, B and C; gives (3, H) of A, the bias and D."""
@@ -329,9 +329,10 @@ def _gradients_of_rows(
         problem.steps.new_empty(batch, length, groups, splits, d_state) for _ in range(2)
     )
     triton_backward.chunk_gradients[(problem.chunks * splits, batch * groups)](
-        *(x, B, C, grad_y, problem.steps, problem.decays, problem.numbers, states, grad_states),
-        *(sum_B, sum_C, by_position, by_chunk, length, heads, groups),
-        *(problem.per_group, problem.blocks, splits, per_program, by_position[0].numel()),
+        *(x, B, C, grad_y, problem.steps, problem.decays, problem.numbers),
+        *(*states[:2], *grad_states[:2], sum_B, sum_C, by_position, by_chunk),
+        *(length, heads, groups, problem.per_group, problem.blocks, splits, per_program),
+        by_position[0].numel(),
         *(stride for tensor in (x, B, C, grad_y) for stride in tensor.stride()[:3]),
         num_warps=problem.tuning.gradient_warps,
         num_stages=problem.tuning.gradient_stages,
