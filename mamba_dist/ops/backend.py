@@ -125,7 +125,8 @@ def _fastest(device_type: str) -> Backend:
         try:
             _prepare(name, device_type)
         except BackendError as error:
-            failures.append(str(error))
+            # A compiler's log follows its first line; asked for by name, the backend shows it all.
+            failures.append(str(error).partition("\n")[0])
         else:
             _log_choice(name, "auto", device_type, instead_of=failures)
             return name

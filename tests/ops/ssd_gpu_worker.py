@@ -2,20 +2,28 @@
 
 A process of its own: the interpreter has to be chosen, by TRITON_INTERPRET=1, before triton is
 imported. Prints one line for each output that is off, and exits with 1 if there is any.
+
+With the argument "compile" it compiles them for a GPU of compute capability 9.0 instead, which
+takes no GPU and must be without TRITON_INTERPRET: the interpreter takes what the compiler refuses.
 """
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from op_comparison import leaves, output_gradients, packed, random_tensor
-from triton.runtime import interpreter
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, interpreter
 
 from mamba_dist.ops.agreement import relative_error, tolerance
-from mamba_dist.ops.ssd import gpu, reference
+from mamba_dist.ops.ssd import gpu, reference, triton_backward, triton_forward
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "seq_idx", "initial_state")
 PER_POSITION = {"x", "dt", "B", "C", "z"}
+KERNELS = (
+    *("prepare_steps", "scan_chunks", "carry_states", "pass_states"),
+    *("chunk_gradients", "finish_steps"),
+)
 TILE = {"heads": 2, "headdim": 16, "d_state": 16}
 # Length, documents, options, dtype and shape: one chunk and several, segments of chunks, blocks of
 # P, sums over some of the heads only, and sizes that fill no tile.
@@ -27,6 +35,31 @@ CASES: tuple[tuple[int, bool, bool, torch.dtype, dict[str, int]], ...] = (
     (63, False, False, torch.bfloat16, TILE),
     (130, True, True, torch.bfloat16, TILE),
 )
+
+
+class Precise(NamedTuple):
+    """A bf16 case in which roundings that the kernels do without gave errors of 5e-3 and above."""
+
+    length: int
+    documents: bool
+    shape: dict[str, int]
+    without: tuple[str, ...] = ()
+    dt_shift: float = 0.0
+
+
+PRECISE = (
+    # y: a position's own score, rounded. d C: the gate's gradient and the states, rounded.
+    Precise(63, False, {"headdim": 16, "d_state": 16, "groups": 2}),
+    # d initial_state: the gate's gradient rounded twice.
+    Precise(64, True, {"headdim": 16, "d_state": 16, "groups": 2}),
+    # d A: the sum of states times their gradients, which cancels; slow decays.
+    Precise(
+        *(192, False, {"batch": 1, "heads": 3, "headdim": 32, "d_state": 64}),
+        without=("z", "initial_state"),
+        dt_shift=-3.0,
+    ),
+)
+PRECISE_TOLERANCE = 5e-3
 
 
 def make_interpreter_work() -> None:
@@ -93,15 +126,16 @@ def case_arguments(
     }
 
 
-def results(function: Any, arguments: dict[str, Any], chunk_size: int) -> dict[str, torch.Tensor]:
+def results(
+    function: Any, arguments: dict[str, Any], chunk_size: int = 256, *, gradient_scale: float = 1.0
+) -> dict[str, torch.Tensor]:
     values = {name: arguments.get(name) for name in NAMES}
     softplus = values["dt_bias"] is not None
     ordered = [values[name] for name in NAMES]
     y, state = function(*ordered[:8], softplus, *ordered[8:], chunk_size)
     names = [n for n, v in arguments.items() if v.is_floating_point()]
-    gradients = torch.autograd.grad(
-        [y, state], [arguments[n] for n in names], output_gradients(y, state)
-    )
+    above = [gradient * gradient_scale for gradient in output_gradients(y, state)]
+    gradients = torch.autograd.grad([y, state], [arguments[n] for n in names], above)
     return {"y": y, "final_state": state} | {
         f"d {name}": gradient for name, gradient in zip(names, gradients, strict=True)
     }
@@ -119,22 +153,121 @@ def strided(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | views
 
 
-def main() -> int:
-    make_interpreter_work()
+def check_cases() -> int:
     failures = 0
     for length, documents, options, dtype, shape in CASES:
         sizes = dict(shape)
         chunk_size = sizes.pop("chunk_size", 256)
         arguments = case_arguments(length, documents, options, **sizes)
         inputs = leaves(arguments, dtype, PER_POSITION)
-        truth = results(reference.ssd, leaves(inputs, torch.float64, set()), chunk_size)
-        found = results(gpu.ssd, strided(inputs), chunk_size)
-        for name, value in truth.items():
-            error = relative_error(found[name], value)
-            if not error <= tolerance(dtype):
+        label = f"{dtype} of L {length}, {options=}, {shape}"
+        failures += compare(inputs, tolerance(dtype), label, chunk_size)
+    return failures
+
+
+def check_precise_cases() -> int:
+    failures = 0
+    for case in PRECISE:
+        arguments = case_arguments(case.length, case.documents, True, **case.shape)
+        arguments["dt_bias"] += case.dt_shift
+        arguments = {name: v for name, v in arguments.items() if name not in case.without}
+        inputs = leaves(arguments, torch.bfloat16, PER_POSITION)
+        failures += compare(inputs, PRECISE_TOLERANCE, str(case), 256)
+    return failures
+
+
+def compare(inputs: dict[str, Any], limit: float, label: str, chunk_size: int) -> int:
+    """Outputs and gradients further than `limit` from the reference's, after printing each."""
+    truth = results(reference.ssd, leaves(inputs, torch.float64, set()), chunk_size)
+    found = results(gpu.ssd, strided(inputs), chunk_size)
+    errors = {name: relative_error(found[name], value) for name, value in truth.items()}
+    off = {name: error for name, error in errors.items() if not error <= limit}
+    for name, error in off.items():
+        print(f"{name}: {error:.1e} at {label}")
+    return len(off)
+
+
+def check_ranges() -> int:
+    """Gradients far below fp16's range keep all their digits, and what is infinite shows."""
+    arguments = case_arguments(70, False, True, batch=1, **TILE)
+    inputs = leaves(arguments, torch.bfloat16, PER_POSITION)
+    plain = results(gpu.ssd, inputs)
+    tiny = results(gpu.ssd, inputs, gradient_scale=2.0**-60)
+    off = [n for n in plain if n[:2] == "d " and not torch.equal(tiny[n], plain[n] * 2.0**-60)]
+    with torch.no_grad():
+        inputs["x"][0, 40, 0, 3] = torch.inf
+    infinite = results(gpu.ssd, inputs)
+    off += [name for name in ("d dt", "d B", "d C") if infinite[name].isfinite().all()]
+    for name in off:
+        print(f"{name}: lost in the range of fp16")
+    return len(off)
+
+
+class _NoGpu:
+    """A driver that knows what to compile for, and has no device."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Compiled:
+    """A kernel whose launch compiles it only, and notes the shared memory of a block."""
+
+    def __init__(self, name: str, kernel: Any, shared_bytes: dict[str, int]) -> None:
+        self.name, self.kernel, self.shared_bytes = name, kernel, shared_bytes
+
+    def __getitem__(self, grid: Any) -> Any:
+        def compile(*args: Any, **options: Any) -> None:
+            compiled = self.kernel.warmup(*args, grid=grid, **options)
+            needed = max(self.shared_bytes.get(self.name, 0), compiled.metadata.shared)
+            self.shared_bytes[self.name] = needed
+
+        return compile
+
+
+def compile_all() -> int:
+    """Compiles what gated scans of several segments take; how many do not fit into a block."""
+    shared_bytes: dict[str, int] = {}
+    for module in (triton_forward, triton_backward):
+        for name, kernel in vars(module).copy().items():
+            if name in KERNELS:
+                setattr(module, name, _Compiled(name, kernel, shared_bytes))
+    failures = 0
+    # Hopper has instructions of its own; Ada has the least shared memory (CUDA C++ Programming
+    # Guide, table of technical specifications).
+    for capability, most, dtype, d_state in (
+        (90, 227 * 1024, torch.bfloat16, 128),
+        (89, 99 * 1024, torch.bfloat16, 256),
+        (89, 99 * 1024, torch.float32, 256),
+    ):
+        driver.set_active(_NoGpu(capability))
+        shared_bytes.clear()
+        arguments = case_arguments(700, True, True, batch=1, heads=1, headdim=64, d_state=d_state)
+        results(gpu.ssd, leaves(arguments, dtype, PER_POSITION))
+        assert shared_bytes.keys() == set(KERNELS)
+        for name, needed in shared_bytes.items():
+            if needed > most:
+                print(
+                    f"{name}: {needed} bytes of shared memory, {dtype}, {d_state=}, {capability=}"
+                )
                 failures += 1
-                print(f"{name}: {error:.1e} at {dtype} of L {length}, {options=}, {shape}")
-    return 1 if failures else 0
+    return min(1, failures)
+
+
+def main() -> int:
+    if sys.argv[1:] == ["compile"]:
+        return compile_all()
+    make_interpreter_work()
+    return min(1, check_cases() + check_precise_cases() + check_ranges())
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import fake_cuda_packages
+import fake_nvrtc
 import platformdirs
 import pytest
 import torch
@@ -15,6 +17,8 @@ from mamba_dist.ops import backend
 from mamba_dist.ops.backend import BackendStatus, describe_backends, resolve_backend
 from mamba_dist.ops.causal_conv1d import causal_conv1d
 from mamba_dist.ops.native.library import load_kernel
+from mamba_dist.ops.nvrtc import compiler
+from mamba_dist.ops.nvrtc import kernel as nvrtc_kernel
 
 
 @pytest.fixture
@@ -25,6 +29,40 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     load_kernel.cache_clear()
     yield
     load_kernel.cache_clear()
+
+
+@pytest.fixture
+def gpu_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where backend gpu does not work, whichever this one is."""
+
+    def refuse() -> None:
+        raise BackendError("backend gpu lacks something")
+
+    monkeypatch.setattr(nvrtc_kernel, "require_device", refuse)
+
+
+@pytest.fixture
+def gpu_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine where backend gpu works and the packages are missing, whichever this one is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    fake_nvrtc.install(monkeypatch)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda *_: tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+
+
+_find_nvrtc = compiler._library.__wrapped__
+
+
+def _lose_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_library", _find_nvrtc)
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+
+
+def _break_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "empty.cu(1): error: first\nempty.cu(2): error: second"
+    monkeypatch.setattr(compiler._library(), "error", words)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -71,6 +109,54 @@ def test_a_kernel_source_left_out_of_the_installation_is_named(
         resolve_backend("cpu", device_type="cpu")
 
 
+@pytest.mark.usefixtures("gpu_works")
+def test_auto_on_a_gpu_takes_our_own_kernels_if_they_work(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="mamba_dist"):
+        assert resolve_backend("auto", device_type="cuda") == "gpu"
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "gpu (our own kernels, " in record.getMessage()
+    assert "because" not in record.getMessage()
+
+
+@pytest.mark.usefixtures("gpu_works")
+@pytest.mark.parametrize(
+    ("remove", "reason"),
+    [
+        (lambda m: m.setattr(torch.cuda, "is_available", lambda: False), "needs a CUDA device"),
+        (
+            lambda m: m.setattr(torch.cuda, "get_device_capability", lambda: (7, 5)),
+            "needs compute capability 8.0 (Ampere) or newer, and this device has 7.5",
+        ),
+        (_lose_nvrtc, "needs libnvrtc.so.99"),
+        (_break_nvrtc, "could not compile empty.cu"),
+        (lambda m: m.setitem(sys.modules, "triton", None), "cannot import triton"),
+    ],
+    ids=["no device", "an old device", "no NVRTC", "a kernel does not compile", "no triton"],
+)
+def test_auto_on_a_gpu_where_our_own_kernels_lack_something_says_what_in_one_line(
+    remove: Callable[[pytest.MonkeyPatch], None],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    remove(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="mamba_dist.ops.backend"):
+        assert resolve_backend("auto", device_type="cuda") == "torch"
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert reason in record.getMessage()
+    assert "\n" not in record.getMessage()
+    (status,) = (s for s in describe_backends("cuda") if s.name == "gpu")
+    assert not status.available
+    assert reason in status.detail
+    with pytest.raises(BackendError, match=r"engine\.ops_backend: torch"):
+        resolve_backend("gpu", device_type="cuda")
+
+
+@pytest.mark.usefixtures("gpu_refused")
 def test_auto_on_a_gpu_takes_the_packages_if_they_can_be_imported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -81,6 +167,7 @@ def test_auto_on_a_gpu_takes_the_packages_if_they_can_be_imported(
     assert [record.levelno for record in caplog.records] == [logging.INFO, logging.INFO]
 
 
+@pytest.mark.usefixtures("gpu_refused")
 @pytest.mark.parametrize(
     "missing",
     [

@@ -59,17 +59,24 @@ def arguments_of(
     }
 
 
-def test_outputs_and_gradients_equal_the_reference_in_tritons_interpreter() -> None:
+def run_worker(*arguments: str, interpret: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     environment = clean_environment() | {
-        "TRITON_INTERPRET": "1",
+        "TRITON_INTERPRET": interpret,
         "PYTHONPATH": ":".join(filter(None, sys.path)),
     }
-    finished = subprocess.run(
-        [sys.executable, "-W", "ignore", WORKER], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "ignore", WORKER, *arguments]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def test_outputs_and_gradients_equal_the_reference_in_tritons_interpreter() -> None:
+    run_worker(interpret="1")
+
+
+def test_the_kernels_compile_for_a_gpu() -> None:
+    run_worker("compile", interpret="0")
 
 
 def test_a_missing_triton_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,13 +93,11 @@ def test_float64_inputs_are_refused() -> None:
         scan(**arguments_of(4))
 
 
-def test_a_state_too_wide_for_shared_memory_is_refused() -> None:
-    with pytest.raises(BackendError, match=r"d_state is 300, .* at most 256"):
-        scan(**leaves(arguments_of(4, d_state=300), torch.float32, set()))
-
-
-def test_one_step_needs_no_kernel() -> None:
-    inputs = leaves(arguments_of(1), torch.float32, set())
+@pytest.mark.parametrize(("length", "d_state"), [(1, 16), (5, 257)])
+def test_one_step_and_a_state_too_wide_for_shared_memory_need_no_kernel(
+    length: int, d_state: int
+) -> None:
+    inputs = leaves(arguments_of(length, d_state=d_state), torch.float32, set())
     truth = run(scan, leaves(inputs, torch.float64, set()), backend="reference")
     found = run(scan, inputs, backend="gpu")
     for name, value in truth.items():

@@ -1,9 +1,9 @@
 """SSD scan by our own Triton kernels: the chunked form, with everything adjacent fused.
 
 The forward is one kernel that carries a head's state over the chunks in registers, and it keeps
-nothing but the inputs. With bf16 inputs the kernels multiply in bf16 and add up in fp32; with
-others they keep fp32's precision throughout. All sums have a fixed order, so that equal inputs give
-equal bits.
+nothing but the inputs. With bf16 inputs the kernels multiply in bf16, or in fp16 over scales where
+a sum cancels, and add up in fp32; with others they keep fp32's precision throughout. All sums have
+a fixed order, so that equal inputs give equal bits.
 
 No decay is ever taken over a document's start. An infinite or NaN input still makes its chunk's
 other documents NaN, because zero times it is NaN; the torch backend does not let it.
@@ -69,7 +69,8 @@ def ssd(
     """Output y (B, L, H, P) in x's dtype and final state (B, H, P, N) in fp32.
 
     Arguments and shapes are those of `mamba_dist.ops.ssd.ssd`; the chunk is a power of two from 16
-    to 64, as long as `chunk_size` allows. One step goes to the torch backend.
+    to 64, as long as `chunk_size` allows. One step, or a d_state above 256, goes to the torch
+    backend.
 
     Raises:
         BackendError: Triton cannot be imported, or the kernels do not do this; the message says
@@ -78,12 +79,7 @@ def ssd(
     refuse_tangents("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state)
     if x.dtype == torch.float64:
         raise BackendError(f"ops backend 'gpu' has no float64 kernel for ssd; {_USE_TORCH}")
-    if B.shape[3] > _LARGEST_D_STATE:
-        raise BackendError(
-            f"d_state is {B.shape[3]}, and ssd of ops backend 'gpu' takes at most "
-            f"{_LARGEST_D_STATE}; {_USE_TORCH}"
-        )
-    if x.shape[1] == 1:
+    if x.shape[1] == 1 or B.shape[3] > _LARGEST_D_STATE:
         return torch_chunked.ssd(
             x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
         )

@@ -119,13 +119,9 @@ def chunk_gradients(
             x_tile = (x_tile.to(tl.float32) * (1.0 / x_scale)).to(tl.float16)
             grad = (grad.to(tl.float32) * (1.0 / grad_scale)).to(tl.float16)
 
-        if HALF:
-            # Of the product of matrices only the trace is wanted, and yet it is quicker.
-            square = tl.dot(state, tl.trans(grad_state))
-            through = tl.sum(tl.where(block_p[:, None] == block_p[None, :], square, 0.0), axis=1)
-            through = tl.sum(through, axis=0) * state_scale * grad_state_scale
-        else:
-            through = tl.sum(tl.sum(state * grad_state, axis=1), axis=0)
+        # From the state before the chunk to the one after it.
+        through = tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
+        through = tl.sum(through, axis=0) * state_scale * grad_state_scale
         through *= from_start(last_decay, last_number, HAS_DOCUMENTS)
         tl.store(by_chunk + of_unit * chunks + chunk, through)
 

@@ -29,17 +29,19 @@ class Tuning:
     gradient_stages: int
     # Heads, or blocks of them, that one program adds up the gradients of B and C over.
     units: int
+    # Rows of a head's state in one program, at most.
+    block_p: int = 64
 
 
-# Of a d_state up to 128, and above, by the bytes of an input.
+# By the bytes of an input and whether d_state is above 128. All fit into the 99 KiB of shared
+# memory that a block can have on the GPUs with least of it.
 TUNING: Final = {
     (2, False): Tuning(64, 4, 2, 8, 3, 8, 2, 16),
     (2, True): Tuning(32, 8, 2, 8, 2, 8, 1, 16),
     (4, False): Tuning(16, 8, 1, 8, 1, 8, 1, 16),
-    (4, True): Tuning(16, 8, 1, 8, 1, 8, 1, 16),
+    (4, True): Tuning(16, 8, 1, 8, 1, 8, 1, 16, block_p=32),
 }
 _SHORTEST_CHUNK: Final = 16
-_LARGEST_BLOCK_P: Final = 64
 # Two for each of an H100's 132 multiprocessors. With fewer programs a sequence is cut into
 # segments, which are carried over at once from zero states and again from the right ones.
 _PROGRAMS: Final = 264
@@ -76,7 +78,7 @@ class _Problem:
 
     @property
     def block_p(self) -> int:
-        return min(_LARGEST_BLOCK_P, _power_of_two(self.x.shape[3]))
+        return min(self.tuning.block_p, _power_of_two(self.x.shape[3]))
 
     @property
     def blocks(self) -> int:
@@ -380,8 +382,8 @@ def _cut(x: Tensor, B: Tensor, chunk_size: int) -> tuple[Tuning, int]:
 def _row_slices(x: Tensor, B: Tensor, chunk_size: int) -> list[slice]:
     """Rows in parts of about one size, whose states at the chunks fit in `_STATES_BYTES`."""
     batch, length, heads, headdim = x.shape
-    _, chunk = _cut(x, B, chunk_size)
-    padded = _ceiling(headdim, _LARGEST_BLOCK_P) * _LARGEST_BLOCK_P * _power_of_two(B.shape[3])
+    tuning, chunk = _cut(x, B, chunk_size)
+    padded = _ceiling(headdim, tuning.block_p) * tuning.block_p * _power_of_two(B.shape[3])
     row_bytes = 2 * heads * _ceiling(length, chunk) * padded * x.element_size()
     parts = _ceiling(batch, max(1, _STATES_BYTES // row_bytes))
     rows = _ceiling(batch, parts)

@@ -1,8 +1,16 @@
 // Runs the CUDA kernels' sources on a CPU, so that their arithmetic, indices and barriers are
-// tested where there is no GPU. Each thread of a block is a fibre; a barrier or an exchange between
-// lanes hands over to the next one. Slow, and the same at every run.
+// tested where there is no GPU. Each thread of a block is a fibre, which goes on until it has to
+// wait for others at a barrier or in an exchange between lanes.
 //
-// What it cannot show: timing, registers, races between warps that a real schedule would expose.
+// What a GPU leaves open is as bad as it can be here: which block, warp and lane comes first is
+// random, and a warp often runs alone as far as it gets; a copy to shared memory destroys what is
+// there at once and arrives when its thread waits for it; memory that nobody wrote is NaN. Writes
+// behind shared memory, vectors at addresses that a GPU refuses and barriers that not everybody
+// reaches are errors.
+//
+// What it cannot show: timing and registers; races that need two threads to take turns between two
+// barriers; that exchanges between lanes are no barriers for memory, as they are here; blocks that
+// depend on each other, which run one by one; and global memory out of bounds.
 #pragma once
 
 #include <setjmp.h>
@@ -11,9 +19,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
+#include <memory>
 #include <vector>
 
 #define EMULATED
@@ -24,146 +31,244 @@ namespace simt {
 
 constexpr int WARP = 32;
 constexpr size_t STACK_BYTES = 64 * 1024;
+// Before and behind shared memory: what a block writes there went astray.
+constexpr size_t GUARD_BYTES = 64 * 1024;
+constexpr unsigned char UNWRITTEN = 0xff;
+// Turns of threads for which a warp runs alone at most, about what the largest kernel has between
+// two barriers of the block.
+constexpr unsigned LONGEST_BURST_LOG2 = 15;
+// What a lane gives to a matrix instruction.
+constexpr int FRAGMENT = 6;
 
-struct Barrier {
-    int waiting = 0;
-    long generation = 0;
+struct Random {
+    uint64_t state;
+    unsigned below(size_t n) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        return unsigned((state >> 33) % n);
+    }
+};
+
+struct Copy {
+    void* to;
+    const void* from;  // null for zeros
+    size_t bytes;
 };
 
 struct Fibre {
     ucontext_t start;
     jmp_buf resume;
-    std::vector<char> stack;
-    bool started = false;
-    bool done = false;
+    bool started;
+    std::vector<Copy> copies;
 };
 
+struct Warp {
+    int ready[WARP];  // threads that nothing keeps from going on
+    int ready_count;
+    std::vector<int> waiting;
+    float exchanged[WARP];
+    float fragments[WARP][FRAGMENT];
+};
+
+struct alignas(16) Line {
+    unsigned char bytes[16];
+};
+
+// One block at a time, whose threads' stacks and shared memory the next one takes over.
 struct Block {
-    std::function<void()> body;
+    void (*body)(const void*);
+    const void* call;
+    Random random;
+    int index, current, running;
+    int warp;        // the one that runs
+    int turns_left;  // until it is another one's turn
+    size_t shared_bytes;
     std::vector<Fibre> fibres;
-    std::vector<char> shared;
-    std::vector<Barrier> warp_barriers;
-    std::vector<float> exchanged;
-    std::vector<float> fragments;
-    Barrier barrier;
-    int current = 0;
-    int index = 0;
-    ucontext_t scheduler;
-    jmp_buf scheduler_resume;
+    std::vector<Warp> warps;
+    std::vector<int> waiting;
+    std::vector<Line> memory;
+    std::unique_ptr<char[]> stacks;
+    jmp_buf leave;
+
+    unsigned char* shared() { return memory.data()->bytes + GUARD_BYTES; }
+    Warp& own_warp() { return warps[size_t(current / WARP)]; }
 };
 
 inline Block* block = nullptr;
+inline char failure[256];
+
+// Leaves the kernel with a message for the test.
+template <class... Values>
+[[noreturn]] inline void fail(const char* format, Values... values) {
+    snprintf(failure, sizeof failure, format, values...);
+    _longjmp(block->leave, 1);
+}
+
+inline void make_ready(int thread) {
+    Warp& warp = block->warps[size_t(thread / WARP)];
+    warp.ready[warp.ready_count++] = thread;
+}
+
+inline void choose_warp() {
+    const int count = int(block->warps.size());
+    // Short bursts are as likely as long ones.
+    block->turns_left = 1 << block->random.below(LONGEST_BURST_LOG2 + 1);
+    block->warp = int(block->random.below(size_t(count)));
+    for (int i = 0; i < count; ++i, block->warp = (block->warp + 1) % count)
+        if (block->warps[size_t(block->warp)].ready_count) return;
+    if (block->running == 0) _longjmp(block->leave, 1);
+    fail("%d of %d threads wait for others that never come", block->running,
+         int(block->fibres.size()));
+}
+
+[[noreturn]] inline void run_another() {
+    if (block->turns_left-- == 0 || block->warps[size_t(block->warp)].ready_count == 0)
+        choose_warp();
+    Warp& warp = block->warps[size_t(block->warp)];
+    const unsigned chosen = block->random.below(size_t(warp.ready_count));
+    block->current = warp.ready[chosen];
+    warp.ready[chosen] = warp.ready[--warp.ready_count];
+    Fibre& fibre = block->fibres[size_t(block->current)];
+    if (fibre.started) _longjmp(fibre.resume, 1);
+    fibre.started = true;
+    setcontext(&fibre.start);
+    __builtin_unreachable();
+}
 
 inline void enter() {
-    block->body();
-    block->fibres[block->current].done = true;
-    _longjmp(block->scheduler_resume, 1);
+    block->body(block->call);
+    --block->running;
+    run_another();
 }
 
-inline void yield() {
-    if (_setjmp(block->fibres[block->current].resume) == 0) _longjmp(block->scheduler_resume, 1);
-}
-
-inline void wait(Barrier& barrier, int members) {
-    const long generation = barrier.generation;
-    if (++barrier.waiting == members) {
-        barrier.waiting = 0;
-        ++barrier.generation;
-        return;
+// Until `members` threads wait there.
+inline void wait(std::vector<int>& waiting, int members) {
+    waiting.push_back(block->current);
+    if (int(waiting.size()) == members) {
+        for (int thread : waiting) make_ready(thread);
+        waiting.clear();
     }
-    while (barrier.generation == generation) yield();
+    if (_setjmp(block->fibres[size_t(block->current)].resume) == 0) run_another();
 }
 
-inline int warp_members() {
-    const int threads = int(block->fibres.size());
-    const int first = block->current / WARP * WARP;
-    return threads - first < WARP ? threads - first : WARP;
-}
+inline void wait_for_warp() { wait(block->own_warp().waiting, WARP); }
 
 inline float exchange(float value, int lane) {
-    const int first = block->current / WARP * WARP;
-    Barrier& barrier = block->warp_barriers[size_t(first / WARP)];
-    block->exchanged[size_t(block->current)] = value;
-    wait(barrier, warp_members());
-    const float received = block->exchanged[size_t(first + lane)];
-    wait(barrier, warp_members());
+    Warp& warp = block->own_warp();
+    warp.exchanged[block->current % WARP] = value;
+    wait_for_warp();
+    const float received = warp.exchanged[lane];
+    wait_for_warp();
     return received;
 }
 
-// Gives up, as a hang on a GPU would be found by a person, when no fibre gets any further.
-inline void run_block(Block& current) {
-    block = &current;
-    long turns_left = 400L * 1000 * 1000;
-    for (size_t remaining = current.fibres.size(); remaining;) {
-        for (size_t i = 0; i < current.fibres.size(); ++i) {
-            Fibre& fibre = current.fibres[i];
-            if (fibre.done) continue;
-            current.current = int(i);
-            if (--turns_left == 0) {
-                fprintf(stderr, "emulated kernel: threads wait at different barriers\n");
-                abort();
-            }
-            if (_setjmp(current.scheduler_resume) == 0) {
-                if (fibre.started) _longjmp(fibre.resume, 1);
-                fibre.started = true;
-                setcontext(&fibre.start);
-            }
-            if (fibre.done) --remaining;
-        }
+inline void check_guards() {
+    const unsigned char* const shared = block->shared();
+    for (size_t i = 0; i < GUARD_BYTES; ++i) {
+        if (shared[block->shared_bytes + i] != UNWRITTEN)
+            fail("a write %zu bytes behind the %zu of shared memory", i, block->shared_bytes);
+        if (shared[int64_t(i) - int64_t(GUARD_BYTES)] != UNWRITTEN)
+            fail("a write %zu bytes before shared memory", GUARD_BYTES - i);
     }
 }
 
-inline void run_grid(int blocks, int threads, size_t shared_bytes, std::function<void()> body) {
-    for (int index = 0; index < blocks; ++index) {
-        Block current;
-        current.body = body;
-        current.index = index;
-        // Whatever a kernel reads without having written it is NaN.
-        current.shared.assign(shared_bytes + 16, char(0xff));
-        current.warp_barriers.resize(size_t((threads + WARP - 1) / WARP));
-        current.exchanged.assign(size_t(threads), 0.f);
-        current.fragments.assign(size_t(threads) * 6, 0.f);
-        current.fibres = std::vector<Fibre>(size_t(threads));
-        for (Fibre& fibre : current.fibres) {
-            fibre.stack.resize(STACK_BYTES);
-            getcontext(&fibre.start);
-            fibre.start.uc_stack.ss_sp = fibre.stack.data();
-            fibre.start.uc_stack.ss_size = STACK_BYTES;
-            fibre.start.uc_link = nullptr;
-            makecontext(&fibre.start, enter, 0);
-        }
-        run_block(current);
+inline void run_block(int index) {
+    const int threads = int(block->fibres.size());
+    block->index = index;
+    block->running = threads;
+    block->turns_left = 0;
+    block->waiting.clear();
+    memset(block->memory.data(), UNWRITTEN, block->memory.size() * sizeof(Line));
+    for (Warp& warp : block->warps) {
+        warp.ready_count = 0;
+        warp.waiting.clear();
     }
+    for (int thread = 0; thread < threads; ++thread) {
+        Fibre& fibre = block->fibres[size_t(thread)];
+        fibre.started = false;
+        fibre.copies.clear();
+        getcontext(&fibre.start);
+        fibre.start.uc_stack.ss_sp = block->stacks.get() + size_t(thread) * STACK_BYTES;
+        fibre.start.uc_stack.ss_size = STACK_BYTES;
+        fibre.start.uc_link = nullptr;
+        makecontext(&fibre.start, enter, 0);
+        make_ready(thread);
+    }
+    if (_setjmp(block->leave) == 0) run_another();
+    if (!failure[0] && _setjmp(block->leave) == 0) check_guards();
+}
+
+// Returns what went wrong, empty if nothing did.
+inline const char* run_grid(void (*body)(const void*), const void* call, int blocks, int threads,
+                            size_t shared_bytes, uint64_t seed) {
+    Block own{};
+    block = &own;
+    failure[0] = 0;
+    own.body = body;
+    own.call = call;
+    own.random.state = seed;
+    own.shared_bytes = shared_bytes;
+    own.fibres.resize(size_t(threads));
+    own.warps.resize(size_t(threads / WARP));
+    own.memory.resize((shared_bytes + 2 * GUARD_BYTES + sizeof(Line) - 1) / sizeof(Line));
+    own.stacks.reset(new char[size_t(threads) * STACK_BYTES]);
+    std::vector<int> order(static_cast<size_t>(blocks));
+    for (size_t i = 0; i < order.size(); ++i) {
+        const size_t other = own.random.below(i + 1);
+        order[i] = order[other];
+        order[other] = int(i);
+    }
+    for (int index : order)
+        if (!failure[0]) run_block(index);
+    return failure;
 }
 
 }  // namespace simt
 
-#define KERNEL(name)                                                                        \
-    static void name##_body(const Call& call);                                              \
-    extern "C" void name(const Call* call, int blocks, int threads, int64_t shared_bytes) { \
-        simt::run_grid(blocks, threads, size_t(shared_bytes), [=] { name##_body(*call); }); \
-    }                                                                                       \
+#define KERNEL(name)                                                                           \
+    static void name##_body(const Call& call);                                                 \
+    extern "C" const char* name(const Call* call, int blocks, int threads, int64 shared_bytes, \
+                                int64 seed) {                                                  \
+        const auto body = [](const void* call) {                                               \
+            name##_body(*static_cast<const Call*>(call));                                      \
+        };                                                                                     \
+        return simt::run_grid(body, call, blocks, threads, size_t(shared_bytes),               \
+                              uint64_t(seed));                                                 \
+    }                                                                                          \
     static void name##_body(const Call& call)
 
-inline char* shared_memory() {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(simt::block->shared.data()) + 15) &
-                                   ~uintptr_t(15));
+// What -fsanitize=alignment calls, in place of its own library, which would only print or abort.
+struct Misalignment {
+    struct {
+        const char* file;
+        uint32_t line, column;
+    } place;
+    const void* type;
+    unsigned char alignment_log2, kind;
+};
+extern "C" __attribute__((used, visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(
+    const Misalignment* found, uintptr_t address) {
+    simt::fail("line %u: an access of %d bytes at an address of %d modulo %d", found->place.line,
+               1 << found->alignment_log2, int(address % (1u << found->alignment_log2)),
+               1 << found->alignment_log2);
 }
+
+inline char* shared_memory() { return reinterpret_cast<char*>(simt::block->shared()); }
 inline int thread_in_block() { return simt::block->current; }
 inline int block_index() { return simt::block->index; }
-inline void sync_block() { simt::wait(simt::block->barrier, int(simt::block->fibres.size())); }
-inline void sync_warp() {
-    simt::wait(simt::block->warp_barriers[size_t(simt::block->current / simt::WARP)],
-               simt::warp_members());
-}
+inline void sync_block() { simt::wait(simt::block->waiting, int(simt::block->fibres.size())); }
+inline void sync_warp() { simt::wait_for_warp(); }
 inline float from_lane(float value, int lane) { return simt::exchange(value, lane); }
 inline float from_lane_xor(float value, int mask) {
     return simt::exchange(value, (simt::block->current % simt::WARP) ^ mask);
 }
 inline unsigned ballot(bool condition) {
+    simt::Warp& warp = simt::block->own_warp();
+    warp.exchanged[simt::block->current % simt::WARP] = condition ? 1.f : 0.f;
+    simt::wait_for_warp();
     unsigned bits = 0;
     for (int lane = 0; lane < simt::WARP; ++lane)
-        bits |= unsigned(simt::exchange(condition ? 1.f : 0.f, lane) != 0.f) << lane;
+        bits |= unsigned(warp.exchanged[lane] != 0.f) << lane;
+    simt::wait_for_warp();
     return bits;
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
@@ -185,33 +290,41 @@ inline unsigned pack_bf16(float low, float high) {
 }
 template <int BYTES>
 inline void copy_async(void* shared, const void* global, bool within) {
-    if (within)
-        memcpy(shared, global, BYTES);
-    else
-        memset(shared, 0, BYTES);
+    for (const void* at : {static_cast<const void*>(shared), within ? global : shared})
+        if (reinterpret_cast<uintptr_t>(at) % BYTES)
+            simt::fail("a copy of %d bytes to or from an address of %d modulo %d", BYTES,
+                       int(reinterpret_cast<uintptr_t>(at) % BYTES), BYTES);
+    memset(shared, simt::UNWRITTEN, BYTES);
+    simt::block->fibres[size_t(simt::block->current)].copies.push_back(
+        {shared, within ? global : nullptr, BYTES});
 }
-inline void wait_for_copies() {}
+inline void wait_for_copies() {
+    std::vector<simt::Copy>& copies = simt::block->fibres[size_t(simt::block->current)].copies;
+    for (const simt::Copy& copy : copies) {
+        if (copy.from)
+            memcpy(copy.to, copy.from, copy.bytes);
+        else
+            memset(copy.to, 0, copy.bytes);
+    }
+    copies.clear();
+}
 inline unsigned float_to_bits(float value) {
     unsigned bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 inline void multiply_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
-    constexpr int EACH = 6;
-    const int first = simt::block->current / simt::WARP * simt::WARP;
-    const int lane = simt::block->current - first;
-    simt::Barrier& barrier = simt::block->warp_barriers[size_t(first / simt::WARP)];
-    float* all = simt::block->fragments.data() + first * EACH;
-    const float own[EACH] = {a[0], a[1], a[2], a[3], b0, b1};
-    for (int i = 0; i < EACH; ++i)
-        all[lane * EACH + i] = bits_to_float(float_to_bits(own[i]) & 0xffffe000u);
-    simt::wait(barrier, simt::WARP);
+    const int lane = simt::block->current % simt::WARP;
+    float(&all)[simt::WARP][simt::FRAGMENT] = simt::block->own_warp().fragments;
+    const float own[simt::FRAGMENT] = {a[0], a[1], a[2], a[3], b0, b1};
+    for (int i = 0; i < simt::FRAGMENT; ++i)
+        all[lane][i] = bits_to_float(float_to_bits(own[i]) & 0xffffe000u);
+    simt::wait_for_warp();
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
         for (int k = 0; k < 8; ++k)
-            d[i] += all[(4 * row + k % 4) * EACH + i / 2 + 2 * (k / 4)] *
-                    all[(4 * column + k % 4) * EACH + 4 + k / 4];
+            d[i] += all[4 * row + k % 4][i / 2 + 2 * (k / 4)] * all[4 * column + k % 4][4 + k / 4];
     }
-    simt::wait(barrier, simt::WARP);
+    simt::wait_for_warp();
 }
 inline void add_to_global(float* target, float value) { *target += value; }
