@@ -20,7 +20,7 @@ from mamba_dist.ops.cuda_packages import document_numbers
 from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.native.call import pointer, refuse_tangents, unit_stride
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
-from mamba_dist.ops.nvrtc.kernel import Kernel, launch
+from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch
 
 _WIDTHS: Final = range(2, 5)
 _WARP_LANES: Final = 32
@@ -51,17 +51,10 @@ _SHAPES: Final = MappingProxyType(
 )
 
 
-def _struct(pointers: tuple[str, ...], numbers: tuple[str, ...]) -> list[tuple[str, Any]]:
-    return [
-        *((name, ctypes.c_void_p) for name in pointers),
-        *((name, ctypes.c_int64) for name in numbers),
-    ]
-
-
 class _ForwardCall(ctypes.Structure):
     """`Call` of gpu_forward.cu."""
 
-    _fields_ = _struct(
+    _fields_ = call_fields(
         ("x", "weight", "bias", "initial_state", "seq_idx", "y", "final_state"),
         ("x_batch", "x_row", "seq_idx_batch", "length", "channels", "block_steps"),
     )
@@ -70,7 +63,7 @@ class _ForwardCall(ctypes.Structure):
 class _BackwardCall(ctypes.Structure):
     """`Call` of gpu_backward.cu."""
 
-    _fields_ = _struct(
+    _fields_ = call_fields(
         (
             *("x", "grad_y", "weight", "bias", "initial_state", "grad_final_state", "seq_idx"),
             *("grad_x", "grad_initial_state", "shares"),

@@ -22,7 +22,7 @@ from mamba_dist.ops.cross_entropy.torch_chunked import (
     matmul_dtype,
 )
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
-from mamba_dist.ops.nvrtc.kernel import Kernel, launch
+from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch
 
 # Columns of the products: their tiles are whole, and the kernel's rows aligned.
 _COLUMN_STEP: Final = 64
@@ -39,14 +39,7 @@ _HELD_BYTES: Final = 64
 class _Call(ctypes.Structure):
     """`Call` of gpu_softmax.cu."""
 
-    _fields_ = (
-        ("logits", ctypes.c_void_p),
-        ("labels", ctypes.c_void_p),
-        ("losses", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("vocabulary", ctypes.c_int64),
-    )
+    _fields_ = call_fields(("logits", "labels", "losses"), ("rows", "columns", "vocabulary"))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int) -> Tensor:

@@ -5,6 +5,7 @@ A kernel takes one argument, a struct `Call` by value, which Python fills as a c
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +49,17 @@ class Kernel:
 
 
 _EMPTY: Final = Kernel(Path(__file__).with_name("empty.cu"), "empty", (), threads=32)
+
+
+def call_fields(
+    addresses: Iterable[str], numbers: Iterable[str], fractions: Iterable[str] = ()
+) -> list[tuple[str, Any]]:
+    """`_fields_` of a ctypes structure: pointers, then 64-bit integers, then 32-bit floats."""
+    return [
+        *((name, ctypes.c_void_p) for name in addresses),
+        *((name, ctypes.c_int64) for name in numbers),
+        *((name, ctypes.c_float) for name in fractions),
+    ]
 
 
 def launch(

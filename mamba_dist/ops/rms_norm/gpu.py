@@ -14,7 +14,7 @@ from mamba_dist.errors import BackendError
 from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.native.call import pointer, refuse_tangents
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
-from mamba_dist.ops.nvrtc.kernel import launch
+from mamba_dist.ops.nvrtc.kernel import call_fields, launch
 from mamba_dist.ops.nvrtc.rows import (
     BACKWARD_THREADS,
     FORWARD_THREADS,
@@ -30,34 +30,22 @@ _FOLDER: Final = Path(__file__).parent
 class _ForwardCall(ctypes.Structure):
     """`Call` of gpu_forward.cu."""
 
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "residual", "weight", "normed", "stream", "reciprocal_rms")
-        ),
-        *((name, ctypes.c_int64) for name in ("x_row", "residual_row", "rows", "width", "blocks")),
-        ("eps", ctypes.c_float),
+    _fields_ = call_fields(
+        ("x", "residual", "weight", "normed", "stream", "reciprocal_rms"),
+        ("x_row", "residual_row", "rows", "width", "blocks"),
+        ("eps",),
     )
 
 
 class _BackwardCall(ctypes.Structure):
     """`Call` of gpu_backward.cu."""
 
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("grad_normed", "grad_stream", "stream", "reciprocal_rms", "weight"),
-                *("grad_fp32", "grad_bf16", "grad_weight"),
-            )
+    _fields_ = call_fields(
+        (
+            *("grad_normed", "grad_stream", "stream", "reciprocal_rms", "weight"),
+            *("grad_fp32", "grad_bf16", "grad_weight"),
         ),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                *("grad_normed_row", "grad_stream_row", "stream_row"),
-                *("rows", "width", "blocks"),
-            )
-        ),
+        ("grad_normed_row", "grad_stream_row", "stream_row", "rows", "width", "blocks"),
     )
 
 

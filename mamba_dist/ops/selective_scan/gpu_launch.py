@@ -5,13 +5,13 @@ B batch, L length, E channels, G groups; 16 states, whole warps of 16 channels.
 
 import ctypes
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mamba_dist.ops.native.call import pointer, unit_stride
-from mamba_dist.ops.nvrtc.kernel import Kernel, launch
+from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch
 
 STATES: Final = 16
 """States of a channel in one scan."""
@@ -41,23 +41,16 @@ _ROW_STRIDES: Final = (
 _SIZES: Final = ("batch", "length", "channels", "groups", "splits")
 
 
-def _struct(pointers: tuple[str, ...], numbers: tuple[str, ...]) -> list[tuple[str, Any]]:
-    return [
-        *((name, ctypes.c_void_p) for name in pointers),
-        *((name, ctypes.c_int64) for name in numbers),
-    ]
-
-
 class _ForwardCall(ctypes.Structure):
     """`Call` of gpu_forward.cu."""
 
-    _fields_ = _struct(_FORWARD_POINTERS, (*_ROW_STRIDES, "seq_idx_batch", *_SIZES))
+    _fields_ = call_fields(_FORWARD_POINTERS, (*_ROW_STRIDES, "seq_idx_batch", *_SIZES))
 
 
 class _BackwardCall(ctypes.Structure):
     """`Call` of gpu_backward.cu."""
 
-    _fields_ = _struct(
+    _fields_ = call_fields(
         _BACKWARD_POINTERS,
         (*_ROW_STRIDES, "grad_y_batch", "grad_y_row", "seq_idx_batch", *_SIZES),
     )
@@ -66,7 +59,7 @@ class _BackwardCall(ctypes.Structure):
 class _ChainCall(ctypes.Structure):
     """`Call` of gpu_chain.cu."""
 
-    _fields_ = _struct(
+    _fields_ = call_fields(
         ("A", "initial", "split_steps", "split_states"),
         ("batch", "channels", "splits", "backwards"),
     )
