@@ -53,6 +53,8 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError(f"vocab_size is {self.vocab_size}, expected at least 1")
 
 
 def generate(
@@ -89,7 +91,13 @@ def stream(
         DataError: a prompt is empty or holds ids that the model does not have.
         ModelError: the model computes NaN.
         BackendError: the step cannot be captured as a CUDA graph.
+        ValueError: `steps` are another model's.
     """
+    if steps is not None and steps.model is not model:
+        raise ValueError(
+            "steps decode with the model that they were made for, and this is another one; make "
+            "DecodingSteps(model) for it"
+        )
     vocab_size = model.config.vocab_size
     _require_known_tokens(prompts, vocab_size)
     if not prompts:
@@ -111,7 +119,8 @@ def _graphs(
     model: MambaLM, settings: GenerationSettings, steps: DecodingSteps | None
 ) -> DecodingSteps | None:
     """What captures the steps; None where each one is to be computed by itself."""
-    if not settings.graph:
+    # The only token of a text comes with its prompt, and no step is taken.
+    if not settings.graph or settings.max_new_tokens == 1:
         return None
     if steps is not None:
         return steps

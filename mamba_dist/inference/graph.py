@@ -69,7 +69,8 @@ class DecodingStep:
     """One token of B texts: reads and replaces the states that it holds.
 
     Made for the shapes and dtypes of `states`, whose values it starts from. The model's parameters
-    must stay where they are in memory; their values may change.
+    must stay where they are in memory; their values may change. It may be made and used inside of
+    `torch.inference_mode()` as well as outside, in any order.
 
     Raises:
         BackendError: the step cannot be captured.
@@ -80,13 +81,15 @@ class DecodingStep:
     ) -> None:
         device = states[0].conv.device
         self._model = model
-        self._tokens = torch.zeros(len(states[0].conv), 1, dtype=torch.int64, device=device)
-        self._states = [LayerState(s.conv.clone(), s.ssm.clone()) for s in states]
+        with _plain_tensors():
+            self._tokens = torch.zeros(len(states[0].conv), 1, dtype=torch.int64, device=device)
+            self._states = [LayerState(s.conv.clone(), s.ssm.clone()) for s in states]
         self._logits: Tensor
         self._replay = capture(self._compute, device)
         # Capturing has run the step and moved them.
         self.load(states)
 
+    @torch.no_grad()
     def load(self, states: Sequence[LayerState]) -> None:
         """Starts again from `states`, which are copied."""
         torch._foreach_copy_(_parts(self._states), _parts(states))
@@ -100,22 +103,22 @@ class DecodingStep:
         self._replay()
         return self._logits
 
-    @torch.no_grad()
     def _compute(self) -> None:
         kind = self._tokens.device.type
         # Weights that autocast has rounded would be freed at its end, under the graph's feet.
-        with torch.autocast(
+        autocast = torch.autocast(
             kind,
             dtype=torch.get_autocast_dtype(kind),
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,
-        ):
+        )
+        with _plain_tensors(), autocast:
             logits, states = self._model.forward_with_state(
                 self._tokens, self._states, last_only=True
             )
-        self._logits = logits[:, -1]
-        # One launch for many tensors, where a copy each would cost as much as a layer.
-        torch._foreach_copy_(_parts(self._states), _parts(states))
+            self._logits = logits[:, -1]
+            # One launch for many tensors, where a copy each would cost as much as a layer.
+            torch._foreach_copy_(_parts(self._states), _parts(states))
 
 
 class DecodingSteps:
@@ -126,7 +129,7 @@ class DecodingSteps:
     """
 
     def __init__(self, model: MambaLM, *, capture: Capture = cuda_graph) -> None:
-        self._model = model
+        self.model = model
         self._capture = capture
         self._idle: defaultdict[object, list[DecodingStep]] = defaultdict(list)
 
@@ -142,7 +145,7 @@ class DecodingSteps:
             step = idle.pop()
             step.load(states)
         else:
-            step = DecodingStep(self._model, states, capture=self._capture)
+            step = DecodingStep(self.model, states, capture=self._capture)
         try:
             yield step
         finally:
@@ -150,11 +153,22 @@ class DecodingSteps:
 
     def _key(self, states: Sequence[LayerState]) -> object:
         """What a captured step is fixed to."""
-        weight, state = self._model.backbone.embedding.weight, states[0].conv
+        weight, state = self.model.backbone.embedding.weight, states[0].conv
         kind = state.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         # The address, since parameters that were moved leave a graph with the memory they had.
         return len(state), state.device, weight.dtype, weight.data_ptr(), autocast
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Context whose tensors are no inference tensors, which nobody may write to outside that mode.
+
+    Buffers outlive the mode in which they happen to be made.
+    """
+    # Leaving inference mode turns gradients on.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _parts(states: Sequence[LayerState]) -> list[Tensor]:

@@ -20,6 +20,8 @@ from mamba_dist.model.lm import MambaLM
 from mamba_dist.ops.backend import describe_backends
 
 LAYERS = ("mamba1", "mamba2")
+CPU_BACKENDS = ("torch", "cpu", "reference")
+GPU_BACKENDS = ("torch", "gpu", "cuda")
 GREEDY = SamplingSettings(temperature=0.0)
 WARM = SamplingSettings(temperature=3.0, top_k=20)
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [40, 7, 7]]
@@ -37,16 +39,27 @@ def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.gpu(no_device(test))
 
 
-def opinionated_model(layer: str, *, backend: str = "torch", device: str = "cpu") -> MambaLM:
-    """Random weights with large logits, whose choices no rounding of fp32 can change."""
+def opinionated_model(
+    layer: str, *, backend: str = "torch", device: str = "cpu", tied: bool = False
+) -> MambaLM:
+    """Random weights with large logits, whose choices no rounding of fp32 can change.
+
+    The head has weights of its own unless they are `tied`: the embedding's repeat the last token.
+    """
     config = MambaConfig(
         layer=layer, d_model=32, n_layers=2, vocab_size=61, d_state=16, headdim=16, chunk_size=64,
-        pad_vocab_size_multiple=64, initializer_range=1.0,
+        pad_vocab_size_multiple=64, initializer_range=1.0, tie_embeddings=tied,
     )  # fmt: skip
     with torch.device(device):
         model = MambaLM(config, backend=backend)
     initialize(model, config, seed=0, gather=lambda _: nullcontext())
     return model
+
+
+def require(backend: str, device_type: str) -> None:
+    (status,) = (s for s in describe_backends(device_type) if s.name == backend)
+    if not status.available:
+        pytest.skip(status.detail)
 
 
 class Recorder:
@@ -75,11 +88,15 @@ def texts(
     return generate(model, PROMPTS, settings, steps=steps)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layer", LAYERS)
 @torch.no_grad()
-def test_a_chain_of_static_steps_is_the_chain_of_eager_ones(layer: str, batch: int) -> None:
-    model = opinionated_model(layer)
+def test_a_chain_of_static_steps_is_the_chain_of_eager_ones(
+    layer: str, batch: int, backend: str
+) -> None:
+    require(backend, "cpu")
+    model = opinionated_model(layer, backend=backend)
     tokens = torch.randint(0, 61, (6, batch), generator=torch.Generator().manual_seed(1))
     _, states = model.forward_with_state(tokens[:1].mT)
     before = [(s.conv.clone(), s.ssm.clone()) for s in states]
@@ -101,12 +118,15 @@ def test_a_chain_of_static_steps_is_the_chain_of_eager_ones(layer: str, batch: i
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_texts_by_captured_steps_are_those_of_eager_ones_ended_ones_included(
-    layer: str, sampling: SamplingSettings
+    layer: str, backend: str, sampling: SamplingSettings
 ) -> None:
-    model = opinionated_model(layer)
+    require(backend, "cpu")
+    model = opinionated_model(layer, backend=backend)
     free = texts(model, sampling)
+    assert all(len(set(text)) > 5 for text in free), "a text that repeats itself proves little"
     eos = free[0][4]
     recorder = Recorder()
     steps = DecodingSteps(model, capture=recorder)
@@ -132,6 +152,85 @@ def test_a_batch_of_another_size_or_precision_is_captured_anew_and_the_old_one_k
     round_matrices(model)
     generate(model, PROMPTS, settings, steps=steps)
     assert recorder.captured == 4
+
+
+def test_parameters_that_were_moved_are_captured_anew() -> None:
+    model, recorder = opinionated_model("mamba1"), Recorder()
+    steps = DecodingSteps(model, capture=recorder)
+    settings = GenerationSettings(max_new_tokens=3, sampling=GREEDY)
+    for _ in range(2):
+        generate(model, PROMPTS, settings, steps=steps)
+    assert recorder.captured == 1
+    # As `model.to(...)` there and back leaves them: the same values at another address.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    generate(model, PROMPTS, settings, steps=steps)
+    assert recorder.captured == 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+def test_captured_steps_never_choose_ids_beyond_the_vocabulary(sampling: SamplingSettings) -> None:
+    model = opinionated_model("mamba2")
+    with torch.no_grad():
+        # Every direction that the model can look in points to ids which must not come out.
+        model.lm_head.weight[40:] *= 30
+    steps = DecodingSteps(model, capture=Recorder())
+    free = texts(model, sampling, steps=steps)
+    assert min(max(text) for text in free) >= 40
+    settings = GenerationSettings(15, vocab_size=40, sampling=sampling)
+    found = generate(model, PROMPTS, settings, steps=steps)
+    assert max(map(max, found)) < 40
+    assert found == generate(model, PROMPTS, settings)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_steps_of_another_model_are_refused(graph: bool) -> None:
+    model, other = opinionated_model("mamba1"), opinionated_model("mamba1")
+    settings = GenerationSettings(max_new_tokens=3, graph=graph)
+    with pytest.raises(ValueError, match="steps decode with the model that they were made for"):
+        generate(model, PROMPTS, settings, steps=DecodingSteps(other, capture=Recorder()))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("first", [True, False])
+def test_steps_serve_inside_and_outside_of_inference_mode(
+    first: bool, layer: str, sampling: SamplingSettings
+) -> None:
+    model, recorder = opinionated_model(layer), Recorder()
+    expected = texts(model, sampling)
+    steps = DecodingSteps(model, capture=recorder)
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            assert texts(model, sampling, steps=steps) == expected
+    assert recorder.captured == 1
+
+
+def test_buffers_of_a_step_belong_to_no_mode_and_no_graph_of_gradients() -> None:
+    model = opinionated_model("mamba1")
+    with torch.inference_mode():
+        _, states = model.forward_with_state(torch.tensor([[3, 9]]))
+        step = DecodingStep(model, states, capture=Recorder())
+        logits = step(torch.tensor([4]))
+    assert not logits.is_inference()
+    # States that carry gradients are copied without them.
+    _, states = model.forward_with_state(torch.tensor([[3, 9]]))
+    assert states[0].ssm.requires_grad
+    for made in (step, DecodingStep(model, states, capture=Recorder())):
+        made.load(states)
+        assert not any(state.ssm.requires_grad for state in made._states)
+        found = made(torch.tensor([4]))
+        assert not found.requires_grad
+        torch.testing.assert_close(found, logits)
+
+
+def test_a_single_token_needs_no_step() -> None:
+    model, recorder = opinionated_model("mamba1"), Recorder()
+    steps = DecodingSteps(model, capture=recorder)
+    settings = GenerationSettings(max_new_tokens=1, sampling=GREEDY)
+    found = generate(model, PROMPTS, settings, steps=steps)
+    assert found == [text[:1] for text in texts(model, GREEDY)]
+    assert recorder.captured == 0
 
 
 def test_texts_that_grow_at_the_same_time_do_not_share_states() -> None:
@@ -192,7 +291,7 @@ def test_a_graph_for_another_device_is_refused() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 @torch.no_grad()
 def test_rounded_matrices_compute_what_autocast_computes_from_fp32_ones(layer: str) -> None:
-    model = opinionated_model(layer)
+    model = opinionated_model(layer, tied=True)
     embedding = model.backbone.embedding.weight
     # The stream begins with its values, which autocast leaves alone.
     embedding.copy_(embedding.bfloat16())
@@ -220,20 +319,14 @@ def test_rounding_spares_what_no_product_reads() -> None:
     }  # fmt: skip
 
 
-def require(backend: str) -> None:
-    (status,) = (s for s in describe_backends("cuda") if s.name == backend)
-    if not status.available:
-        pytest.skip(status.detail)
-
-
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("backend", ["torch", "cuda"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("layer", LAYERS)
 @on_gpu
 def test_a_graph_gives_the_texts_of_the_eager_path(
     layer: str, backend: str, sampling: SamplingSettings
 ) -> None:
-    require(backend)
+    require(backend, "cuda")
     model = opinionated_model(layer, backend=backend, device="cuda")
     for _ in range(2):
         settings = GenerationSettings(40, sampling=sampling)
@@ -245,12 +338,12 @@ def test_a_graph_gives_the_texts_of_the_eager_path(
         round_matrices(model)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cuda"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
 @pytest.mark.parametrize("layer", LAYERS)
 @on_gpu
 @torch.no_grad()
 def test_a_chain_of_replays_is_the_chain_of_eager_steps(layer: str, backend: str) -> None:
-    require(backend)
+    require(backend, "cuda")
     model = opinionated_model(layer, backend=backend, device="cuda")
     tokens = torch.randint(0, 61, (20, 3), generator=torch.Generator().manual_seed(1)).cuda()
     _, states = model.forward_with_state(tokens[:1].mT)

@@ -16,10 +16,13 @@ PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [40, 7, 7], list(range(30))
 
 
 def opinionated_model(layer: str) -> MambaLM:
-    """Random weights with large logits, whose greedy choice no rounding can change."""
+    """Random weights with large logits, whose greedy choice no rounding can change.
+
+    The head has weights of its own: the embedding's would repeat the last token for ever.
+    """
     config = MambaConfig(
         layer=layer, d_model=32, n_layers=2, vocab_size=61, d_state=8, headdim=16, chunk_size=16,
-        pad_vocab_size_multiple=64, initializer_range=1.0,
+        pad_vocab_size_multiple=64, initializer_range=1.0, tie_embeddings=False,
     )  # fmt: skip
     model = MambaLM(config)
     initialize(model, config, seed=0, gather=lambda _: nullcontext())
@@ -32,6 +35,7 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(layer: str) -> None:
     for prompt in PROMPTS:
         [text] = generate(model, [prompt], GenerationSettings(max_new_tokens=12, sampling=GREEDY))
         assert len(text) == 12
+        assert len(set(text)) > 3, "a text that repeats itself proves little"
         with torch.no_grad():
             logits = model(torch.tensor([prompt + text]))[0, :, :61]
         assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == text
@@ -67,7 +71,7 @@ def test_ids_beyond_the_vocabulary_are_never_chosen() -> None:
     model = opinionated_model("mamba1")
     with torch.no_grad():
         # Every direction that the model can look in points to ids which must not come out.
-        model.backbone.embedding.weight[40:] *= 30
+        model.lm_head.weight[40:] *= 30
     hot = SamplingSettings(temperature=1e6)
     texts = generate(model, [[1]] * 20, GenerationSettings(50, sampling=hot))
     assert max(map(max, texts)) == 60
@@ -116,3 +120,9 @@ def test_no_prompts_give_no_texts() -> None:
 def test_a_length_below_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_new_tokens is 0"):
         GenerationSettings(max_new_tokens=0)
+
+
+@pytest.mark.parametrize("size", [0, -5])
+def test_a_vocabulary_without_ids_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"vocab_size is {size}, expected at least 1"):
+        GenerationSettings(vocab_size=size)

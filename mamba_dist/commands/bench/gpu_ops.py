@@ -17,7 +17,9 @@ from typing import Final, TypeVar
 import torch
 
 from mamba_dist.commands.bench.cases import LETTERS, Case, Op
+from mamba_dist.commands.bench.gpu_arguments import Option, in_full, names
 from mamba_dist.commands.bench.gpu_clock import Clock, clock_of, copy_bytes_per_s
+from mamba_dist.commands.bench.gpu_failures import Attempts, Failure
 from mamba_dist.commands.bench.gpu_peers import (
     OURS,
     PEERS,
@@ -35,7 +37,6 @@ from mamba_dist.commands.bench.gpu_precision import (
     largest_difference,
     output_gradients,
     precision,
-    reason_of,
 )
 from mamba_dist.commands.bench.gpu_report import (
     Measured,
@@ -81,7 +82,7 @@ def add_arguments(
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument(
         "--variants",
-        type=lambda text: tuple(text.split(",")),
+        type=names,
         help=f"these, as gpu,mamba-ssm; default {_DEFAULT_OURS} and everything it is compared with",
     )
     parser.add_argument(
@@ -102,14 +103,14 @@ def add_arguments(
 
 def problem(arguments: argparse.Namespace) -> str | None:
     """What is wrong between arguments."""
-    names: Sequence[Op] = arguments.op or tuple(_SHAPES)
+    ops: Sequence[Op] = arguments.op or tuple(_SHAPES)
     if arguments.shape:
-        if len(names) != 1:
+        if len(ops) != 1:
             return "--shape goes with exactly one --op"
-        letters = LETTERS[names[0]]
+        letters = LETTERS[ops[0]]
         if len(letters) != len(arguments.shape):
-            return f"--shape: {names[0]} has the sizes {','.join(letters)}"
-    known = {*OURS, *(peer for name in names for peer in PEERS[name])}
+            return f"--shape: {ops[0]} has the sizes {','.join(letters)}"
+    known = {*OURS, *(peer for op in ops for peer in PEERS[op])}
     unknown = sorted(set(arguments.variants or ()) - known)
     if unknown:
         return f"--variants: {', '.join(unknown)} unknown here, expected {', '.join(sorted(known))}"
@@ -127,14 +128,16 @@ def run(words: Sequence[str], arguments: argparse.Namespace) -> bool:
     device = torch.device(arguments.device)
     clock = clock_of(device)
     copy = copy_bytes_per_s(clock, device)
-    print(heading(words, device, copy), flush=True)
+    full = in_full("gpu-ops", _options(arguments))
+    print(heading(words, full, device, copy), flush=True)
+    attempts = Attempts(device)
     cases = _cases(arguments)
     measured: list[Measured] = []
     precisions: dict[Op, Precision] = {}
     try:
         for number, case in enumerate(cases, 1):
             print(f"[{number}/{len(cases)}] {case}", file=sys.stderr)
-            session = _Session(case, _rows(case.op, arguments), device)
+            session = _Session(case, _rows(case.op, arguments), attempts)
             known = set(precisions)
             measured.append(session.measure(clock, arguments.seconds / len(cases), precisions))
             print(table(measured[-1], copy), flush=True)
@@ -142,9 +145,23 @@ def run(words: Sequence[str], arguments: argparse.Namespace) -> bool:
                 print(precision_table(precisions[op]), flush=True)
     finally:
         if arguments.json is not None:
-            content = document(words, device, copy, measured, precisions.values())
+            content = document(words, full, device, copy, measured, precisions.values())
             write_text(json.dumps(content, indent=2) + "\n", arguments.json)
     return all(found.is_right for found in measured)
+
+
+def _options(arguments: argparse.Namespace) -> list[Option]:
+    """Everything that is in force."""
+    return [
+        *(("--op", op) for op in arguments.op or _SHAPES),
+        ("--shape", arguments.shape and ",".join(map(str, arguments.shape))),
+        ("--dtype", arguments.dtype),
+        ("--variants", arguments.variants and ",".join(arguments.variants)),
+        ("--documents" if arguments.documents else "--no-documents", True),
+        ("--device", arguments.device),
+        ("--seconds", arguments.seconds),
+        ("--json", arguments.json),
+    ]
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
@@ -172,10 +189,11 @@ def _rows(op: Op, arguments: argparse.Namespace) -> list[Row]:
 class _Session:
     """One case's jobs that still run, and why the others don't."""
 
-    def __init__(self, case: Case, rows: Sequence[Row], device: torch.device) -> None:
+    def __init__(self, case: Case, rows: Sequence[Row], attempts: Attempts) -> None:
         self._case = case
         self._rows = rows
-        self._device = device
+        self._attempts = attempts
+        self._device = attempts.device
         self._jobs: dict[Row, Job] = {}
         self._absent: dict[Row, str] = {}
         self._least_bytes: dict[Row, tuple[int, int]] = {}
@@ -187,7 +205,7 @@ class _Session:
         # Before the comparison at small sizes: Triton tunes itself by the sizes it meets first.
         self._warm_up(clock)
         if op not in precisions:
-            precisions[op] = precision(self._case, self._rows, self._device)
+            precisions[op] = precision(self._case, self._rows, self._attempts)
         wrong = {
             row: reason
             for row in self._rows
@@ -243,9 +261,9 @@ class _Session:
         for row, job in list(self._jobs.items()):
             if other is None or not row.is_ours or row.documents:
                 continue
-            results = self._told(row, job.results)
-            if results is not None:
-                name, error = difference(results, other)
+            apart = self._told(row, partial(_difference_from, other, job))
+            if apart is not None:
+                name, error = apart
                 # NaN compares false.
                 suspect = not error <= largest_difference(self._case, self._device)
                 found[row] = (
@@ -261,22 +279,31 @@ class _Session:
         while self._jobs and len(found) < _MAX_ROUNDS:
             if len(found) >= _MIN_ROUNDS and time.monotonic() >= ends_at:
                 break
-            taken = {
-                row: self._told(row, partial(_step, clock, job))
-                for row, job in list(self._jobs.items())
-            }
-            found.append({row: steps for row, steps in taken.items() if steps is not None})
+            if found and self._attempts.lost is not None:
+                # What has been measured stands; another step could only fail.
+                break
+            taken: dict[Row, Steps] = {}
+            found.append(taken)
+            for row, job in list(self._jobs.items()):
+                if self._attempts.lost is not None and row in found[0]:
+                    continue
+                steps = self._told(row, partial(_step, clock, job))
+                if steps is not None:
+                    taken[row] = steps
         return found
 
     def _told(self, row: Row, call: Callable[[], _Answer]) -> _Answer | None:
         """What the call returns; None if it failed, which ends the row."""
-        try:
-            return call()
-        # Whatever a kernel dies of: the others are measured all the same.
-        except Exception as error:
-            self._absent[row] = reason_of(error)
+        answer = self._attempts.told(f"{row} in {self._case}", call)
+        if isinstance(answer, Failure):
+            self._absent[row] = answer.reason
             self._jobs.pop(row, None)
             return None
+        return answer
+
+
+def _difference_from(other: Inputs, job: Job) -> tuple[str, float]:
+    return difference(job.results(), other)
 
 
 def _step(clock: Clock, job: Job) -> Steps:

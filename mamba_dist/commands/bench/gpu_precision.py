@@ -5,15 +5,16 @@ variants can be compared by it; whether a variant is right is judged as everywhe
 largest deviation.
 """
 
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from mamba_dist.commands.bench.cases import Case, within_reference_time
+from mamba_dist.commands.bench.gpu_failures import Attempts, Failure
 from mamba_dist.commands.bench.gpu_peers import (
     OURS,
     OUTPUTS,
@@ -25,7 +26,6 @@ from mamba_dist.commands.bench.gpu_peers import (
     our_call,
     variant,
 )
-from mamba_dist.errors import MambaDistError
 from mamba_dist.ops.agreement import relative_error, tolerance, worst
 
 # Several chunks and tiles of every kernel, and a truth within about a second.
@@ -146,15 +146,7 @@ def relative_l2(found: Tensor, truth: Tensor) -> float:
     return float(torch.linalg.vector_norm(deviation) / scale)
 
 
-def reason_of(error: Exception) -> str:
-    """One line about a failure, for a table; what only a developer understands goes to stderr."""
-    if isinstance(error, MambaDistError):
-        return str(error)
-    traceback.print_exception(error)
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def precision(case: Case, rows: Iterable[Row], device: torch.device) -> Precision:
+def precision(case: Case, rows: Iterable[Row], attempts: Attempts) -> Precision:
     """Errors of all rows at sizes that the float64 reference can do.
 
     Rows with documents start from a state and are judged by their final state too.
@@ -163,21 +155,27 @@ def precision(case: Case, rows: Iterable[Row], device: torch.device) -> Precisio
     l2: dict[Row, dict[str, float]] = {}
     objections: dict[Row, str] = {}
     given: dict[bool, tuple[Inputs, Inputs, Inputs]] = {}
+
+    def errors(row: Row) -> tuple[dict[str, float], dict[str, float]]:
+        if row.documents not in given:
+            as_in_model = replace(quick, as_in_model=row.documents)
+            given[row.documents] = _truth(as_in_model, attempts.device)
+        inputs, gradients, truth = given[row.documents]
+        job = Job(quick, variant(quick, row.name, attempts.device), inputs, gradients)
+        found = job.results()
+        return (
+            {name: relative_l2(found[name], value) for name, value in truth.items()},
+            {name: relative_error(found[name], value) for name, value in truth.items()},
+        )
+
     for row in rows:
-        try:
-            if row.documents not in given:
-                given[row.documents] = _truth(replace(quick, as_in_model=row.documents), device)
-            inputs, gradients, truth = given[row.documents]
-            job = Job(quick, variant(quick, row.name, device), inputs, gradients)
-            found = job.results()
-        # Whatever a kernel dies of: the others are measured all the same.
-        except Exception as error:
-            objections[row] = reason_of(error)
+        found = attempts.told(f"{row} in {quick}", partial(errors, row))
+        if isinstance(found, Failure):
+            objections[row] = found.reason
             continue
-        l2[row] = {name: relative_l2(found[name], value) for name, value in truth.items()}
-        largest = {name: relative_error(found[name], value) for name, value in truth.items()}
+        l2[row], largest = found
         slack = 1 if row.is_ours else _PEER_SLACK
-        if reason := _objection(largest, slack * _tolerance(case, device)):
+        if reason := _objection(largest, slack * _tolerance(case, attempts.device)):
             objections[row] = reason
     return Precision(quick, l2, objections)
 

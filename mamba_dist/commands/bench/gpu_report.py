@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 import torch
 
 from mamba_dist.commands.bench.cases import Case
+from mamba_dist.commands.bench.gpu_arguments import command_lines
 from mamba_dist.commands.bench.gpu_precision import Precision, Row
 from mamba_dist.commands.bench.measure import Spread
 from mamba_dist.commands.bench.spec import dtype_name
@@ -21,6 +22,8 @@ _TITLES: Final[Mapping[Pass, str]] = {
     "backward": "backward",
     "both": "forward and backward",
 }
+# Repetitions of the same work on a device that has nothing else to do lie closer together.
+_STEADY: Final = 1.2
 _PACKAGES: Final = ("torch", "triton", "mamba-ssm", "causal-conv1d")
 
 
@@ -77,6 +80,11 @@ class Measured:
         """Of one step."""
         return _spread([getattr(steps[row], which) for steps in self.rounds if row in steps])
 
+    def unsteady(self, row: Row) -> dict[Pass, float]:
+        """Passes whose median is far above their smallest time, and how many times it is that."""
+        spreads = {which: self.seconds(row, which) for which in PASSES}
+        return {p: s.median / s.low for p, s in spreads.items() if s.median > _STEADY * s.low}
+
     def speed_over(self, row: Row, peer: Row, which: Pass) -> Spread:
         """How many times as fast the row is as the peer, within rounds."""
         return _spread(
@@ -94,13 +102,15 @@ class Measured:
         return moved / self.seconds(row, which).median / copy_bytes_per_s
 
 
-def heading(words: Sequence[str], device: torch.device, copy_bytes_per_s: float) -> str:
-    """What the figures were measured on, and by which command."""
+def heading(
+    words: Sequence[str], in_full: Sequence[str], device: torch.device, copy_bytes_per_s: float
+) -> str:
+    """What the figures were measured on, and by which command, as given and with all options."""
     versions = ", ".join(f"{n} {v}" for n, v in _versions().items() if v is not None)
     return (
         f"Device: {device_name(device)}, copy {copy_bytes_per_s / 1e12:.3g} TB/s; {versions}; "
         f"{this_machine()}; {datetime.date.today()}.\n"
-        f"Command: `tools/bench.py {' '.join(words)}`\n"
+        f"{command_lines(words, in_full)}"
     )
 
 
@@ -143,6 +153,7 @@ def precision_table(found: Precision) -> str:
 
 def document(
     words: Sequence[str],
+    in_full: Sequence[str],
     device: torch.device,
     copy_bytes_per_s: float,
     measured: Iterable[Measured],
@@ -151,6 +162,7 @@ def document(
     """Everything that the tables say, in seconds, bytes and ratios."""
     return {
         "command": list(words),
+        "command_in_full": list(in_full),
         "date": str(datetime.date.today()),
         "machine": asdict(this_machine()),
         "device": device_name(device),
@@ -184,6 +196,7 @@ def records(found: Measured, copy_bytes_per_s: float) -> list[dict[str, Any]]:
             record |= {
                 "rounds": sum(row in steps for steps in found.rounds),
                 "warm_s": found.warm_s[row],
+                "unsteady": found.unsteady(row),
                 "least_bytes": found.least_bytes[row],
                 "seconds": {p: vars(found.seconds(row, p)) for p in PASSES},
                 "share_of_copy": {p: found.share_of_copy(row, p, copy_bytes_per_s) for p in PASSES},
@@ -234,6 +247,12 @@ def _notes(found: Measured) -> list[str]:
     for row, text in found.differences.items():
         mark = "**too much for rounding**: " if row in found.suspects else ""
         notes.append(f"{row}: {mark}{text}")
+    notes += [
+        f"**{row}: unsteady**, {_TITLES[which]}: the median is {times:.2f} times the smallest; the "
+        "device had other work, or the host could not launch in time"
+        for row in found.shown
+        for which, times in found.unsteady(row).items()
+    ]
     notes += [f"**{row}: not measured**: {why}" for row, why in found.absent.items()]
     notes += [f"**{row}: wrong, so it has no speed**: {why}" for row, why in found.wrong.items()]
     return [f"- {note}" for note in notes]

@@ -1,10 +1,11 @@
 """bench gpu-train: whole training steps on one GPU, ours beside mamba-ssm's model.
 
 The variants show what each layer costs: mamba-ssm's model in a plain PyTorch loop, our model in the
-same loop, and our model in our engine at each ZeRO stage on one rank. Every run is a process of its
-own, so that its peak memory is its own, and the processes follow each other. All variants start
-from the same weights and take the same batch, so their losses must agree; one whose losses don't
-gets no figure.
+same loop, and our model in our engine. On one GPU training runs ZeRO stage 0, so the other stages
+are measured only if they are asked for: as each of several ranks runs them, without the
+communication. Every run is a process of its own, so that its peak memory is its own, and the
+variants take turns. All variants start from the same weights and take the same batch, so their
+losses must agree; one whose losses don't gets no figure.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from typing import Final, get_args
 import torch
 
 from mamba_dist.commands.arguments import positive_int
+from mamba_dist.commands.bench.gpu_arguments import Option, in_full, names
+from mamba_dist.commands.bench.gpu_peer_model import training_refusal
 from mamba_dist.commands.bench.gpu_profile import profile_tables
 from mamba_dist.commands.bench.gpu_step import StepResult, StepSpec
 from mamba_dist.commands.bench.gpu_train_report import (
@@ -33,13 +36,22 @@ from mamba_dist.commands.bench.gpu_train_report import (
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
 from mamba_dist.config.text import write_text
-from mamba_dist.errors import BackendError
+from mamba_dist.errors import BackendError, ConfigError
 
-OURS: Final = ("plain", "zero-0", "zero-1", "zero-2", "zero-3")
-VARIANTS: Final = (PEER, *OURS)
-# Variables of a launcher, under which the worker would wait for other ranks.
-_LAUNCHER: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID")
+VARIANTS: Final = (PEER, "plain", "zero-0", "zero-1", "zero-2", "zero-3")
+_DEFAULTS: Final = (PEER, "plain", "zero-0")
+# Variables of a launcher, under which the worker would wait for other ranks, or at their address.
+_LAUNCHER: Final = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "SLURM_STEP_ID",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _LAST_WORDS: Final = 3
+# Compiling and tuning every kernel of a large model, and then some.
+_TIMEOUT_S: Final = 1800
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,12 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=12, help="timed; default 12")
     parser.add_argument("--warmup", type=positive_int, default=4, help="before; default 4")
     parser.add_argument(
-        "--rounds", type=positive_int, default=1, help="every variant so often, in turns; default 1"
+        "--rounds", type=positive_int, default=3, help="every variant so often, in turns; default 3"
     )
     parser.add_argument(
         "--variants",
-        type=lambda text: tuple(text.split(",")),
-        help="only these, as mamba-ssm,plain,zero-1",
+        type=names,
+        help=f"of {', '.join(VARIANTS)}; default {', '.join(_DEFAULTS)}; zero-1 to zero-3 are as "
+        "each of several ranks runs them, without the communication",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive_int,
+        default=_TIMEOUT_S,
+        metavar="SECONDS",
+        help=f"for one process of a variant; default {_TIMEOUT_S}",
     )
     parser.add_argument(
         "--backend",
@@ -102,49 +122,93 @@ def run(words: Sequence[str], arguments: argparse.Namespace) -> bool:
 
     Raises:
         BackendError: there is no such device.
-        ConfigError: the config, or what an argument changes in it, is wrong.
+        ConfigError: the config, or what an argument makes of it, is wrong.
     """
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise BackendError("--device cuda: torch sees no GPU here; --device cpu tries the tool out")
     specs = _specs(arguments)
-    print(heading(words), flush=True)
-    runs: list[Mapping[str, StepResult | str]] = []
+    full = in_full("gpu-train", _options(arguments, specs))
+    print(heading(words, full), flush=True)
+    runs: list[dict[str, StepResult | str]] = []
+    measured = Runs(specs, runs)
     try:
         for number in range(1, arguments.rounds + 1):
-            found: dict[str, StepResult | str] = {}
-            runs.append(found)
+            runs.append({})
             for name, spec in specs.items():
+                if any(isinstance(r.get(name), str) for r in runs):
+                    # It has failed and gets no figure.
+                    continue
                 print(f"[round {number}/{arguments.rounds}] {name}", file=sys.stderr)
-                found[name] = _run_process(spec, on_cpu=arguments.device == "cpu")
+                runs[-1][name] = _run_process(
+                    spec, on_cpu=arguments.device == "cpu", timeout_s=arguments.timeout
+                )
     finally:
-        measured = Runs(specs, runs)
         print(table(measured), flush=True)
         _print_profile(measured)
         if arguments.json is not None:
-            content = document(words, measured)
+            content = document(words, full, measured)
             write_text(json.dumps(content, indent=2) + "\n", arguments.json)
     return not objections(measured)
 
 
 def _specs(arguments: argparse.Namespace) -> dict[str, StepSpec]:
     config = _config(arguments)
-    names = arguments.variants or (OURS if arguments.device == "cpu" else VARIANTS)
-    if arguments.profile and not arguments.variants:
-        names = (arguments.profile,)
+    length = arguments.length or config.data.sequence_length
+    if arguments.documents is not None and arguments.documents > length:
+        raise ConfigError(
+            f"--documents {arguments.documents} do not fit into a row of {length} tokens, expected "
+            "at most one a token; take fewer, or a larger --length"
+        )
     return {
         name: StepSpec(
             variant=name,
             config=config,
             batch=arguments.micro_batch or config.training.micro_batch_size,
-            length=arguments.length or config.data.sequence_length,
+            length=length,
             # Their models take no documents.
             documents=None if name == PEER else arguments.documents,
             warmup=arguments.warmup,
             steps=arguments.steps,
             profile=name == arguments.profile,
         )
-        for name in names
+        for name in _asked(arguments, config)
     }
+
+
+def _asked(arguments: argparse.Namespace, config: RunConfig) -> Sequence[str]:
+    """The variants to measure."""
+    if arguments.variants is not None:
+        asked: Sequence[str] = arguments.variants
+        return asked
+    if arguments.profile is not None:
+        return (arguments.profile,)
+    refusal = f"{PEER} runs on a GPU only" if arguments.device == "cpu" else None
+    refusal = refusal or training_refusal(config)
+    if refusal is None:
+        return _DEFAULTS
+    print(f"{PEER} is left out: {refusal}", file=sys.stderr)
+    return [name for name in _DEFAULTS if name != PEER]
+
+
+def _options(arguments: argparse.Namespace, specs: Mapping[str, StepSpec]) -> list[Option]:
+    """Everything that is in force, as the config and the device have decided it."""
+    spec = next(iter(specs.values()))
+    return [
+        ("--config", arguments.config),
+        ("--micro-batch", spec.batch),
+        ("--length", spec.length),
+        ("--steps", spec.steps),
+        ("--warmup", spec.warmup),
+        ("--rounds", arguments.rounds),
+        ("--variants", ",".join(specs)),
+        ("--timeout", arguments.timeout),
+        ("--backend", spec.config.engine.ops_backend),
+        ("--activation-checkpointing", spec.config.training.activation_checkpointing),
+        ("--documents", arguments.documents),
+        ("--device", arguments.device),
+        ("--profile", arguments.profile),
+        ("--json", arguments.json),
+    ]
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
@@ -160,7 +224,7 @@ def _choices(section: type[EngineConfig] | type[TrainingConfig], field: str) -> 
     return get_args(section.model_fields[field].annotation)
 
 
-def _run_process(spec: StepSpec, *, on_cpu: bool) -> StepResult | str:
+def _run_process(spec: StepSpec, *, on_cpu: bool, timeout_s: float) -> StepResult | str:
     """What a process of its own has found, or why it found nothing."""
     module = "peers_mamba_ssm" if spec.variant == PEER else "gpu_variants"
     hidden = ["CUDA_VISIBLE_DEVICES="] if on_cpu else []
@@ -168,22 +232,31 @@ def _run_process(spec: StepSpec, *, on_cpu: bool) -> StepResult | str:
     with TemporaryDirectory() as folder:
         answer_path = Path(folder, "answer")
         worker = [sys.executable, "-m", f"{__package__}.{module}", str(answer_path)]
-        process = subprocess.run(
-            ["env", *unset, *hidden, *worker],
-            input=pickle.dumps(spec),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        try:
+            process = subprocess.run(
+                ["env", *unset, *hidden, *worker],
+                input=pickle.dumps(spec),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=timeout_s,
+            )
+        except subprocess.TimeoutExpired as error:
+            reason = f"it did not end within --timeout {timeout_s:g} seconds and was killed"
+            return _with_last_words(reason, error.stdout)
         answer = answer_path.read_bytes() if answer_path.exists() else None
-    said = process.stdout.decode(errors="replace")
     if answer is None:
-        last = [line.strip() for line in said.split("\n") if line.strip()][-_LAST_WORDS:]
-        return " / ".join([f"its process ended with {process.returncode}", *last])
+        return _with_last_words(f"its process ended with {process.returncode}", process.stdout)
     good, result = pickle.loads(answer)
     if not good:
-        print(said, file=sys.stderr)
+        print(process.stdout.decode(errors="replace"), file=sys.stderr)
     found: StepResult | str = result
     return found
+
+
+def _with_last_words(reason: str, said: bytes | None) -> str:
+    """A line of the reason and of the last ones that a process has printed."""
+    lines = (said or b"").decode(errors="replace").split("\n")
+    return " / ".join([reason, *[line.strip() for line in lines if line.strip()][-_LAST_WORDS:]])
 
 
 def _print_profile(measured: Runs) -> None:

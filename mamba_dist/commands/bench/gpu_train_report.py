@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from mamba_dist.commands.bench.gpu_arguments import command_lines
 from mamba_dist.commands.bench.gpu_profile import by_category
 from mamba_dist.commands.bench.gpu_step import StepResult, StepSpec
 from mamba_dist.commands.bench.measure import Spread
@@ -20,6 +21,7 @@ _DESCRIPTIONS: Final[Mapping[str, str]] = {
     PEER: "mamba-ssm's model, plain loop",
     "plain": "our model, plain loop",
 }
+_OF_SEVERAL_RANKS: Final = ("zero-1", "zero-2", "zero-3")
 _PACKAGES: Final = ("torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed")
 _GIB: Final = 1 << 30
 # Dense bf16 of an H100 SXM, from NVIDIA's data sheet.
@@ -47,16 +49,24 @@ class Runs:
     def seconds(self, name: str) -> Spread:
         """Of one step, over all rounds."""
         steps = [s for result in self.results(name) for s in result.step_s]
-        return Spread(statistics.median(steps), min(steps), max(steps))
+        return _spread(steps)
 
-    def speed_over(self, name: str, other: str) -> float:
+    def speed_over(self, name: str, other: str) -> Spread:
         """Tokens per second over another variant's, within rounds."""
         pairs = [(r.get(name), r.get(other)) for r in self.rounds]
-        return statistics.median(
-            statistics.median(b.step_s) / statistics.median(a.step_s)
-            for a, b in pairs
-            if isinstance(a, StepResult) and isinstance(b, StepResult)
+        return _spread(
+            [
+                statistics.median(b.step_s) / statistics.median(a.step_s)
+                for a, b in pairs
+                if isinstance(a, StepResult) and isinstance(b, StepResult)
+            ]
         )
+
+    @property
+    def matmul_limits(self) -> list[float]:
+        """FLOP/s of large products, each measured just before a variant."""
+        results = [result for name in self.specs for result in self.results(name)]
+        return [r.matmul_flops_per_s for r in results if r.matmul_flops_per_s is not None]
 
 
 def objections(measured: Runs) -> dict[str, str]:
@@ -97,12 +107,12 @@ def _wrong(result: StepResult, reference: StepResult | None, spec: StepSpec) -> 
     return None
 
 
-def heading(words: Sequence[str]) -> str:
-    """Machine, versions and command."""
+def heading(words: Sequence[str], in_full: Sequence[str]) -> str:
+    """Machine, versions, and the command as given and with all options."""
     versions = ", ".join(f"{n} {v}" for n, v in _versions().items() if v is not None)
     return (
         f"Machine: {this_machine()}; {versions}; {datetime.date.today()}.\n"
-        f"Command: `tools/bench.py {' '.join(words)}`\n"
+        f"{command_lines(words, in_full)}"
     )
 
 
@@ -124,10 +134,11 @@ def table(measured: Runs) -> str:
     return "\n".join([*lines, "", *_notes(measured, wrong)])
 
 
-def document(words: Sequence[str], measured: Runs) -> dict[str, Any]:
+def document(words: Sequence[str], in_full: Sequence[str], measured: Runs) -> dict[str, Any]:
     """Everything that was found, for --json."""
     return {
         "command": list(words),
+        "command_in_full": list(in_full),
         "date": str(datetime.date.today()),
         "machine": asdict(this_machine()),
         "versions": _versions(),
@@ -157,7 +168,9 @@ def _cells(measured: Runs, name: str, baseline: str | None) -> list[str]:
         f"{seconds.median:.2f} ({seconds.low:.2f}–{seconds.high:.2f})",
         f"{record['tokens_per_s']:,.0f}",
     ]
-    cells += [f"{measured.speed_over(name, baseline):.3f}x"] if baseline else []
+    if baseline:
+        over = measured.speed_over(name, baseline)
+        cells.append(f"{over.median:.3f}x ({over.low:.3f}–{over.high:.3f})")
     peak, share = record["peak_bytes"], record["share_of_matmul_limit"]
     mfu = record["mfu_6n"]
     return [
@@ -178,6 +191,8 @@ def _record(measured: Runs, name: str) -> dict[str, Any]:
     flops_per_s = 6 * parameter_count(spec.config.model) * spec.tokens / seconds.median
     peaks = [r.peak_bytes for r in results if r.peak_bytes is not None]
     limits = [r.matmul_flops_per_s for r in results if r.matmul_flops_per_s is not None]
+    # One for all variants, or a variant would be the better for a device that was slow before it.
+    limit = max(measured.matmul_limits, default=None)
     data_sheet = next((v for k, v in _PEAK_FLOPS_PER_S.items() if k in results[0].device), None)
     record |= {
         "step_s": vars(seconds),
@@ -185,7 +200,7 @@ def _record(measured: Runs, name: str) -> dict[str, Any]:
         "peak_bytes": max(peaks, default=None),
         "mfu_6n": None if data_sheet is None else flops_per_s / data_sheet,
         "matmul_flops_per_s": statistics.median(limits) if limits else None,
-        "share_of_matmul_limit": flops_per_s / statistics.median(limits) if limits else None,
+        "share_of_matmul_limit": None if limit is None else flops_per_s / limit,
         "losses": [list(r.losses) for r in results],
     }
     profiles = [r.profile for r in results if r.profile is not None]
@@ -198,12 +213,7 @@ def _record(measured: Runs, name: str) -> dict[str, Any]:
 
 def _notes(measured: Runs, wrong: Mapping[str, str]) -> list[str]:
     spec = next(iter(measured.specs.values()))
-    limits = [
-        r.matmul_flops_per_s
-        for name in measured.specs
-        for r in measured.results(name)
-        if r.matmul_flops_per_s is not None
-    ]
+    limits = measured.matmul_limits
     notes = [
         f"Medians (smallest to largest) of {spec.steps} steps after {spec.warmup}, "
         f"{len(measured.rounds)} rounds; a step is forward, loss, backward, clipping and AdamW."
@@ -211,12 +221,22 @@ def _notes(measured: Runs, wrong: Mapping[str, str]) -> list[str]:
     if limits:
         low, high = min(limits) / 1e12, max(limits) / 1e12
         notes.append(
-            f"6N-MFU is over 989 TFLOP/s; bf16 products of 8192 took {low:.0f} to {high:.0f}."
+            f"6N-MFU is over 989 TFLOP/s; bf16 products of 8192 ran at {low:.0f} to {high:.0f}, "
+            "of which the largest is the matmul limit of all variants."
         )
-    if spec.documents or any(s.documents for s in measured.specs.values()):
+    if PEER in measured.specs and any(s.documents for s in measured.specs.values()):
         notes.append(f"{PEER} has no documents: it takes each row as one text.")
+    if shared := [name for name in measured.specs if name in _OF_SEVERAL_RANKS]:
+        notes.append(
+            f"{', '.join(shared)}: as each of several ranks runs it, without the communication and "
+            "with all of the optimizer's state; a training run on one rank takes zero-0."
+        )
     notes += [f"**{name}: no figures**: {reason}" for name, reason in wrong.items()]
     return [*(f"- {note}" for note in notes), ""]
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
 
 
 def _versions() -> dict[str, str | None]:

@@ -1,7 +1,9 @@
 """A process of bench gpu-train for our own variants; `python -m` runs it, see `gpu_step.serve`.
 
 `plain` is our model in a plain PyTorch loop. `zero-N` is our model in our engine at ZeRO stage N,
-built and stepped as launch/train.py does it, on a world of one rank.
+built and stepped as launch/train.py does it, on a world of one rank. Stages above 0 are as each of
+several ranks runs them, without the communication: a training run on one rank takes stage 0
+whatever its config says (`zero.stage_for`).
 """
 
 from torch import Tensor
@@ -41,7 +43,10 @@ def _build(spec: StepSpec, batch: Batch) -> Step:
 
 def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     world = start_world(timeout_minutes=spec.config.engine.timeout_minutes)
-    engine = _engine(spec.config, _STAGES[spec.variant], world)
+    stage = _STAGES[spec.variant]
+    engine = _engine(spec.config, stage, world)
+    running = engine._engine.zero_optimization_stage()
+    assert running == stage, f"{spec.variant} would run ZeRO stage {running}"
 
     def step() -> Tensor:
         loss = engine.forward_backward(batch, step_tokens=spec.tokens, last=True)
@@ -58,7 +63,7 @@ def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     engine_config = EngineConfig.model_validate({**config.engine.model_dump(), "zero_stage": stage})
     settings = zero.zero_settings(
         engine_config,
-        stage=zero.stage_for(engine_config, ranks=world.size),
+        stage=stage,
         precision=training.precision,
         accumulation_steps=1,
     )
