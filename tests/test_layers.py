@@ -47,7 +47,6 @@ OWNERS = {
 # What tools/bench.py measures against: optional packages, each known to one file.
 PEERS = {
     "commands/bench/peers_huggingface.py": {"transformers"},
-    "commands/bench/peers_mamba_ssm.py": {"mamba_ssm"},
     "commands/bench/peers_mambapy.py": {"mambapy"},
 }
 

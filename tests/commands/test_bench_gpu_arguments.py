@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_dist.commands.bench.gpu_arguments import command_lines, in_full, names
+from mamba_dist.commands.bench.gpu.arguments import command_lines, in_full, names
 
 
 def test_names_are_listed_with_commas_each_once() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mamba_dist.commands.bench.gpu_clock import (
+from mamba_dist.commands.bench.gpu.clock import (
     CudaClock,
     EventClock,
     WallClock,

@@ -10,10 +10,12 @@ import torch
 from processes import run_script
 
 from mamba_dist.commands import bench
-from mamba_dist.commands.bench import gpu_decode, gpu_decode_models, gpu_peer_model
-from mamba_dist.commands.bench.gpu_decode import timed
-from mamba_dist.commands.bench.gpu_decode_models import Models, Shape
-from mamba_dist.commands.bench.gpu_decode_report import Decoded
+from mamba_dist.commands.bench.gpu import decode as gpu_decode
+from mamba_dist.commands.bench.gpu import decode_models as gpu_decode_models
+from mamba_dist.commands.bench.gpu import peer_model as gpu_peer_model
+from mamba_dist.commands.bench.gpu.decode import timed
+from mamba_dist.commands.bench.gpu.decode_models import Models, Shape
+from mamba_dist.commands.bench.gpu.decode_report import Decoded
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.errors import BackendError

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_dist.commands.bench import gpu_ops, gpu_precision, main
+from mamba_dist.commands.bench import main
 from mamba_dist.commands.bench.cases import Case
-from mamba_dist.commands.bench.gpu_failures import Attempts, Failure, reason_of
-from mamba_dist.commands.bench.gpu_peers import Inputs, Variant, variant
+from mamba_dist.commands.bench.gpu import ops as gpu_ops
+from mamba_dist.commands.bench.gpu import precision as gpu_precision
+from mamba_dist.commands.bench.gpu.failures import Attempts, Failure, reason_of
+from mamba_dist.commands.bench.gpu.peers import Inputs, Variant, variant
 from mamba_dist.commands.bench.spec import NotMeasuredError
 from mamba_dist.errors import BackendError
 

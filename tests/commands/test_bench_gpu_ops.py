@@ -14,10 +14,19 @@ from ops import fake_cuda_packages
 from processes import run_script
 from torch import Tensor
 
-from mamba_dist.commands.bench import gpu_ops, gpu_precision, main
+from mamba_dist.commands.bench import main
 from mamba_dist.commands.bench.cases import LETTERS, Case, Op
-from mamba_dist.commands.bench.gpu_failures import Attempts
-from mamba_dist.commands.bench.gpu_peers import (
+from mamba_dist.commands.bench.gpu import ops as gpu_ops
+from mamba_dist.commands.bench.gpu import precision as gpu_precision
+from mamba_dist.commands.bench.gpu.failures import Attempts
+from mamba_dist.commands.bench.gpu.ops_report import (
+    Measured,
+    Steps,
+    precision_table,
+    records,
+    table,
+)
+from mamba_dist.commands.bench.gpu.peers import (
     PEERS,
     Inputs,
     Variant,
@@ -27,14 +36,13 @@ from mamba_dist.commands.bench.gpu_peers import (
     model_inputs,
     variant,
 )
-from mamba_dist.commands.bench.gpu_precision import (
+from mamba_dist.commands.bench.gpu.precision import (
     Precision,
     Row,
     checked,
     precision,
     relative_l2,
 )
-from mamba_dist.commands.bench.gpu_report import Measured, Steps, precision_table, records, table
 from mamba_dist.ops import cuda_packages
 
 CPU = torch.device("cpu")

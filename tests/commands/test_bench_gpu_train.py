@@ -14,9 +14,10 @@ import pytest
 import torch
 from processes import ROOT, clean_environment
 
-from mamba_dist.commands.bench import gpu_train, main
-from mamba_dist.commands.bench.gpu_peer_model import peer_model, training_refusal
-from mamba_dist.commands.bench.gpu_profile import (
+from mamba_dist.commands.bench import main
+from mamba_dist.commands.bench.gpu import train as gpu_train
+from mamba_dist.commands.bench.gpu.peer_model import peer_model, training_refusal
+from mamba_dist.commands.bench.gpu.profile import (
     GAPS,
     OTHER,
     Span,
@@ -25,7 +26,7 @@ from mamba_dist.commands.bench.gpu_profile import (
     profile_tables,
     summary,
 )
-from mamba_dist.commands.bench.gpu_step import StepResult, StepSpec, random_batch
+from mamba_dist.commands.bench.gpu.step import StepResult, StepSpec, random_batch
 from mamba_dist.commands.bench.spec import NotMeasuredError
 from mamba_dist.config.load import load_config
 
@@ -39,7 +40,7 @@ data: {sequence_length: 16}
 """
 STAGES = """
 import os, sys
-from mamba_dist.commands.bench.gpu_variants import _STAGES, _engine
+from mamba_dist.commands.bench.gpu.variants import _STAGES, _engine
 from mamba_dist.config.load import load_config
 from mamba_dist.engine.world import start_world
 config, world = load_config(sys.argv[1]).config, start_world(timeout_minutes=1)

@@ -2,7 +2,7 @@
 
 Every figure is a ratio between things measured in the same run: each variant has a process of its
 own, they take turns, and rounds in which the machine was busy with something else do not count.
-A variant whose results are wrong gets no figure. On a GPU one process is enough: see `gpu_ops`.
+A variant whose results are wrong gets no figure. On a GPU one process is enough: see `gpu`.
 
 Exit codes: 0 done; 1 a variant's results are wrong, or a table has no figures; 2 a mistake that the
 message explains; 130 interrupted, after writing what was measured; anything else is a crash.
@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench import gpu_decode, gpu_ops, gpu_train, ops, train
+from mamba_dist.commands.bench import ops, train
 from mamba_dist.commands.bench.child import ChildWorker
+from mamba_dist.commands.bench.gpu import decode as gpu_decode
+from mamba_dist.commands.bench.gpu import ops as gpu_ops
+from mamba_dist.commands.bench.gpu import train as gpu_train
 from mamba_dist.commands.bench.measure import Plan, run_in_turns
 from mamba_dist.commands.bench.report import Figures, figures, records, table
 from mamba_dist.commands.bench.spec import DTYPES, Allocator, Group

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mamba_dist.commands.bench.gpu_decode_models import PEER, Models, Shape
+from mamba_dist.commands.bench.gpu.decode_models import PEER, Models, Shape
 from mamba_dist.commands.bench.measure import Spread
 
 

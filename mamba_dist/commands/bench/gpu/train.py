@@ -21,11 +21,11 @@ from typing import Final, get_args
 import torch
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench.gpu_arguments import Option, in_full, names
-from mamba_dist.commands.bench.gpu_peer_model import training_refusal
-from mamba_dist.commands.bench.gpu_profile import profile_tables
-from mamba_dist.commands.bench.gpu_step import StepResult, StepSpec
-from mamba_dist.commands.bench.gpu_train_report import (
+from mamba_dist.commands.bench.gpu.arguments import Option, in_full, names
+from mamba_dist.commands.bench.gpu.peer_model import training_refusal
+from mamba_dist.commands.bench.gpu.profile import profile_tables
+from mamba_dist.commands.bench.gpu.step import StepResult, StepSpec
+from mamba_dist.commands.bench.gpu.train_report import (
     PEER,
     Runs,
     document,
@@ -226,7 +226,7 @@ def _choices(section: type[EngineConfig] | type[TrainingConfig], field: str) -> 
 
 def _run_process(spec: StepSpec, *, on_cpu: bool, timeout_s: float) -> StepResult | str:
     """What a process of its own has found, or why it found nothing."""
-    module = "peers_mamba_ssm" if spec.variant == PEER else "gpu_variants"
+    module = "variants_mamba_ssm" if spec.variant == PEER else "variants"
     hidden = ["CUDA_VISIBLE_DEVICES="] if on_cpu else []
     unset = [part for name in _LAUNCHER for part in ("-u", name)]
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A process of bench gpu-train for our own variants; `python -m` runs it, see `gpu_step.serve`.
+"""A process of bench gpu-train for our own variants; `python -m` runs it, see `step.serve`.
 
 `plain` is our model in a plain PyTorch loop. `zero-N` is our model in our engine at ZeRO stage N,
 built and stepped as launch/train.py does it, on a world of one rank. Stages above 0 are as each of
@@ -8,7 +8,7 @@ whatever its config says (`zero.stage_for`).
 
 from torch import Tensor
 
-from mamba_dist.commands.bench.gpu_step import (
+from mamba_dist.commands.bench.gpu.step import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     SEED,

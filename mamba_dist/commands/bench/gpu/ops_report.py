@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 import torch
 
 from mamba_dist.commands.bench.cases import Case
-from mamba_dist.commands.bench.gpu_arguments import command_lines
-from mamba_dist.commands.bench.gpu_precision import Precision, Row
+from mamba_dist.commands.bench.gpu.arguments import command_lines
+from mamba_dist.commands.bench.gpu.precision import Precision, Row
 from mamba_dist.commands.bench.measure import Spread
 from mamba_dist.commands.bench.spec import dtype_name
 from mamba_dist.commands.machine import package_version, this_machine

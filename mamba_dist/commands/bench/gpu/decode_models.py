@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from mamba_dist.commands.bench.gpu_peer_model import peer_model
+from mamba_dist.commands.bench.gpu.peer_model import peer_model
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.inference.generate import GenerationSettings, generate
 from mamba_dist.inference.graph import DecodingSteps

@@ -18,8 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from mamba_dist.commands.bench.gpu_failures import reason_of
-from mamba_dist.commands.bench.gpu_profile import Profile, profiled, timing_event
+from mamba_dist.commands.bench.gpu.failures import reason_of
+from mamba_dist.commands.bench.gpu.profile import Profile, profiled, timing_event
 from mamba_dist.config.schema import RunConfig, TrainingConfig
 from mamba_dist.model.param_groups import classify
 

@@ -20,13 +20,13 @@ from typing import Final, TypeVar
 import torch
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench.gpu_arguments import Option, in_full, names
-from mamba_dist.commands.bench.gpu_clock import clock_of, copy_bytes_per_s
-from mamba_dist.commands.bench.gpu_decode_models import PEER, Decode, Models, Shape
-from mamba_dist.commands.bench.gpu_decode_report import Decoded, records, table
-from mamba_dist.commands.bench.gpu_failures import Attempts, Failure
-from mamba_dist.commands.bench.gpu_peer_model import shape_refusal
-from mamba_dist.commands.bench.gpu_report import heading
+from mamba_dist.commands.bench.gpu.arguments import Option, in_full, names
+from mamba_dist.commands.bench.gpu.clock import clock_of, copy_bytes_per_s
+from mamba_dist.commands.bench.gpu.decode_models import PEER, Decode, Models, Shape
+from mamba_dist.commands.bench.gpu.decode_report import Decoded, records, table
+from mamba_dist.commands.bench.gpu.failures import Attempts, Failure
+from mamba_dist.commands.bench.gpu.ops_report import heading
+from mamba_dist.commands.bench.gpu.peer_model import shape_refusal
 from mamba_dist.commands.bench.spec import NotMeasuredError
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import MambaConfig

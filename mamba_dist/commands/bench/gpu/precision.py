@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mamba_dist.commands.bench.cases import Case, within_reference_time
-from mamba_dist.commands.bench.gpu_failures import Attempts, Failure
-from mamba_dist.commands.bench.gpu_peers import (
+from mamba_dist.commands.bench.gpu.failures import Attempts, Failure
+from mamba_dist.commands.bench.gpu.peers import (
     OURS,
     OUTPUTS,
     Inputs,

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from mamba_dist.commands.bench.gpu_profile import timing_event
+from mamba_dist.commands.bench.gpu.profile import timing_event
 
 Part = Callable[[], object]
 """Work without a result of interest."""

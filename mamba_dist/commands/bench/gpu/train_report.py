@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from mamba_dist.commands.bench.gpu_arguments import command_lines
-from mamba_dist.commands.bench.gpu_profile import by_category
-from mamba_dist.commands.bench.gpu_step import StepResult, StepSpec
+from mamba_dist.commands.bench.gpu.arguments import command_lines
+from mamba_dist.commands.bench.gpu.profile import by_category
+from mamba_dist.commands.bench.gpu.step import StepResult, StepSpec
 from mamba_dist.commands.bench.measure import Spread
 from mamba_dist.commands.machine import package_version, this_machine
 from mamba_dist.model.flops import parameter_count

@@ -1,6 +1,6 @@
 """A process of bench gpu-train for mamba-ssm's language model in a plain PyTorch loop.
 
-`python -m` runs it, see `gpu_step.serve`.
+`python -m` runs it, see `step.serve`.
 """
 
 from contextlib import nullcontext
@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_dist.commands.bench.gpu_peer_model import peer_model, training_refusal
-from mamba_dist.commands.bench.gpu_step import (
+from mamba_dist.commands.bench.gpu.peer_model import peer_model, training_refusal
+from mamba_dist.commands.bench.gpu.step import (
     SEED,
     Batch,
     Step,

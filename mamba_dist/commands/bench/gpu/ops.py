@@ -17,10 +17,18 @@ from typing import Final, TypeVar
 import torch
 
 from mamba_dist.commands.bench.cases import LETTERS, Case, Op
-from mamba_dist.commands.bench.gpu_arguments import Option, in_full, names
-from mamba_dist.commands.bench.gpu_clock import Clock, clock_of, copy_bytes_per_s
-from mamba_dist.commands.bench.gpu_failures import Attempts, Failure
-from mamba_dist.commands.bench.gpu_peers import (
+from mamba_dist.commands.bench.gpu.arguments import Option, in_full, names
+from mamba_dist.commands.bench.gpu.clock import Clock, clock_of, copy_bytes_per_s
+from mamba_dist.commands.bench.gpu.failures import Attempts, Failure
+from mamba_dist.commands.bench.gpu.ops_report import (
+    Measured,
+    Steps,
+    document,
+    heading,
+    precision_table,
+    table,
+)
+from mamba_dist.commands.bench.gpu.peers import (
     OURS,
     PEERS,
     Inputs,
@@ -29,7 +37,7 @@ from mamba_dist.commands.bench.gpu_peers import (
     model_inputs,
     variant,
 )
-from mamba_dist.commands.bench.gpu_precision import (
+from mamba_dist.commands.bench.gpu.precision import (
     Job,
     Precision,
     Row,
@@ -37,14 +45,6 @@ from mamba_dist.commands.bench.gpu_precision import (
     largest_difference,
     output_gradients,
     precision,
-)
-from mamba_dist.commands.bench.gpu_report import (
-    Measured,
-    Steps,
-    document,
-    heading,
-    precision_table,
-    table,
 )
 from mamba_dist.commands.bench.spec import DTYPES
 from mamba_dist.config.text import write_text

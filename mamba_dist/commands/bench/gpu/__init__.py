@@ -1,0 +1,1 @@
+"""bench gpu-*: kernels, training steps and decoding on one GPU, beside mamba-ssm's."""
