@@ -129,6 +129,20 @@ def test_only_the_wanted_gradients_are_computed(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("_bf16_of_the_machine")
+def test_the_result_can_be_changed_in_place(backend: str, dtype: torch.dtype) -> None:
+    """As logits are, at the ids that are padding."""
+    x, weight, _ = (None if v is None else v.to(dtype) for v in arguments(2, 5, bias=False))
+    assert x is not None
+    y = linear(x, weight, backend=backend)
+    y[..., 7:] = 0
+    x.retain_grad()
+    y.sum().backward()
+    assert relative_error(x.grad, weight.double()[:7].sum(0).expand(2, 5, 24)) < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("_bf16_of_the_machine")
 def test_maps_without_rows_or_features_give_what_torch_gives(
     backend: str, dtype: torch.dtype
 ) -> None:

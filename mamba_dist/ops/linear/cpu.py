@@ -48,9 +48,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
     ):
-        y: Tensor = function.apply(x, weight, bias)
-        return y
-    return _by_rows(function.product, x, weight, bias)
+        y: Tensor = function.apply(_rows(x), weight, bias)
+    else:
+        y = function.product(_rows(x), weight, bias)
+    # Outside of the Function, whose results must not be views: they could not be changed in place.
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -84,11 +86,6 @@ def _is_emulated_bf16(dtypes: set[torch.dtype], autocast_dtype: torch.dtype | No
     return autocast_dtype == torch.bfloat16 and dtypes <= {torch.float32, torch.bfloat16}
 
 
-def _by_rows(function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = function(_rows(x), weight, bias)
-    return y.view(*x.shape[:-1], len(weight))
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -104,28 +101,25 @@ def _onednn_transposed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """fp32 in, fp32 out."""
+    """x (R, I), all of it fp32."""
 
     product = staticmethod(_onednn_product)
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _by_rows(_onednn_product, x, weight, bias)
+        return _onednn_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        rows = _rows(grad)
-        grad_x = None
-        if wanted[0]:
-            # oneDNN's operator has no derivative.
-            product = torch.mm if torch.is_grad_enabled() else _onednn_transposed
-            grad_x = product(rows, weight).view(x.shape)
+        # oneDNN's operator has no derivative.
+        product = torch.mm if torch.is_grad_enabled() else _onednn_transposed
+        grad_x = product(grad, weight) if wanted[0] else None
         # MKL: oneDNN is slower where one factor is thin (I or O below about 64).
-        grad_weight = rows.t() @ _rows(x) if wanted[1] else None
-        return grad_x, grad_weight, rows.sum(0) if wanted[2] else None
+        grad_weight = grad.t() @ x if wanted[1] else None
+        return grad_x, grad_weight, grad.sum(0) if wanted[2] else None
 
 
 def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,7 +133,7 @@ def _widened_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _WidenedLinear(torch.autograd.Function):
-    """bf16 in, bf16 out; weight and bias of either dtype, whose gradients are summed in fp32."""
+    """x (R, I) and y bf16; weight and bias of either dtype, their gradients summed in fp32."""
 
     product = staticmethod(_widened_product)
 
@@ -147,36 +141,35 @@ class _WidenedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _by_rows(_widened_product, x, weight, bias)
+        return _widened_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        rows, inputs = _rows(grad), _rows(x)
         wide_weight = weight.float()
         if torch.is_grad_enabled():
             # To be differentiated again, so in whole tensors that autograd follows.
-            wide_rows = rows.float()
+            wide_rows = grad.float()
             return (
-                (wide_rows @ wide_weight).to(x.dtype).view(x.shape) if wanted[0] else None,
-                (wide_rows.t() @ inputs.float()).to(weight.dtype) if wanted[1] else None,
+                (wide_rows @ wide_weight).to(x.dtype) if wanted[0] else None,
+                (wide_rows.t() @ x.float()).to(weight.dtype) if wanted[1] else None,
                 wide_rows.sum(0).to(ctx.bias_dtype) if wanted[2] else None,
             )
-        grad_x = torch.empty_like(inputs) if wanted[0] else None
+        grad_x = torch.empty_like(x) if wanted[0] else None
         grad_weight = torch.zeros_like(wide_weight) if wanted[1] else None
         grad_bias = wide_weight.new_zeros(len(weight)) if wanted[2] else None
         with autocast_disabled(grad):
-            for part in _parts(len(rows)):
-                wide_rows = rows[part].float()
+            for part in _parts(len(grad)):
+                wide_rows = grad[part].float()
                 if grad_x is not None:
                     grad_x[part] = wide_rows @ wide_weight
                 if grad_weight is not None:
-                    grad_weight.addmm_(wide_rows.t(), inputs[part].float())
+                    grad_weight.addmm_(wide_rows.t(), x[part].float())
                 if grad_bias is not None:
                     grad_bias += wide_rows.sum(0)
         return (
-            None if grad_x is None else grad_x.view(x.shape),
+            grad_x,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(ctx.bias_dtype),
         )
