@@ -52,6 +52,11 @@ PRECISE = (
     Precise(63, False, {"headdim": 16, "d_state": 16, "groups": 2}),
     # d initial_state: the gate's gradient rounded twice.
     Precise(64, True, {"headdim": 16, "d_state": 16, "groups": 2}),
+    # d x, gated: a position's own score, rounded, where little else is left after decay.
+    Precise(
+        *(64, False, {"batch": 1, "heads": 2, "headdim": 16, "d_state": 16}),
+        dt_shift=3.0,
+    ),
     # d A: the sum of states times their gradients, which cancels; slow decays.
     Precise(
         *(192, False, {"batch": 1, "heads": 3, "headdim": 32, "d_state": 64}),
@@ -200,7 +205,80 @@ def check_ranges() -> int:
     off += [name for name in ("d dt", "d B", "d C") if infinite[name].isfinite().all()]
     for name in off:
         print(f"{name}: lost in the range of fp16")
-    return len(off)
+    failures = len(off)
+    for name, scale in (("x", 1e33), ("x", 1e-30), ("B", 1e15)):
+        inputs = leaves(arguments, torch.bfloat16, PER_POSITION)
+        with torch.no_grad():
+            inputs[name] *= scale
+        failures += compare(inputs, tolerance(torch.bfloat16), f"{name} times {scale}", 256)
+    return failures
+
+
+def check_sizes_that_change() -> int:
+    """A chunk of other sizes, of the same segment, leaves small values their digits."""
+    failures = 0
+    # What is loud, where and how much (all else is 2^-70), how fast all decays, whether a document
+    # ends behind it, and where nothing is left of it: later for states, earlier for gradients.
+    for name, loud, factor, decay, ends, checked in (
+        ("x", slice(0, 64), 2.0**-30, -3.0, False, slice(192, 256)),
+        ("C", slice(384, 400), 2.0**-30, -3.0, False, slice(256, 320)),
+        ("x", slice(0, 64), 2.0**70, -0.3, True, slice(192, 256)),
+    ):
+        arguments = case_arguments(400, False, False, batch=1, **TILE)
+        arguments["A"] = torch.full_like(arguments["A"], decay).requires_grad_()
+        if ends:
+            arguments["seq_idx"] = (torch.arange(400) >= loud.stop).int()[None]
+        inputs = leaves(arguments, torch.bfloat16, PER_POSITION)
+        with torch.no_grad():
+            kept = inputs[name][:, loud] * factor
+            inputs[name] *= 2.0**-70
+            inputs[name][:, loud] = kept
+        truth = results(reference.ssd, leaves(inputs, torch.float64, set()))
+        found = results(gpu.ssd, strided(inputs))
+        for output in ("d x", "d dt", "d B", "d C"):
+            error = relative_error(found[output][:, checked], truth[output][:, checked])
+            if not error <= tolerance(torch.bfloat16):
+                print(f"{output} at {checked}: {error:.1e}, {name} times {factor} at {loud}")
+                failures += 1
+    return failures
+
+
+def check_sums_over_heads() -> int:
+    """d B and d C of many heads have the rounding of what comes out, and no other, 1.65e-3."""
+    arguments = case_arguments(64, False, True, batch=1, **TILE | {"heads": 16})
+    arguments["dt_bias"] -= 3.0
+    inputs = leaves(
+        {n: v for n, v in arguments.items() if n not in ("z", "initial_state")},
+        torch.bfloat16,
+        PER_POSITION,
+    )
+    truth = results(reference.ssd, leaves(inputs, torch.float64, set()))
+    found = results(gpu.ssd, inputs)
+    failures = 0
+    for name in ("d B", "d C"):
+        deviation = (found[name].double() - truth[name]).norm() / truth[name].norm()
+        if not deviation <= 1.8e-3:
+            print(f"{name} of 16 heads: ||deviation|| is {deviation:.2e} of the truth's")
+            failures += 1
+    return failures
+
+
+def check_rows() -> int:
+    """What a row makes of an infinity or an outlier is nothing to the others."""
+    arguments = case_arguments(70, False, True, batch=2, **TILE)
+    inputs = leaves(arguments, torch.bfloat16, PER_POSITION)
+    clean = results(gpu.ssd, inputs)
+    failures = 0
+    for name, value in (("B", torch.inf), ("C", 1e9), ("x", torch.nan)):
+        spoilt = leaves(arguments, torch.bfloat16, PER_POSITION)
+        with torch.no_grad():
+            spoilt[name][1, 5, 0, 3] = value
+        found = results(gpu.ssd, spoilt)
+        for output in ("y", "d x", "d dt", "d B", "d C", "d z"):
+            if not torch.equal(found[output][0], clean[output][0]):
+                print(f"{output} of row 0 depends on {name} {value} in row 1")
+                failures += 1
+    return failures
 
 
 class _NoGpu:
@@ -267,7 +345,11 @@ def main() -> int:
     if sys.argv[1:] == ["compile"]:
         return compile_all()
     make_interpreter_work()
-    return min(1, check_cases() + check_precise_cases() + check_ranges())
+    checks = (
+        *(check_cases, check_precise_cases, check_ranges),
+        *(check_sizes_that_change, check_sums_over_heads, check_rows),
+    )
+    return min(1, sum(check() for check in checks))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ nothing but the inputs. With bf16 inputs the kernels multiply in bf16, or in fp1
 a sum cancels, and add up in fp32; with others they keep fp32's precision throughout. All sums have
 a fixed order, so that equal inputs give equal bits.
 
-No decay is ever taken over a document's start. An infinite or NaN input still makes its chunk's
-other documents NaN, because zero times it is NaN; the torch backend does not let it.
+No decay is ever taken over a document's start. An infinite or NaN input still makes later documents
+of its row NaN, and in the gradients earlier ones too, because zero times it is NaN; other rows stay
+clear of it. The torch backend keeps it in its document.
 
 B batch, L length, H heads, P headdim, N d_state, G groups.
 """

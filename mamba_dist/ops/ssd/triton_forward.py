@@ -136,7 +136,7 @@ def half_scale(bound):
     NaN where there is no bound.
     """
     bits = bound.to(tl.int32, bitcast=True) & 0x7F800000
-    bits = tl.minimum(tl.maximum(bits, 40 << 23), 230 << 23) - (14 << 23)
+    bits = tl.maximum(bits, 40 << 23) - (14 << 23)
     inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
     scale = tl.where(bound < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
     return scale, inverse
@@ -144,7 +144,10 @@ def half_scale(bound):
 
 @triton.jit
 def next_scale(bound, scale, kept, size, reach, weight):
-    """The next state's bound and scale; `kept` and `weight` such that the state comes over it."""
+    """The next state's bound and scale; `kept` and `weight` such that the state comes over it.
+
+    `size` and `reach` are the largest magnitudes of the chunk's two factors.
+    """
     bound = bound * kept + size * reach * tl.sum(tl.abs(weight), axis=0)
     following, inverse = half_scale(bound)
     # In this order: 0 times the scales' ratio, which may overflow, would be NaN.
@@ -181,7 +184,6 @@ def scan_chunks(
     out,
     chunk_states,
     scales,
-    reach,
     ends,
     length,
     heads,
@@ -219,8 +221,8 @@ def scan_chunks(
     what is read. `start` (B, H, segments, P, N) has the states before the segments, `ends`
     (B, H, P, N) gets the one past them all, and `chunk_states` (B, H, blocks, chunks, BLOCK_P,
     BLOCK_N) what the state is on coming to each chunk, as `store_state` keeps it. `values` may be
-    fp32 with the others bf16. HALF, `reach` is the largest magnitude in `written`, and the state is
-    held over a scale that leads it into fp16's range: a power of two, which rounds nothing.
+    fp32 with the others bf16. HALF, the state is held over a scale that leads it into fp16's range:
+    a power of two, which rounds nothing.
     """
     segment = tl.program_id(0) // (heads * blocks)
     unit = tl.program_id(0) % (heads * blocks)
@@ -249,7 +251,6 @@ def scan_chunks(
     own = q[:, None] == q[None, :]
     SCALED: tl.constexpr = HALF and STORE_CHUNKS
     if SCALED:
-        largest = tl.load(reach)
         bound = largest_entry(state)
         scale, inverse = half_scale(bound)
         state *= inverse
@@ -264,7 +265,7 @@ def scan_chunks(
         step = tl.load(steps + by_position + chunk * Q + q)
         decay = tl.load(decays + by_position + chunk * Q + q)
         last_decay = tl.load(decays + by_position + chunk * Q + Q - 1)
-        together = q[:, None] <= q[None, :] if REVERSE else q[:, None] > q[None, :]
+        together = q[:, None] < q[None, :] if REVERSE else q[:, None] > q[None, :]
         number, last_number = 0, 0
         if HAS_DOCUMENTS:
             number = tl.load(numbers + numbered + chunk * Q + q)
@@ -288,14 +289,12 @@ def scan_chunks(
         mixing, narrow = mixing.to(reader.dtype), value.to(reader.dtype)
         result = tl.dot(mixing, narrow, acc=result, input_precision=PRECISION)
         wide = value.to(tl.float32)
+        # A position's own term is often the largest, and is not rounded, as the skip is not.
+        own_score = tl.sum(tl.where(own, scores, 0.0), axis=1)
         if REVERSE:
             result *= step[:, None]
-            if HAS_D:
-                result += skip * wide
-        else:
-            # A position's own term is often the largest, and is not rounded, as the skip is not.
-            own_score = tl.sum(tl.where(own, scores, 0.0), axis=1)
-            result += (own_score + skip)[:, None] * wide
+            own_score *= step
+        result += (own_score + skip)[:, None] * wide
         tl.store(
             out + (q[:, None] * out_l + p[None, :]),
             result.to(out.dtype.element_ty),
@@ -304,7 +303,8 @@ def scan_chunks(
         weight = entering if REVERSE else step * leaving
         kept = from_start(last_decay, last_number, HAS_DOCUMENTS)
         if SCALED:
-            bound, scale, kept, weight = next_scale(bound, scale, kept, size, largest, weight)
+            reach = largest_entry(writer)
+            bound, scale, kept, weight = next_scale(bound, scale, kept, size, reach, weight)
         weighted = tl.trans((wide * weight[:, None]).to(writer.dtype))
         state *= kept
         state = tl.dot(weighted, writer, acc=state, input_precision=PRECISION)
@@ -327,7 +327,6 @@ def carry_states(
     start,
     chunk_states,
     scales,
-    reach,
     ends,
     length,
     heads,
@@ -384,7 +383,6 @@ def carry_states(
         state = tl.load(start + outer + inner, mask=exists, other=0.0)
     SCALED: tl.constexpr = HALF and STORE_CHUNKS
     if SCALED:
-        largest = tl.load(reach)
         bound = largest_entry(state)
         scale, inverse = half_scale(bound)
         state *= inverse
@@ -413,7 +411,8 @@ def carry_states(
             store_state(state, scale, size, chunk_states, scales, place, SCALED)
         kept = from_start(last_decay, last_number, HAS_DOCUMENTS)
         if SCALED:
-            bound, scale, kept, weight = next_scale(bound, scale, kept, size, largest, weight)
+            reach = largest_entry(vector)
+            bound, scale, kept, weight = next_scale(bound, scale, kept, size, reach, weight)
         weighted = (value.to(tl.float32) * weight[:, None]).to(vector.dtype)
         state *= kept
         state = tl.dot(tl.trans(weighted), vector, acc=state, input_precision=PRECISION)

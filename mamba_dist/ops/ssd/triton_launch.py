@@ -50,8 +50,8 @@ _SHORTEST_SEGMENT: Final = 4
 _STATES_BYTES: Final = 320 * 2**20
 _PASS_BLOCK: Final = 1024
 
-_States = tuple[Tensor | None, Tensor | None, Tensor | None]
-_NO_STATES: Final = None, None, None
+_States = tuple[Tensor | None, Tensor | None]
+_NO_STATES: Final = None, None
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def backward(
             *(of_rows(seq_idx), dt_softplus, chunk_size),
         )
         parts = [tensor[rows] for tensor in per_position]
-        states, grad_states = (_new_chunk_states(problem, t[rows]) for t in (B, C))
+        states, grad_states = (_new_chunk_states(problem) for _ in range(2))
         forwards, backwards = (x[rows], B[rows]), (grad_y[rows], C[rows])
         starts = _segment_starts(problem, forwards, of_rows(initial_state), reverse=False)
         _carry(problem, forwards, starts, states, None, reverse=False)
@@ -246,18 +246,14 @@ def _segment_starts(
     return starts
 
 
-def _new_chunk_states(problem: _Problem, vectors: Tensor) -> _States:
-    """Room for states (B, H, blocks, chunks, BLOCK_P, BLOCK_N): fp32, or fp16 over scales (..., 2).
-
-    The third is the largest magnitude in `vectors`, along which the states are written.
-    """
+def _new_chunk_states(problem: _Problem) -> _States:
+    """Room for (B, H, blocks, chunks, BLOCK_P, BLOCK_N): fp32, or fp16 over scales (..., 2)."""
     chunks = *problem.steps.shape[:2], problem.blocks, problem.chunks
     shape = *chunks, problem.block_p, problem.block_n
     if problem.x.dtype == torch.float32:
-        return problem.steps.new_empty(shape), None, None
-    reach = torch.linalg.vector_norm(vectors, torch.inf, dtype=torch.float32)
+        return problem.steps.new_empty(shape), None
     states = problem.steps.new_empty(shape, dtype=torch.float16)
-    return states, problem.steps.new_empty(*chunks, 2), reach
+    return states, problem.steps.new_empty(*chunks, 2)
 
 
 def _scan(
@@ -332,7 +328,7 @@ def _gradients_of_rows(
     )
     triton_backward.chunk_gradients[(problem.chunks * splits, batch * groups)](
         *(x, B, C, grad_y, problem.steps, problem.decays, problem.numbers),
-        *(*states[:2], *grad_states[:2], sum_B, sum_C, by_position, by_chunk),
+        *(*states, *grad_states, sum_B, sum_C, by_position, by_chunk),
         *(length, heads, groups, problem.per_group, problem.blocks, splits, per_program),
         by_position[0].numel(),
         *(stride for tensor in (x, B, C, grad_y) for stride in tensor.stride()[:3]),
