@@ -164,12 +164,7 @@ def _build_engine(
         precision=training.precision,
         accumulation_steps=plan.accumulation_steps,
     )
-    backend = resolve_backend(config.engine.ops_backend, device_type=world.device.type)
-    if training.deterministic and backend == "cuda":
-        raise BackendError(
-            "training.deterministic: mamba-ssm adds up gradients in any order; set "
-            "engine.ops_backend: gpu or torch, or training.deterministic: false"
-        )
+    backend = ops_backend(config, device_type=world.device.type)
     with zero.construction(settings):
         model = MambaLM(
             config.model,
@@ -193,6 +188,21 @@ def _build_engine(
     # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
     audit(model, config.model, gather=engine.gather)
     return engine, classes
+
+
+def ops_backend(config: RunConfig, *, device_type: str) -> str:
+    """The backend of a run's ops on devices of this type.
+
+    Raises:
+        BackendError: it cannot work there, or not in a fixed order that is asked for.
+    """
+    backend = resolve_backend(config.engine.ops_backend, device_type=device_type)
+    if config.training.deterministic and backend == "cuda":
+        raise BackendError(
+            "training.deterministic: mamba-ssm adds up gradients in any order; set "
+            "engine.ops_backend: gpu or torch, or training.deterministic: false"
+        )
+    return backend
 
 
 def _build_steps(

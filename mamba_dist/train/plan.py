@@ -35,7 +35,7 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
         f"{parameters:,} parameters",
         "engine": f"ZeRO {stage}{why} on {world_size} ranks, {training.precision}, "
         f"activation checkpointing {training.activation_checkpointing}",
-        "training state": f"{state_gib:.2f} GiB a rank: parameters, gradients, AdamW's moments",
+        "training state": f"{state_gib:.3f} GiB a rank: parameters, gradients, AdamW's moments",
         "batch": f"{plan.micro_batch_size} x {plan.accumulation_steps} micro-batches x "
         f"{world_size} ranks = {plan.global_batch_size} sequences, {step_tokens:,} tokens per step",
         "data": f"{config.data.dataset_path}: {windows:,} training sequences of "

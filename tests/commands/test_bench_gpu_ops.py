@@ -385,6 +385,10 @@ def test_a_crash_in_a_round_ends_that_row_alone(
         (["--variants", ""], "--variants: '' is not names with commas between"),
         (["--shape", "1,2,3"], "--shape goes with exactly one --op"),
         (["--op", "ssd", "--shape", "1,2,3"], "--shape: ssd has the sizes B,L,H,P,N,G,Q"),
+        (
+            ["--op", "gated_rms_norm", "--shape", "2,40,32,3"],
+            "--shape: D32 does not fall into G3 groups",
+        ),
         (["--op", "scan"], "invalid choice: 'scan'"),
         (["--json", "no/such/folder/x.json"], "folder no/such/folder does not exist"),
     ],

@@ -61,7 +61,9 @@ def config(tmp_path: Path) -> Path:
 def result(
     step_s: float, losses: tuple[float, ...] = LOSSES, *, limit: float = 500e12
 ) -> StepResult:
-    return StepResult("NVIDIA H100", (step_s, 2 * step_s, step_s), losses, 3 << 30, limit, None)
+    return StepResult(
+        "NVIDIA H100 80GB HBM3", (step_s, 2 * step_s, step_s), losses, 3 << 30, limit, None
+    )
 
 
 def cells(markdown: str) -> dict[str, list[str]]:

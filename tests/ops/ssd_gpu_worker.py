@@ -68,7 +68,7 @@ PRECISE_TOLERANCE = 5e-3
 
 
 def make_interpreter_work() -> None:
-    """Mends gaps of Triton 3.6's interpreter: loop bounds under numpy 2.4, and bf16 numbers.
+    """Mends gaps of the interpreter of Triton 3.6 to 3.9: loop bounds under numpy 2.4, and bf16.
 
     It asks numpy for the integer of a one-element array, multiplies the bits of bf16 numbers, and
     cuts off what bf16 does not hold, where a GPU rounds.

@@ -291,8 +291,10 @@ def test_a_thread_without_a_context_gets_one(driver: FakeDriver) -> None:
 
 
 def test_a_launch_that_fails_is_named(driver: FakeDriver) -> None:
-    driver.statuses["cuLaunchKernel"] = [701]
-    with pytest.raises(BackendError, match=r"launching answer with 3 blocks.*701.*earlier kernel"):
+    driver.statuses["cuLaunchKernel"] = [701, 700]
+    with pytest.raises(BackendError, match=r"launching answer with 3 blocks.*status 701\)"):
+        launched(PLAIN, blocks=3)
+    with pytest.raises(BackendError, match=r"status 700, of this or an earlier kernel\)"):
         launched(PLAIN, blocks=3)
 
 

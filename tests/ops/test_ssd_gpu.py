@@ -59,11 +59,12 @@ def arguments_of(
     }
 
 
-def run_worker(*arguments: str, interpret: str) -> None:
+def run_worker(*arguments: str, interpret: str, cache: Path) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     environment = clean_environment() | {
         "TRITON_INTERPRET": interpret,
+        "TRITON_CACHE_DIR": str(cache),
         "PYTHONPATH": ":".join(filter(None, sys.path)),
     }
     command = [sys.executable, "-W", "ignore", WORKER, *arguments]
@@ -71,12 +72,14 @@ def run_worker(*arguments: str, interpret: str) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_outputs_and_gradients_equal_the_reference_in_tritons_interpreter() -> None:
-    run_worker(interpret="1")
+def test_outputs_and_gradients_equal_the_reference_in_tritons_interpreter(
+    tmp_path: Path,
+) -> None:
+    run_worker(interpret="1", cache=tmp_path)
 
 
-def test_the_kernels_compile_for_a_gpu() -> None:
-    run_worker("compile", interpret="0")
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    run_worker("compile", interpret="0", cache=tmp_path)
 
 
 def test_a_missing_triton_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

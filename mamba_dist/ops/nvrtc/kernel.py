@@ -20,7 +20,9 @@ _MAX_SHARED_BYTES: Final = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _RESERVED_SHARED_BYTES: Final = 1024
 _SHARED_UNIT: Final = 128
 _INVALID_CONTEXT: Final = 201  # CUDA_ERROR_INVALID_CONTEXT
-_FIRST_RUNNING_ERROR: Final = 700  # CUDA_ERROR_ILLEGAL_ADDRESS
+# Errors of running kernels, which come to light at whatever is launched next: illegal address,
+# timeout, assertion, hardware stack, illegal instruction, misaligned address and so on.
+_RUNNING_ERRORS: Final = frozenset((700, 702, 710, *range(714, 720)))
 # bf16 conversions and matrix instructions; what is older goes through the torch backend.
 OLDEST_CAPABILITY: Final = (8, 0)
 
@@ -202,8 +204,7 @@ def _check(status: int, doing: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
         reason = (text.value or b"unknown").decode()
-        # Errors of running kernels come to light at whatever is launched next.
-        cause = ", maybe of an earlier kernel" if status >= _FIRST_RUNNING_ERROR else ""
+        cause = ", of this or an earlier kernel" if status in _RUNNING_ERRORS else ""
         raise BackendError(
             f"{doing} failed: {reason} (CUDA driver status {status}{cause}); {USE_TORCH}"
         )

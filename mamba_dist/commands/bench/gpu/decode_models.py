@@ -63,6 +63,9 @@ class Models:
         initialize(ours, config, seed=0, gather=lambda _: nullcontext())
         _make_texts_vary(ours)
         self._ours = round_matrices(ours)
+        # Asked for once, while the device surely works.
+        self.text_state_bytes = self._text_state_bytes()
+        """The states of our layers for one text."""
 
     @property
     def weight_bytes(self) -> int:
@@ -75,12 +78,11 @@ class Models:
         return sum(p.numel() * p.element_size() for p in parameters)
 
     @torch.no_grad()
-    def state_bytes(self, batch: int) -> int:
-        """The states of our layers for `batch` texts."""
+    def _text_state_bytes(self) -> int:
         _, states = self._ours.forward_with_state(
             torch.zeros(1, 1, dtype=torch.int64).to(self._device)
         )
-        return batch * sum(s.conv.nbytes + s.ssm.nbytes for s in states)
+        return sum(s.conv.nbytes + s.ssm.nbytes for s in states)
 
     def prompt(self, length: int) -> Tensor:
         """The prompt (L,) int64 of every text."""

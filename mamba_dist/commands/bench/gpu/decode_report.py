@@ -96,12 +96,13 @@ def table(found: Decoded, models: Models, copy: float) -> str:
 def _notes(found: Decoded, models: Models, bound_s: float) -> list[str]:
     common = ", ".join(f"{variant} {count}" for variant, count in found.agreement.items())
     without = {v: why for v in found.asked if (why := _absence(found, v)) is not None}
+    states_mb = found.shape.batch * models.text_state_bytes / 1e6
     return [
         f"Medians (smallest to largest) of {len(found.rounds)} rounds; eager and graph are ours, "
         f"ops backend {models.backend}.",
         f"Bound: {models.weight_bytes / 1e6:.4g} MB of weights read at the speed of a copy, "
         f"{bound_s * 1e3:.3g} ms; our states of {found.shape.batch} texts, "
-        f"{models.state_bytes(found.shape.batch) / 1e6:.3g} MB, are read and written besides.",
+        f"{states_mb:.3g} MB, are read and written besides.",
         f"Tokens of {found.shape.new_tokens} before the first that differs: {common or 'none'}.",
         *(f"**{name}: not measured**: {why}" for name, why in without.items()),
         *(f"**{name}: wrong, so it has no speed**: {why}" for name, why in found.wrong.items()),

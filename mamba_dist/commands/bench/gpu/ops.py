@@ -61,7 +61,8 @@ _SHAPES: Final[Mapping[Op, tuple[tuple[int, ...], ...]]] = {
     "linear_cross_entropy": ((8, 2048, 2048, 50280),),
 }
 _WITH_DOCUMENTS: Final = ("selective_scan", "ssd", "causal_conv1d")
-_DEFAULT_OURS: Final = "gpu"
+# By the device, beside everything that ours is compared with on a GPU.
+_DEFAULT_OURS: Final = {"cuda": ("gpu",), "cpu": ("torch", "cpu")}
 _MIN_ROUNDS: Final = 5
 _MAX_ROUNDS: Final = 100
 # The first one compiles and tunes, the second one fills the allocator's cache.
@@ -83,7 +84,8 @@ def add_arguments(
     parser.add_argument(
         "--variants",
         type=names,
-        help=f"these, as gpu,mamba-ssm; default {_DEFAULT_OURS} and everything it is compared with",
+        help="these, as gpu,mamba-ssm; default gpu and everything it is compared with; without a "
+        "GPU torch and cpu",
     )
     parser.add_argument(
         "--documents",
@@ -110,6 +112,10 @@ def problem(arguments: argparse.Namespace) -> str | None:
         letters = LETTERS[ops[0]]
         if len(letters) != len(arguments.shape):
             return f"--shape: {ops[0]} has the sizes {','.join(letters)}"
+        sizes = dict(zip(letters, arguments.shape, strict=True))
+        for letter in "HD":
+            if sizes.get(letter, 0) % sizes.get("G", 1):
+                return f"--shape: {letter}{sizes[letter]} does not fall into G{sizes['G']} groups"
     known = {*OURS, *(peer for op in ops for peer in PEERS[op])}
     unknown = sorted(set(arguments.variants or ()) - known)
     if unknown:
@@ -175,7 +181,8 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def _rows(op: Op, arguments: argparse.Namespace) -> list[Row]:
-    asked = arguments.variants or (_DEFAULT_OURS, *PEERS[op])
+    peers = PEERS[op] if arguments.device == "cuda" else ()
+    asked = arguments.variants or (*_DEFAULT_OURS[arguments.device], *peers)
     rows = []
     for name in asked:
         if name not in OURS and name not in PEERS[op]:

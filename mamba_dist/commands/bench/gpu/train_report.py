@@ -25,7 +25,11 @@ _OF_SEVERAL_RANKS: Final = ("zero-1", "zero-2", "zero-3")
 _PACKAGES: Final = ("torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed")
 _GIB: Final = 1 << 30
 # Dense bf16 of an H100 SXM, from NVIDIA's data sheet.
-_PEAK_FLOPS_PER_S: Final[Mapping[str, float]] = {"H100": 989e12, "H200": 989e12}
+_PEAK_FLOPS_PER_S: Final[Mapping[str, float]] = {
+    # The SXM boards; others of that name are slower.
+    "H100 80GB HBM3": 989e12,
+    "H200": 989e12,
+}
 # Steps whose losses are compared, and how far ours may lie apart. Later ones drift: the last bits
 # differ, and a batch that is being learnt by heart makes more of them. The peer's kernels round
 # elsewhere from the first step on.
