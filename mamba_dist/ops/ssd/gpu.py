@@ -74,8 +74,7 @@ def ssd(
     backend.
 
     Raises:
-        BackendError: Triton cannot be imported, or the kernels do not do this; the message says
-            what does.
+        BackendError: Triton cannot be imported, or x is fp64.
     """
     refuse_tangents("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state)
     if x.dtype == torch.float64:
