@@ -175,10 +175,7 @@ def _build_engine(
     classes = classify(model)
     engine = zero.ZeroEngine(
         model.to(world.device),
-        groups=[
-            ParameterGroup(tuple(c.name for c in classes if c.decay), training.weight_decay),
-            ParameterGroup(tuple(c.name for c in classes if not c.decay), 0.0),
-        ],
+        groups=decay_groups(classes, training.weight_decay),
         optimizer=OptimizerSettings(
             beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
         ),
@@ -188,6 +185,17 @@ def _build_engine(
     # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
     audit(model, config.model, gather=engine.gather)
     return engine, classes
+
+
+def decay_groups(classes: Iterable[ParamClass], weight_decay: float) -> list[ParameterGroup]:
+    """The parameters that decay, and those that don't."""
+    by_decay: dict[bool, list[str]] = {True: [], False: []}
+    for each in classes:
+        by_decay[each.decay].append(each.name)
+    return [
+        ParameterGroup(tuple(by_decay[True]), weight_decay),
+        ParameterGroup(tuple(by_decay[False]), 0.0),
+    ]
 
 
 def ops_backend(config: RunConfig, *, device_type: str) -> str:

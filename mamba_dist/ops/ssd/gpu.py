@@ -13,7 +13,6 @@ B batch, L length, H heads, P headdim, N d_state, G groups.
 """
 
 import functools
-import importlib
 from typing import Any, Final
 
 import torch
@@ -25,8 +24,8 @@ from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents, unit_stride
 from mamba_dist.ops.precision import autocast_disabled
 from mamba_dist.ops.ssd import torch_chunked
+from mamba_dist.ops.triton_package import USE_TORCH, import_triton_module
 
-_USE_TORCH: Final = "use engine.ops_backend: torch"
 # A chunk's tiles of a larger one would not fit in shared memory.
 _LARGEST_D_STATE: Final = 256
 
@@ -42,14 +41,7 @@ def require_triton() -> Any:
     Raises:
         BackendError: importing failed, in whatever way.
     """
-    try:
-        return importlib.import_module("mamba_dist.ops.ssd.triton_launch")
-    # A Triton built for another torch fails with almost any exception.
-    except Exception as error:
-        raise BackendError(
-            f"ops backend 'gpu' cannot import triton ({type(error).__name__}: {error}); install "
-            f"torch for CUDA, which brings it along on Linux, or {_USE_TORCH}"
-        ) from error
+    return import_triton_module("mamba_dist.ops.ssd.triton_launch")
 
 
 def ssd(
@@ -78,7 +70,7 @@ def ssd(
     """
     refuse_tangents("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state)
     if x.dtype == torch.float64:
-        raise BackendError(f"ops backend 'gpu' has no float64 kernel for ssd; {_USE_TORCH}")
+        raise BackendError(f"ops backend 'gpu' has no float64 kernel for ssd; {USE_TORCH}")
     if x.shape[1] == 1 or B.shape[3] > _LARGEST_D_STATE:
         return torch_chunked.ssd(
             x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size

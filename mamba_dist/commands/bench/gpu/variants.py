@@ -21,13 +21,14 @@ from mamba_dist.commands.bench.gpu.step import (
 )
 from mamba_dist.config.schema import EngineConfig, RunConfig
 from mamba_dist.engine import zero
-from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
+from mamba_dist.engine.base import OptimizerSettings
 from mamba_dist.engine.world import World, start_world
 from mamba_dist.errors import TrainingError
 from mamba_dist.model.init import initialize
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import classify
 from mamba_dist.ops.backend import resolve_backend
+from mamba_dist.train.build import decay_groups
 
 _STAGES = {"zero-0": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3}
 
@@ -70,13 +71,9 @@ def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     with zero.construction(settings):
         model = _model(config, world.device.type)
     initialize(model, config.model, seed=SEED, gather=zero.gather)
-    classes = classify(model)
     return zero.ZeroEngine(
         model.to(world.device),
-        groups=[
-            ParameterGroup(tuple(c.name for c in classes if c.decay), training.weight_decay),
-            ParameterGroup(tuple(c.name for c in classes if not c.decay), 0.0),
-        ],
+        groups=decay_groups(classify(model), training.weight_decay),
         optimizer=OptimizerSettings(
             beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
         ),
