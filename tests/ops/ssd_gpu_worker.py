@@ -22,7 +22,7 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "seq_idx", "initial_stat
 PER_POSITION = {"x", "dt", "B", "C", "z"}
 KERNELS = (
     *("prepare_steps", "scan_chunks", "carry_states", "pass_states"),
-    *("chunk_gradients", "finish_steps"),
+    *("score_gradients", "state_gradients", "finish_steps"),
 )
 TILE = {"heads": 2, "headdim": 16, "d_state": 16}
 # Length, documents, options, dtype and shape: one chunk and several, segments of chunks, blocks of

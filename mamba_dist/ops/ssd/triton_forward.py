@@ -3,9 +3,10 @@
 """Triton kernels of the SSD scan's forward: arXiv 2405.21060, section 6, a chunk at a time.
 
 B batch, L length, H heads, P headdim, N d_state, G groups, Q chunk. A chunk's "decays" are log2 of
-the decay from the start of the chunk, or of the document where that is later, up to each position;
-its "numbers" count the documents that started in it so far. Only positions of one document, that
-is of one number, are ever subtracted or multiplied, so that no decay crosses a document's start.
+the decay from the start of the chunk up to each position, whatever the documents; its "numbers"
+count the documents that started in it so far. Only decays of positions of one document, that is of
+one number, are ever subtracted, and used from the chunk's start only in the document that it
+begins in, so that no decay crosses a document's start.
 
 A program that carries a state has BLOCK_P rows of one head's, an independent problem; there are
 `blocks` of them to a head. Offsets of rows and heads are 64-bit; those inside a tile are 32-bit.
@@ -27,12 +28,12 @@ def _stable_softplus(raw):
 
 
 @triton.jit
-def raw_steps(dt, bias, head, positions, valid, dt_l, HAS_BIAS: tl.constexpr):
-    """Steps before softplus in fp32; `dt` points at the row's and head's first one."""
-    offsets = positions.to(tl.int64) * dt_l
-    raw = tl.load(dt + offsets, mask=valid, other=0.0).to(tl.float32)
+def raw_steps(dt, bias, positions, head, exists, dt_l, dt_h, HAS_BIAS: tl.constexpr):
+    """Steps (Q, heads) before softplus in fp32; `dt` points at the row's first one."""
+    offsets = positions.to(tl.int64)[:, None] * dt_l + head.to(tl.int64)[None, :] * dt_h
+    raw = tl.load(dt + offsets, mask=exists, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        raw += tl.load(bias + head)
+        raw += tl.load(bias + head[None, :] + 0 * positions[:, None], mask=exists, other=0.0)
     return raw
 
 
@@ -55,43 +56,35 @@ def prepare_steps(
     SOFTPLUS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr,
     Q: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """Steps and decays (B, H, padded) and numbers (B, padded) of one chunk, head and row.
+    """Steps and decays (B, H, padded) and numbers (B, padded) of one row, chunk and HEADS heads.
 
     Positions from `length` on get a step of 0, which leaves a state as it is.
     """
-    head = tl.program_id(1)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     row = tl.program_id(2).to(tl.int64)
     q = tl.arange(0, Q)
     positions = tl.program_id(0) * Q + q
-    valid = positions < length
-    raw = raw_steps(dt + row * dt_b + head * dt_h, bias, head, positions, valid, dt_l, HAS_BIAS).to(
-        tl.float64
-    )
+    real = head < heads
+    exists = (positions < length)[:, None] & real[None, :]
+    raw = raw_steps(dt + row * dt_b, bias, positions, head, exists, dt_l, dt_h, HAS_BIAS)
+    raw = raw.to(tl.float64)
     step = _stable_softplus(raw) if SOFTPLUS else raw
-    step = tl.where(valid, step, 0.0).to(tl.float32)
+    step = tl.where(exists, step, 0.0).to(tl.float32)
     # fp64: a difference of two sums then has fp32's full precision.
-    log_decay = step.to(tl.float64) * tl.load(A + head).to(tl.float64) * 1.4426950408889634
-    together = q[:, None] >= q[None, :]
+    rate = tl.load(A + head, mask=real, other=0.0).to(tl.float64) * 1.4426950408889634
+    decay = tl.cumsum(step.to(tl.float64) * rate[None, :], 0)
+    out = (row * heads + head)[None, :] * padded + positions[:, None]
+    tl.store(steps + out, step, mask=real[None, :])
+    tl.store(decays + out, decay.to(decays.dtype.element_ty), mask=real[None, :])
     if HAS_DOCUMENTS:
+        # All programs of a chunk write the same.
         ids = seq_idx + row * length + positions
-        inside = valid & (positions > 0)
+        inside = (positions < length) & (positions > 0)
         current = tl.load(ids, mask=inside, other=0)
         starts = current != tl.load(ids - 1, mask=inside, other=0)
-        number = tl.cumsum(starts.to(tl.int32), 0)
-        if head == 0:
-            tl.store(numbers + row * padded + positions, number)
-        together = together & (_by_column(number, Q) == number[:, None])
-        log_decay = tl.where(starts, 0.0, log_decay)
-    decay = tl.sum(tl.where(together, _by_column(log_decay, Q), 0.0), axis=1)
-    out = (row * heads + head) * padded + positions
-    tl.store(steps + out, step)
-    tl.store(decays + out, decay.to(decays.dtype.element_ty))
-
-
-@triton.jit
-def _by_column(values, Q: tl.constexpr):
-    return tl.broadcast_to(values[None, :], (Q, Q))
+        tl.store(numbers + row * padded + positions, tl.cumsum(starts.to(tl.int32), 0))
 
 
 @triton.jit

@@ -25,10 +25,13 @@ class Tuning:
     scan_stages: int
     carry_warps: int
     carry_stages: int
-    gradient_warps: int
-    gradient_stages: int
+    score_warps: int
+    score_stages: int
+    state_warps: int
+    state_stages: int
     # Heads, or blocks of them, that one program adds up the gradients of B and C over.
-    units: int
+    score_units: int
+    state_units: int
     # Rows of a head's state in one program, at most.
     block_p: int = 64
 
@@ -36,10 +39,10 @@ class Tuning:
 # By the bytes of an input and whether d_state is above 128. All fit into the 99 KiB of shared
 # memory that a block can have on the GPUs with least of it.
 TUNING: Final = {
-    (2, False): Tuning(64, 4, 2, 8, 3, 8, 2, 16),
-    (2, True): Tuning(32, 8, 2, 8, 2, 8, 1, 16),
-    (4, False): Tuning(16, 8, 1, 8, 1, 8, 1, 16),
-    (4, True): Tuning(16, 8, 1, 8, 1, 8, 1, 16, block_p=32),
+    (2, False): Tuning(64, 4, 2, 4, 3, 4, 3, 4, 2, 16, 16),
+    (2, True): Tuning(32, 8, 2, 8, 2, 8, 1, 8, 1, 16, 16),
+    (4, False): Tuning(16, 8, 1, 8, 1, 8, 1, 8, 1, 16, 16),
+    (4, True): Tuning(16, 8, 1, 8, 1, 8, 1, 8, 1, 16, 16, block_p=32),
 }
 _SHORTEST_CHUNK: Final = 16
 # Two for each of an H100's 132 multiprocessors. With fewer programs a sequence is cut into
@@ -49,6 +52,8 @@ _SHORTEST_SEGMENT: Final = 4
 # Of so many rows at a time does the backward write down the chunks' states.
 _STATES_BYTES: Final = 320 * 2**20
 _PASS_BLOCK: Final = 1024
+# Heads, side by side in dt, of one program that prepares or finishes steps.
+_HEADS: Final = 16
 
 _States = tuple[Tensor | None, Tensor | None]
 _NO_STATES: Final = None, None
@@ -210,14 +215,15 @@ def _prepare(
         steps, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32
     )
     numbers = None if seq_idx is None else seq_idx.new_empty(batch, chunks * chunk)
-    triton_forward.prepare_steps[(chunks, heads, batch)](
+    triton_forward.prepare_steps[(chunks, _ceiling(heads, _HEADS), batch)](
         *(dt, dt_bias, A, seq_idx, steps, decays, numbers, length, heads, chunks * chunk),
         *dt.stride(),
         HAS_BIAS=dt_bias is not None,
         SOFTPLUS=dt_softplus,
         HAS_DOCUMENTS=seq_idx is not None,
         Q=chunk,
-        num_warps=2,
+        HEADS=_HEADS,
+        num_warps=8,
     )
     return _Problem(x, dt, A, B, C, D, dt_bias, dt_softplus, steps, decays, numbers, tuning, chunk)
 
@@ -319,23 +325,43 @@ def _gradients_of_rows(
     x, B, C = problem.x, problem.B, problem.C
     batch, length, heads, _ = x.shape
     groups, d_state = B.shape[2:]
-    per_program = _per_program(problem, batch * problem.chunks * groups)
-    splits = _ceiling(problem.per_group * problem.blocks, per_program)
+    tuning = problem.tuning
+    programs = batch * problem.chunks * groups
+    units = problem.per_group * problem.blocks
+    of_scores, of_states = (
+        _per_program(units, programs, most) for most in (tuning.score_units, tuning.state_units)
+    )
+    score_splits, state_splits = _ceiling(units, of_scores), _ceiling(units, of_states)
+    parts = score_splits + state_splits
     by_position = problem.steps.new_empty(6, batch, heads, problem.blocks, problem.steps.shape[2])
     by_chunk = problem.steps.new_empty(batch, heads, problem.blocks, problem.chunks)
     sum_B, sum_C = (
-        problem.steps.new_empty(batch, length, groups, splits, d_state) for _ in range(2)
+        problem.steps.new_empty(batch, length, groups, parts, d_state) for _ in range(2)
     )
-    triton_backward.chunk_gradients[(problem.chunks * splits, batch * groups)](
+    cut = length, heads, groups, problem.per_group, problem.blocks
+    triton_backward.score_gradients[(problem.chunks * score_splits, batch * groups)](
         *(x, B, C, grad_y, problem.steps, problem.decays, problem.numbers),
-        *(*states, *grad_states, sum_B, sum_C, by_position, by_chunk),
-        *(length, heads, groups, problem.per_group, problem.blocks, splits, per_program),
-        by_position[0].numel(),
+        *(states[1], grad_states[1], sum_B, sum_C, by_position),
+        *(*cut, score_splits, of_scores, parts, by_position[0].numel()),
         *(stride for tensor in (x, B, C, grad_y) for stride in tensor.stride()[:3]),
-        num_warps=problem.tuning.gradient_warps,
-        num_stages=problem.tuning.gradient_stages,
+        num_warps=tuning.score_warps,
+        num_stages=tuning.score_stages,
         **problem.options,
     )
+    for reverse, (values, vectors), kept, others, sums, term in (
+        (True, (x, B), grad_states, states, sum_B, by_position[4]),
+        (False, (grad_y, C), states, grad_states, sum_C, by_position[5]),
+    ):
+        triton_backward.state_gradients[(problem.chunks * state_splits, batch * groups)](
+            *(values, vectors, problem.steps, problem.decays, problem.numbers),
+            *(*kept, *others, sums, term, by_chunk),
+            *(*cut, state_splits, of_states, parts, score_splits),
+            *(stride for tensor in (values, vectors) for stride in tensor.stride()[:3]),
+            REVERSE=reverse,
+            num_warps=tuning.state_warps,
+            num_stages=tuning.state_stages,
+            **problem.options,
+        )
     grad_dt, grad_B, grad_C = gradients
     grad_B.copy_(sum_B.sum(3))
     grad_C.copy_(sum_C.sum(3))
@@ -347,7 +373,7 @@ def _finish_steps(
 ) -> Tensor:
     batch, length, heads, _ = problem.x.shape
     sums = by_chunk.new_empty(3, batch, heads, problem.chunks)
-    triton_backward.finish_steps[(problem.chunks, heads, batch)](
+    triton_backward.finish_steps[(problem.chunks, _ceiling(heads, _HEADS), batch)](
         *(problem.dt, problem.dt_bias, problem.A, problem.steps, problem.numbers),
         *(by_position, by_chunk, grad_dt, sums, length, heads, problem.blocks, problem.chunks),
         *(by_position[0].numel(), sums[0].numel(), *problem.dt.stride()),
@@ -355,15 +381,15 @@ def _finish_steps(
         SOFTPLUS=problem.dt_softplus,
         HAS_DOCUMENTS=problem.numbers is not None,
         Q=problem.chunk,
+        HEADS=_HEADS,
         num_warps=2,
     )
     return sums.sum((1, 3))
 
 
-def _per_program(problem: _Problem, programs: int) -> int:
+def _per_program(units: int, programs: int, most: int) -> int:
     """Heads, or blocks of them, of one program: fewer where there would be too few programs."""
-    units = problem.per_group * problem.blocks
-    return max(1, min(problem.tuning.units, units * programs // _PROGRAMS, units))
+    return max(1, min(most, units * programs // _PROGRAMS, units))
 
 
 def _cut(x: Tensor, B: Tensor, chunk_size: int) -> tuple[Tuning, int]:

@@ -29,7 +29,8 @@ CATEGORIES: Final[Mapping[str, tuple[str, ...]]] = {
         "state_passing_bwd",
         "bmm_chunk_bwd",
         "chunk_cumsum_bwd",
-        "chunk_gradients",
+        "score_gradients",
+        "state_gradients",
         "finish_steps",
     ),
     "scan or SSD, forward": (
