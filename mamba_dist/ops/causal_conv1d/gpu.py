@@ -20,8 +20,11 @@ from mamba_dist.ops.cuda_packages import document_numbers
 from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.native.call import pointer, refuse_tangents, unit_stride
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
-from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch
+from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch, specialised
 
+_SOURCES: Final = MappingProxyType(
+    {name: Path(__file__).with_name(f"gpu_{name}.cu") for name in ("forward", "backward")}
+)
 _WIDTHS: Final = range(2, 5)
 _WARP_LANES: Final = 32
 # Steps of the backward that a warp has before it is another warp's turn. Shorter runs repeat more
@@ -181,20 +184,17 @@ def _kernel(direction: str, inputs: _Inputs, silu: bool, vector: int, **macros: 
     shape = _SHAPES[direction]
     # One step is one warp's work, and the others of its block would have none.
     warps = 1 if inputs.x.shape[1] == 1 else shape.warps
-    named = {
-        "STORAGE_BF16": inputs.x.dtype == torch.bfloat16,
-        "VECTOR": vector,
-        "WIDTH": inputs.weight.shape[1],
-        "SILU": silu,
-        "DOCUMENTS": inputs.seq_idx is not None,
-        **macros,
-    }
-    return Kernel(
-        source=Path(__file__).with_name(f"gpu_{direction}.cu"),
-        name=f"causal_conv1d_{direction}",
-        macros=tuple((name, int(value)) for name, value in named.items()),
+    return specialised(
+        _SOURCES[direction],
+        f"causal_conv1d_{direction}",
         threads=_WARP_LANES * warps,
         blocks_per_sm=shape.blocks_per_sm,
+        STORAGE_BF16=inputs.x.dtype == torch.bfloat16,
+        VECTOR=vector,
+        WIDTH=inputs.weight.shape[1],
+        SILU=silu,
+        DOCUMENTS=inputs.seq_idx is not None,
+        **macros,
     )
 
 

@@ -27,7 +27,8 @@ from mamba_dist.ops.nvrtc.rows import (
     rows_of,
 )
 
-_FOLDER: Final = Path(__file__).parent
+_FORWARD: Final = Path(__file__).with_name("gpu_forward.cu")
+_BACKWARD: Final = Path(__file__).with_name("gpu_backward.cu")
 
 
 class _ForwardCall(ctypes.Structure):
@@ -120,7 +121,7 @@ def _run_forward(
         *(rows.stride(0), gates.stride(0), len(rows), layout.width, groups, parts, eps),
     )
     kernel = layout.kernel(
-        _FOLDER / "gpu_forward.cu",
+        _FORWARD,
         "gated_rms_norm_forward",
         FORWARD_THREADS,
         X_BF16=x.dtype == torch.bfloat16,
@@ -152,7 +153,7 @@ def _run_backward(
         *(len(rows), layout.width, groups, parts),
     )
     kernel = layout.kernel(
-        _FOLDER / "gpu_backward.cu",
+        _BACKWARD,
         "gated_rms_norm_backward",
         BACKWARD_THREADS,
         X_BF16=x.dtype == torch.bfloat16,

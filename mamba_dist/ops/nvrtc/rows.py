@@ -1,5 +1,6 @@
 """How kernels that reduce rows are laid out: `rows.cuh` has the device's half of this."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba_dist.ops.native.call import unit_stride
-from mamba_dist.ops.nvrtc.kernel import Kernel
+from mamba_dist.ops.nvrtc.kernel import Kernel, specialised
 
 STORAGE: Final = (torch.bfloat16, torch.float32)
 """The dtypes that the kernels read and write; others go through fp32."""
@@ -44,7 +45,7 @@ class RowLayout:
     held: int
     tiles: int
 
-    @property
+    @functools.cached_property
     def threads(self) -> int:
         """Threads of a block."""
         return self.team * self.teams
@@ -54,7 +55,7 @@ class RowLayout:
         """Two sets of a float per warp, for the reductions."""
         return 2 * 4 * (self.threads // _WARP)
 
-    @property
+    @functools.cached_property
     def macros(self) -> dict[str, bool | int]:
         """What rows.cuh wants to know, and WIDE."""
         whole = self.width % _ELEMENTS == 0
@@ -62,13 +63,13 @@ class RowLayout:
 
     def kernel(self, source: Path, name: str, resident_threads: int, **macros: bool) -> Kernel:
         """The entry point `name` for this layout, with registers for so many threads."""
-        named = {**self.macros, **macros}
-        return Kernel(
-            source=source,
-            name=name,
-            macros=tuple((macro, int(value)) for macro, value in named.items()),
+        return specialised(
+            source,
+            name,
             threads=self.threads,
             blocks_per_sm=max(1, resident_threads // self.threads),
+            **self.macros,
+            **macros,
         )
 
     def blocks(self, rows: int, resident_threads: int) -> int:
@@ -78,6 +79,7 @@ class RowLayout:
         return -(-rounds // -(-rounds // most))
 
 
+@functools.cache
 def row_layout(width: int) -> RowLayout:
     """The layout for rows of `width` elements."""
     fours = -(-width // _ELEMENTS)

@@ -24,7 +24,8 @@ from mamba_dist.ops.nvrtc.rows import (
     rows_of,
 )
 
-_FOLDER: Final = Path(__file__).parent
+_FORWARD: Final = Path(__file__).with_name("gpu_forward.cu")
+_BACKWARD: Final = Path(__file__).with_name("gpu_backward.cu")
 
 
 class _ForwardCall(ctypes.Structure):
@@ -123,7 +124,7 @@ def _run_forward(
         *(*rows.shape, blocks, eps),
     )
     kernel = layout.kernel(
-        _FOLDER / "gpu_forward.cu",
+        _FORWARD,
         "add_rms_norm_forward",
         FORWARD_THREADS,
         X_BF16=x.dtype == torch.bfloat16,
@@ -160,7 +161,7 @@ def _run_backward(
         *(rows.stride(0), *rows.shape, blocks),
     )
     kernel = layout.kernel(
-        _FOLDER / "gpu_backward.cu",
+        _BACKWARD,
         "add_rms_norm_backward",
         BACKWARD_THREADS,
         NORMED_BF16=grad_normed.dtype == torch.bfloat16,

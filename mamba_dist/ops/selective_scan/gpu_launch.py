@@ -5,14 +5,18 @@ B batch, L length, E channels, G groups; 16 states, whole warps of 16 channels.
 
 import ctypes
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mamba_dist.ops.native.call import pointer, unit_stride
-from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch
+from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch, specialised
 
+_SOURCES: Final = MappingProxyType(
+    {name: Path(__file__).with_name(f"gpu_{name}.cu") for name in ("forward", "backward", "chain")}
+)
 STATES: Final = 16
 """States of a channel in one scan."""
 WARP_CHANNELS: Final = 16
@@ -127,20 +131,17 @@ def _kernel(
     # Fewer blocks at a time may have more registers each; as if for a large GPU, so that no
     # other code runs on a smaller one.
     per_sm = -(-blocks // _MULTIPROCESSORS)
-    named = {
-        "STORAGE_BF16": inputs.u.dtype == torch.bfloat16,
-        "SOFTPLUS": softplus,
-        "GATE": inputs.z is not None,
-        "DOCUMENTS": inputs.seq_idx is not None,
-        **macros,
-    }
-    kernel = Kernel(
-        source=Path(__file__).with_name(f"gpu_{direction}.cu"),
-        name=f"selective_scan_{direction}",
-        macros=tuple((name, int(value)) for name, value in named.items()),
+    kernel = specialised(
+        _SOURCES[direction],
+        f"selective_scan_{direction}",
         threads=32 * warps,
         blocks_per_sm=max(8 // warps, min(per_sm, 16 // warps)),
         spreads=True,
+        STORAGE_BF16=inputs.u.dtype == torch.bfloat16,
+        SOFTPLUS=softplus,
+        GATE=inputs.z is not None,
+        DOCUMENTS=inputs.seq_idx is not None,
+        **macros,
     )
     return kernel, blocks
 
@@ -195,7 +196,7 @@ def _chain(
 ) -> None:
     assert split_steps is not None
     batch, splits, channels = split_steps.shape
-    kernel = Kernel(Path(__file__).with_name("gpu_chain.cu"), "selective_scan_chain", (), 256)
+    kernel = specialised(_SOURCES["chain"], "selective_scan_chain", threads=256)
     call = _ChainCall(
         *map(pointer, (inputs.A, initial, split_steps, split_states)),
         *(batch, channels, splits, int(backwards)),
@@ -239,7 +240,8 @@ def run_backward(
     dz = None if inputs.z is None else torch.empty_like(y)
     dBC = inputs.A.new_zeros(tiles, batch, length, groups, 2 * STATES)
     dA = inputs.A.new_empty(batch, splits, channels, STATES)
-    dD, dbias = inputs.A.new_empty(2, batch, splits, channels)
+    of_channels = inputs.A.new_empty(2, batch, splits, channels)
+    dD, dbias = of_channels.unbind()
     dinitial = None if inputs.initial_state is None else torch.empty_like(inputs.initial_state)
     split_states = None if splits == 1 else torch.empty_like(dA)
     gradients = (du, ddelta, dz, dBC, dA, dD, dbias, dinitial)
@@ -263,8 +265,7 @@ def run_backward(
         launch(kernel, call, blocks=blocks, shared_bytes=shared_bytes, device=y.device)
         if local:
             _chain(inputs, grad_final, split_steps, split_states, backwards=True)
-    dB, dC = dBC.sum(0).to(inputs.B.dtype).chunk(2, dim=-1)
-    return (
-        *(du, ddelta, dA.sum((0, 1)), dB, dC, dD.sum((0, 1))),
-        *(dz, dbias.sum((0, 1)), dinitial),
-    )
+    dBC = dBC.sum(0) if tiles > 1 else dBC[0]
+    dB, dC = dBC.to(inputs.B.dtype).chunk(2, dim=-1)
+    dD, dbias = of_channels.sum((1, 2)).unbind()
+    return du, ddelta, dA.sum((0, 1)), dB, dC, dD, dz, dbias, dinitial
