@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_dist.ops.causal_conv1d import causal_conv1d
+from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.linear import linear
 
 
@@ -51,7 +52,13 @@ class CausalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32)) if bias else None
 
     def forward(
-        self, x: Tensor, seq_idx: Tensor | None, state: Tensor | None, *, keep_state: bool
+        self,
+        x: Tensor,
+        seq_idx: Tensor | None,
+        state: Tensor | None,
+        *,
+        keep_state: bool,
+        grad_x_into: GradientPart | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, E) in x's dtype, and the state (B, E, K-1) after position L-1 if to be kept."""
         result = causal_conv1d(
@@ -62,6 +69,7 @@ class CausalConv1d(nn.Module):
             state,
             keep_state,
             "silu",
+            grad_x_into=grad_x_into,
             backend=self._backend,
         )
         return result if isinstance(result, tuple) else (result, None)

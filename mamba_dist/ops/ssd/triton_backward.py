@@ -186,6 +186,8 @@ def finish_steps(
     dt_b,
     dt_l,
     dt_h,
+    grad_dt_b,
+    grad_dt_l,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr,
@@ -236,7 +238,7 @@ def finish_steps(
     if SOFTPLUS:
         raw = raw_steps(dt + row * dt_b + head * dt_h, bias, head, positions, valid, dt_l, HAS_BIAS)
         grad *= tl.sigmoid(raw)
-    out = (row * length + positions) * heads + head
+    out = row * grad_dt_b + positions.to(tl.int64) * grad_dt_l + head
     tl.store(grad_dt + out, grad.to(grad_dt.dtype.element_ty), mask=valid)
     place = sums + (row * heads + head) * chunks + chunk
     tl.store(place, tl.sum(tl.where(valid, step * grad_decay, 0.0), axis=0))
