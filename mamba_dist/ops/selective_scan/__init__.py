@@ -16,6 +16,7 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
+from mamba_dist.ops.gradient_sum import GradientSum
 from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
 from mamba_dist.ops.selective_scan import cpu, cuda, gpu, reference, torch_chunked
@@ -49,6 +50,7 @@ def selective_scan(
     *,
     kept: KeptScan | None = None,
     grad_z_into: GradientPart | None = None,
+    grad_u_kept_by: GradientSum | None = None,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype, or (y, final_state) with final_state (B, E, N).
@@ -75,6 +77,7 @@ def selective_scan(
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
         grad_z_into: where z's gradient may be written, see `joint_gradient`; for backend `gpu`.
+        grad_u_kept_by: who may keep u's gradient back, see `gradient_sum`; for backend `gpu`.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -84,7 +87,7 @@ def selective_scan(
     refuse_final_state(kept, return_final_state)
     options: dict[str, Any] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
     if backend in _WRITING_BACKENDS:
-        options["grad_z_into"] = grad_z_into
+        options |= {"grad_z_into": grad_z_into, "grad_u_kept_by": grad_u_kept_by}
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, **options
     )

@@ -27,10 +27,9 @@ struct Call {
     float *dinitial, *split_states;
     int64 u_batch, u_row, delta_batch, delta_row, z_batch, z_row;
     int64 B_batch, B_row, B_group, C_batch, C_row, C_group;
-    int64 grad_y_batch, grad_y_row, seq_idx_batch, batch, length, channels, groups, splits;
-    // Elements between the end of a row of dz and the next one, across batch rows too: in place of its
-    // two strides, with which the kernel spills more.
-    int64 dz_gap;
+    // dz_gap: elements between the end of a row of dz and the next one, across batch rows too. With
+    // two strides the kernel spills more.
+    int64 grad_y_batch, grad_y_row, dz_gap, seq_idx_batch, batch, length, channels, groups, splits;
 };
 
 // Steps between two noted states.

@@ -52,7 +52,7 @@ class _BackwardCall(ctypes.Structure):
 
     _fields_ = call_fields(
         _BACKWARD_POINTERS,
-        (*_ROW_STRIDES, "grad_y_batch", "grad_y_row", "seq_idx_batch", *_SIZES, "dz_gap"),
+        (*_ROW_STRIDES, "grad_y_batch", "grad_y_row", "dz_gap", "seq_idx_batch", *_SIZES),
     )
 
 
@@ -251,9 +251,9 @@ def run_backward(
         *map(pointer, (chunk_states, grad_final, inputs.seq_idx, *gradients, split_states)),
         *_strides(inputs),
         *grad_y.stride()[:2],
+        0 if dz is None else dz.stride(1) - channels,
         0 if inputs.seq_idx is None else inputs.seq_idx.stride(0),
         *(batch, length, channels, groups, splits),
-        0 if dz is None else dz.stride(1) - channels,
     )
     # B and C; per warp six noted states, the chunk's steps, a tile of three values in two orders,
     # its part of dB and dC, two numbers a channel, and a lane's next three inputs.
