@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_dist.ops.causal_conv1d import causal_conv1d
+from mamba_dist.ops.gradient_sum import GradientSum
+from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.linear import linear
 
 
@@ -21,9 +23,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
         self._backend = backend
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, grad_input_onto: GradientSum | None = None) -> Tensor:
         """(..., out_features) in autocast's dtype if it is on, else in the input's."""
-        return linear(input, self.weight, self.bias, backend=self._backend)
+        return linear(
+            input, self.weight, self.bias, grad_x_onto=grad_input_onto, backend=self._backend
+        )
 
     def reset_parameters(self) -> None:
         """Leaves the values alone, see the head of this file."""
@@ -51,7 +55,13 @@ class CausalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32)) if bias else None
 
     def forward(
-        self, x: Tensor, seq_idx: Tensor | None, state: Tensor | None, *, keep_state: bool
+        self,
+        x: Tensor,
+        seq_idx: Tensor | None,
+        state: Tensor | None,
+        *,
+        keep_state: bool,
+        grad_x_into: GradientPart | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, L, E) in x's dtype, and the state (B, E, K-1) after position L-1 if to be kept."""
         result = causal_conv1d(
@@ -62,6 +72,7 @@ class CausalConv1d(nn.Module):
             state,
             keep_state,
             "silu",
+            grad_x_into=grad_x_into,
             backend=self._backend,
         )
         return result if isinstance(result, tuple) else (result, None)

@@ -12,6 +12,8 @@ from mamba_dist.config.schema import MambaConfig
 from mamba_dist.model.layers import CausalConv1d, Linear, wide
 from mamba_dist.model.recomputation import recomputed
 from mamba_dist.model.state import LayerState, layer_state
+from mamba_dist.ops.gradient_sum import share
+from mamba_dist.ops.joint_gradient import GradientPart, split
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.linear import linear
 from mamba_dist.ops.selective_scan import selective_scan
@@ -27,6 +29,7 @@ class Mamba1Mixer(nn.Module):
         inner, d_state, rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self._backend = backend
         self._selective_recomputation = selective_recomputation
+        self._in_proj_widths = (inner, inner)
         self._x_proj_widths = (rank, d_state, d_state)
         self.in_proj = Linear(config.d_model, 2 * inner, bias=config.proj_bias, backend=backend)
         self.conv1d = CausalConv1d(
@@ -54,8 +57,12 @@ class Mamba1Mixer(nn.Module):
             state: what an earlier window left behind, for the first document of each row.
             keep_state: also return the state.
         """
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        scanned = functools.partial(self._scanned, seq_idx=seq_idx, state=state)
+        (x, z), grads_into = split(
+            self.in_proj(hidden), self._in_proj_widths, backend=self._backend
+        )
+        scanned = functools.partial(
+            self._scanned, seq_idx=seq_idx, state=state, grads_into=grads_into
+        )
         if self._selective_recomputation and torch.is_grad_enabled() and not keep_state:
             y, new_state = recomputed(functools.partial(scanned, kept=KeptScan()), x, z)
         else:
@@ -69,16 +76,25 @@ class Mamba1Mixer(nn.Module):
         *,
         seq_idx: Tensor | None,
         state: LayerState | None,
+        grads_into: tuple[GradientPart | None, ...],
         keep_state: bool = False,
         kept: KeptScan | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Everything between the two projections, (B, L, E), and the state if it is to be kept."""
+        grad_x_into, grad_z_into = grads_into
         x, conv_state = self.conv1d(
-            x, seq_idx, None if state is None else state.conv, keep_state=keep_state
-        )
-        dt, B, C = self.x_proj(x).split(self._x_proj_widths, dim=-1)
-        result = selective_scan(
             x,
+            seq_idx,
+            None if state is None else state.conv,
+            keep_state=keep_state,
+            grad_x_into=grad_x_into,
+        )
+        scanned, projected, grad_sum = share(x, backend=self._backend)
+        dt, B, C = self.x_proj(projected, grad_input_onto=grad_sum).split(
+            self._x_proj_widths, dim=-1
+        )
+        result = selective_scan(
+            scanned,
             # The bias is added inside the scan, in fp32: in bf16 it costs up to 1.6 % of dt.
             linear(dt, self.dt_proj.weight, backend=self._backend),
             -torch.exp(wide(self.A_log)),
@@ -92,6 +108,8 @@ class Mamba1Mixer(nn.Module):
             None if state is None else state.ssm,
             keep_state,
             kept=kept,
+            grad_z_into=grad_z_into,
+            grad_u_kept_by=grad_sum,
             backend=self._backend,
         )
         y, ssm_state = result if isinstance(result, tuple) else (result, None)

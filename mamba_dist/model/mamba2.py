@@ -13,6 +13,7 @@ from mamba_dist.model.layers import CausalConv1d, Linear, wide
 from mamba_dist.model.norm import GatedRMSNorm
 from mamba_dist.model.recomputation import recomputed
 from mamba_dist.model.state import LayerState, layer_state
+from mamba_dist.ops.joint_gradient import GradientPart, split
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.ssd import ssd
 
@@ -62,13 +63,17 @@ class Mamba2Mixer(nn.Module):
             state: what an earlier window left behind, for the first document of each row.
             keep_state: also return the state.
         """
-        z, xBC, dt = self.in_proj(hidden).split(self._in_proj_widths, dim=-1)
-        scanned = functools.partial(self._scanned, seq_idx=seq_idx, state=state)
+        (z, xBC, dt), (grad_z_into, *grads_into) = split(
+            self.in_proj(hidden), self._in_proj_widths, backend=self._backend
+        )
+        scanned = functools.partial(
+            self._scanned, seq_idx=seq_idx, state=state, grads_into=grads_into
+        )
         if self._selective_recomputation and torch.is_grad_enabled() and not keep_state:
             y, new_state = recomputed(functools.partial(scanned, kept=KeptScan()), xBC, dt)
         else:
             y, new_state = scanned(xBC, dt, keep_state=keep_state)
-        return self.out_proj(self.norm(y, z)), new_state
+        return self.out_proj(self.norm(y, z, grad_z_into=grad_z_into)), new_state
 
     def _scanned(
         self,
@@ -77,20 +82,28 @@ class Mamba2Mixer(nn.Module):
         *,
         seq_idx: Tensor | None,
         state: LayerState | None,
+        grads_into: list[GradientPart | None],
         keep_state: bool = False,
         kept: KeptScan | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Convolution and scan, (B, L, E), and the state if it is to be kept."""
+        grad_xBC_into, grad_dt_into = grads_into
         xBC, conv_state = self.conv1d(
-            xBC, seq_idx, None if state is None else state.conv, keep_state=keep_state
+            xBC,
+            seq_idx,
+            None if state is None else state.conv,
+            keep_state=keep_state,
+            grad_x_into=grad_xBC_into,
         )
-        x, B, C = xBC.split(self._conv_widths, dim=-1)  # type: ignore[no-untyped-call]
+        (x, B, C), (grad_x_into, grad_B_into, grad_C_into) = split(
+            xBC, self._conv_widths, backend=self._backend
+        )
         result = ssd(
-            x.unflatten(-1, (-1, self._headdim)),
+            x.unflatten(-1, (-1, self._headdim)),  # type: ignore[no-untyped-call]
             dt,
             -torch.exp(wide(self.A_log)),
-            B.unflatten(-1, (self._groups, -1)),
-            C.unflatten(-1, (self._groups, -1)),
+            B.unflatten(-1, (self._groups, -1)),  # type: ignore[no-untyped-call]
+            C.unflatten(-1, (self._groups, -1)),  # type: ignore[no-untyped-call]
             wide(self.D),
             # The gate belongs to the norm, and the bias is added in fp32 inside the op.
             None,
@@ -101,6 +114,7 @@ class Mamba2Mixer(nn.Module):
             keep_state,
             chunk_size=self._chunk_size,
             kept=kept,
+            grads_into=(grad_x_into, grad_dt_into, grad_B_into, grad_C_into),
             backend=self._backend,
         )
         y, ssm_state = result if isinstance(result, tuple) else (result, None)

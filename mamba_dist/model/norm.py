@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_dist.ops.gated_rms_norm import gated_rms_norm
+from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.rms_norm import add_rms_norm
 
 
@@ -45,13 +46,14 @@ class GatedRMSNorm(nn.Module):
         self._backend = backend
         self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, *, grad_z_into: GradientPart | None = None) -> Tensor:
         """(..., D), in autocast's dtype if it is on, else in x's; x and z are (..., D)."""
         return gated_rms_norm(
             x,
             z,
             self.weight,
             groups=self.groups,
+            grad_z_into=grad_z_into,
             eps=self.eps,
             output_dtype=_output_dtype(x),
             backend=self._backend,

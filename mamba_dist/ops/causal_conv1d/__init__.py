@@ -11,7 +11,9 @@ from torch import Tensor
 from mamba_dist.ops.arguments import check_floating, check_rank, check_seq_idx, check_shape
 from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.causal_conv1d import cpu, cuda, gpu, reference, torch_chunked
+from mamba_dist.ops.joint_gradient import GradientPart
 
+_WRITING_BACKENDS: Final = ("gpu",)
 _IMPLEMENTATIONS: Final = MappingProxyType(
     {
         "reference": reference.causal_conv1d,
@@ -32,6 +34,7 @@ def causal_conv1d(
     return_final_state: bool = False,
     activation: Literal["silu"] | None = None,
     *,
+    grad_x_into: GradientPart | None = None,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output (B, L, E) in x's dtype, or (output, final_state) with final_state (B, E, K - 1).
@@ -51,6 +54,7 @@ def causal_conv1d(
         return_final_state: also return the last K - 1 inputs, oldest first; those of earlier
             documents are zero.
         activation: None or "silu".
+        grad_x_into: where x's gradient may be written, see `joint_gradient`; for backend `gpu`.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -67,8 +71,9 @@ def causal_conv1d(
     check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}, expected None or 'silu'")
+    options = {"grad_x_into": grad_x_into} if backend in _WRITING_BACKENDS else {}
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
-        x, weight, bias, seq_idx, initial_state, return_final_state, activation == "silu"
+        x, weight, bias, seq_idx, initial_state, return_final_state, activation == "silu", **options
     )
     if final_state is None:
         return y

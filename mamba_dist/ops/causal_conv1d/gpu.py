@@ -18,6 +18,7 @@ from mamba_dist.errors import BackendError
 from mamba_dist.ops.causal_conv1d import torch_chunked
 from mamba_dist.ops.cuda_packages import document_numbers
 from mamba_dist.ops.first_order import first_order
+from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.native.call import pointer, refuse_tangents, unit_stride
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
 from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch, specialised
@@ -72,8 +73,8 @@ class _BackwardCall(ctypes.Structure):
             *("grad_x", "grad_initial_state", "shares"),
         ),
         (
-            *("x_batch", "x_row", "grad_y_batch", "grad_y_row", "seq_idx_batch"),
-            *("length", "channels", "block_steps", "run_steps"),
+            *("x_batch", "x_row", "grad_y_batch", "grad_y_row", "grad_x_batch", "grad_x_row"),
+            *("seq_idx_batch", "length", "channels", "block_steps", "run_steps"),
         ),
     )
 
@@ -96,6 +97,7 @@ def causal_conv1d(
     initial_state: Tensor | None,
     return_final_state: bool,
     silu: bool,
+    grad_x_into: GradientPart | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output (B, L, E) in x's dtype and, if asked for, final state (B, E, K - 1) in fp32.
 
@@ -118,6 +120,7 @@ def causal_conv1d(
     y, final_state = _CausalConv1d.apply(  # type: ignore[no-untyped-call]
         return_final_state,
         silu,
+        grad_x_into,
         x if x.dtype == torch.bfloat16 else x.float(),
         weight.float(),
         None if bias is None else bias.float(),
@@ -130,10 +133,14 @@ def causal_conv1d(
 class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, return_final_state: bool, silu: bool, *tensors: Tensor | None
+        ctx: Any,
+        return_final_state: bool,
+        silu: bool,
+        grad_x_into: GradientPart | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         inputs = _Inputs(*tensors)  # type: ignore[arg-type]
-        ctx.silu = silu
+        ctx.silu, ctx.grad_x_into = silu, grad_x_into
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         return _run_forward(_prepared(inputs), return_final_state, silu)
@@ -144,7 +151,9 @@ class _CausalConv1d(torch.autograd.Function):
         inputs = _prepared(_Inputs(*ctx.saved_tensors))
         grad_y = torch.zeros_like(inputs.x) if grad_y is None else unit_stride(grad_y)
         grad_final = None if grad_final is None else grad_final.contiguous()
-        return None, None, *_run_backward(inputs, ctx.silu, grad_y, grad_final), None
+        grad_x = empty_gradient(inputs.x, ctx.grad_x_into)
+        others = _run_backward(inputs, ctx.silu, grad_y, grad_final, grad_x)
+        return None, None, None, grad_x, *others, None
 
 
 def _prepared(inputs: _Inputs) -> _Inputs:
@@ -240,13 +249,12 @@ def _run_forward(
 
 
 def _run_backward(
-    inputs: _Inputs, silu: bool, grad_y: Tensor, grad_final: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, weight, bias and the initial state."""
+    inputs: _Inputs, silu: bool, grad_y: Tensor, grad_final: Tensor | None, grad_x: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Fills x's gradient `grad_x` (B, L, E); gives those of weight, bias and initial state."""
     x, weight, initial_state = inputs.x, inputs.weight, inputs.initial_state
     batch, length, channels = x.shape
     width = weight.shape[1]
-    grad_x = x.new_empty(x.shape)
     grad_initial = None if initial_state is None else torch.empty_like(initial_state)
     shares = weight.new_empty(batch * _parts(inputs, "backward"), width + 1, channels)
     shape = _SHAPES["backward"]
@@ -256,7 +264,8 @@ def _run_backward(
     call = _BackwardCall(
         *map(pointer, (x, grad_y, weight, inputs.bias, initial_state, grad_final)),
         *map(pointer, (inputs.seq_idx, grad_x, grad_initial, shares)),
-        *(x.stride(0), x.stride(1), grad_y.stride(0), grad_y.stride(1), _id_stride(inputs)),
+        *(x.stride(0), x.stride(1), grad_y.stride(0), grad_y.stride(1)),
+        *(grad_x.stride(0), grad_x.stride(1), _id_stride(inputs)),
         *(length, channels, shape.block_steps, _RUN_STEPS),
     )
     launch(
@@ -269,4 +278,4 @@ def _run_backward(
     )
     sums = shares.sum(0)  # (K + 1, E)
     grad_weight = sums[:width].T.contiguous()
-    return grad_x, grad_weight, None if inputs.bias is None else sums[width], grad_initial
+    return grad_weight, None if inputs.bias is None else sums[width], grad_initial

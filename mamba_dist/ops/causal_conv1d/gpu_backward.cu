@@ -15,7 +15,8 @@ struct Call {
     void* grad_x;
     // `shares` is (B, parts of a row, K + 1, E): each block's gradient of the taps and the bias.
     float *grad_initial_state, *shares;
-    int64 x_batch, x_row, grad_y_batch, grad_y_row, seq_idx_batch, length, channels, block_steps;
+    int64 x_batch, x_row, grad_y_batch, grad_y_row, grad_x_batch, grad_x_row;
+    int64 seq_idx_batch, length, channels, block_steps;
     // Steps that a warp has before it is another one's turn, a multiple of TILE.
     int64 run_steps;
 };
@@ -114,8 +115,8 @@ DEVICE void walk(const Call& call, const Place& place, const Taps& taps, Sums& s
     inputs.grad_y = static_cast<const Element*>(call.grad_y) + place.row * call.grad_y_batch +
                     begin * call.grad_y_row + place.channel;
     const int* const ids = call.seq_idx + place.row * call.seq_idx_batch;
-    Element* grad_x = static_cast<Element*>(call.grad_x) +
-                      (place.row * call.length + begin - HISTORY) * call.channels + place.channel;
+    Element* grad_x = static_cast<Element*>(call.grad_x) + place.row * call.grad_x_batch +
+                      (begin - HISTORY) * call.grad_x_row + place.channel;
     const bool has_state = STATES && begin == 0 && call.grad_initial_state;
     const int lowest = !place.writes ? end : has_state ? -HISTORY : begin;
     const int last = end + HISTORY;
@@ -146,9 +147,9 @@ DEVICE void walk(const Call& call, const Place& place, const Taps& taps, Sums& s
             shift_in(before, x);
             const int position = t + i - HISTORY;
             if (position >= lowest && position < end)
-                write(call, place, ids, grad_x + i * call.channels, position, done);
+                write(call, place, ids, grad_x + i * call.grad_x_row, position, done);
         }
-        grad_x += TILE * call.channels;
+        grad_x += TILE * call.grad_x_row;
     }
 }
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from mamba_dist.ops.arguments import check_floating, check_shape
 from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.gated_rms_norm import gpu, reference, torch_fused
+from mamba_dist.ops.joint_gradient import GradientPart
 
+_WRITING_BACKENDS: Final = ("gpu",)
 _IMPLEMENTATIONS: Final = MappingProxyType(
     {
         "reference": reference.gated_rms_norm,
@@ -32,6 +34,7 @@ def gated_rms_norm(
     groups: int,
     eps: float,
     output_dtype: torch.dtype,
+    grad_z_into: GradientPart | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """Normed (..., D) in `output_dtype`.
@@ -46,6 +49,7 @@ def gated_rms_norm(
         groups: G, of neighbouring channels.
         eps: added to the mean square.
         output_dtype: dtype of the output, that of the product that follows.
+        grad_z_into: where z's gradient may be written, see `joint_gradient`; for backend `gpu`.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -61,6 +65,7 @@ def gated_rms_norm(
     if not output_dtype.is_floating_point:
         raise ValueError(f"output_dtype is {output_dtype}, expected a floating-point dtype")
     dtype = torch.float64 if torch.float64 in (x.dtype, z.dtype) else torch.float32
+    options = {"grad_z_into": grad_z_into} if backend in _WRITING_BACKENDS else {}
     return implementation(_IMPLEMENTATIONS, backend)(
-        x, z, weight.to(dtype), groups, eps, output_dtype
+        x, z, weight.to(dtype), groups, eps, output_dtype, **options
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mamba_dist.errors import BackendError
 from mamba_dist.ops.first_order import first_order
+from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.native.call import pointer, refuse_tangents
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
 from mamba_dist.ops.nvrtc.kernel import call_fields, launch
@@ -49,12 +50,21 @@ class _BackwardCall(ctypes.Structure):
             *("grad_normed", "x", "z", "reciprocal_rms", "weight"),
             *("grad_x", "grad_z", "grad_weight"),
         ),
-        ("grad_normed_row", "x_row", "z_row", "rows", "width", "groups", "parts"),
+        (
+            *("grad_normed_row", "x_row", "z_row", "grad_z_row"),
+            *("rows", "width", "groups", "parts"),
+        ),
     )
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, output_dtype: torch.dtype
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    groups: int,
+    eps: float,
+    output_dtype: torch.dtype,
+    grad_z_into: GradientPart | None = None,
 ) -> Tensor:
     """Normed (..., D) in `output_dtype`.
 
@@ -70,7 +80,9 @@ def gated_rms_norm(
     if x.dtype != z.dtype or x.dtype not in STORAGE:
         x, z = x.float(), z.float()
     stored = output_dtype if output_dtype in STORAGE else torch.float32
-    normed: Tensor = _GatedRMSNorm.apply(x, z, weight, groups, eps, stored)  # type: ignore[no-untyped-call]
+    normed: Tensor = _GatedRMSNorm.apply(  # type: ignore[no-untyped-call]
+        x, z, weight, groups, eps, stored, grad_z_into
+    )
     return normed.to(output_dtype)
 
 
@@ -84,17 +96,24 @@ class _GatedRMSNorm(torch.autograd.Function):
         groups: int,
         eps: float,
         normed_dtype: torch.dtype,
+        grad_z_into: GradientPart | None,
     ) -> Tensor:
         layout = row_layout(len(weight) // groups)
         normed, reciprocal_rms = _run_forward(layout, x, z, weight, eps, normed_dtype)
-        ctx.layout = layout
+        ctx.layout, ctx.grad_z_into = layout, grad_z_into
         ctx.save_for_backward(x, z, weight, reciprocal_rms)
         return normed
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
-        return *_run_backward(ctx.layout, grad_normed, *ctx.saved_tensors), None, None, None
+        x, z, weight, reciprocal_rms = ctx.saved_tensors
+        # Rows of fours are written four elements at a time.
+        grad_z = empty_gradient(z, ctx.grad_z_into, aligned_to=4)
+        grad_x, grad_weight = _run_backward(
+            ctx.layout, grad_normed, x, z, weight, reciprocal_rms, grad_z
+        )
+        return grad_x, grad_z, grad_weight, None, None, None, None
 
 
 def _parts(layout: RowLayout, rows: int, groups: int, resident_threads: int) -> int:
@@ -139,17 +158,19 @@ def _run_backward(
     z: Tensor,
     weight: Tensor,
     reciprocal_rms: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, z and weight."""
+    grad_z: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fills z's gradient `grad_z`, whose rows are evenly spaced; gives those of x and weight."""
     groups = len(weight) // layout.width
     rows, gates, weight = rows_of(x, layout.width), rows_of(z, layout.width), aligned(weight)
     sent = rows_of(grad_normed, layout.width)
-    grad_x, grad_z = x.new_empty(x.shape), x.new_empty(x.shape)
+    grad_x = x.new_empty(x.shape)
+    grad_z_row = grad_z.view(-1, grad_z.shape[-1]).stride(0)
     parts = _parts(layout, len(rows), groups, BACKWARD_THREADS)
     grad_weight = weight.new_empty(parts * layout.teams, len(weight))
     call = _BackwardCall(
         *map(pointer, (sent, rows, gates, reciprocal_rms, weight, grad_x, grad_z, grad_weight)),
-        *(sent.stride(0), rows.stride(0), gates.stride(0)),
+        *(sent.stride(0), rows.stride(0), gates.stride(0), grad_z_row),
         *(len(rows), layout.width, groups, parts),
     )
     kernel = layout.kernel(
@@ -162,4 +183,4 @@ def _run_backward(
     # Four sums for each four that a thread holds.
     shared_bytes = layout.shared_bytes + 4 * 4 * layout.held * layout.threads
     launch(kernel, call, blocks=parts * groups, shared_bytes=shared_bytes, device=x.device)
-    return grad_x, grad_z, grad_weight.sum(0)
+    return grad_x, grad_weight.sum(0)

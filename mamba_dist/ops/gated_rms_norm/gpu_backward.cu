@@ -11,7 +11,7 @@ struct Call {
     const float *reciprocal_rms, *weight;
     void *grad_x, *grad_z;
     float* grad_weight;  // of each team by itself: (parts x TEAMS, D)
-    int64 grad_normed_row, x_row, z_row;
+    int64 grad_normed_row, x_row, z_row, grad_z_row;
     int64 rows, width, groups, parts;
 };
 
@@ -74,7 +74,7 @@ KERNEL(gated_rms_norm_backward) {
         const float share = scale * scale * scale * mean;
 
         X::Element* const grad_x = row_of<X>(call.grad_x, row, channels) + place.channel;
-        X::Element* const grad_z = row_of<X>(call.grad_z, row, channels) + place.channel;
+        X::Element* const grad_z = row_of<X>(call.grad_z, row, call.grad_z_row) + place.channel;
         // From the last tile on, which is still in registers.
 #pragma unroll 1
         for (int tile = tiles - 1; tile >= 0; --tile) {

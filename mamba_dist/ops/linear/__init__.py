@@ -3,6 +3,7 @@
 I input features, O output features.
 """
 
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Final
 
@@ -10,14 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.linear import cpu
+from mamba_dist.ops.gradient_sum import GradientSum
+from mamba_dist.ops.linear import cpu, gpu
 
-_IMPLEMENTATIONS: Final = MappingProxyType(
-    {"reference": F.linear, "torch": F.linear, "cpu": cpu.linear, "gpu": F.linear, "cuda": F.linear}
+_ADDING_BACKENDS: Final = ("gpu",)
+_IMPLEMENTATIONS: Final = MappingProxyType[str, Callable[..., Tensor]](
+    {
+        "reference": F.linear,
+        "torch": F.linear,
+        "cpu": cpu.linear,
+        "gpu": gpu.linear,
+        "cuda": F.linear,
+    }
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grad_x_onto: GradientSum | None = None,
+    backend: str,
+) -> Tensor:
     """x @ weight^T + bias, (..., O), with all gradients; under autocast in its dtype.
 
     A CPU without bf16 instructions computes bf16 products in fp32 and rounds what comes out.
@@ -26,10 +42,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         x: (..., I).
         weight: (O, I).
         bias: (O,).
+        grad_x_onto: what x's gradient is added onto, see `gradient_sum`; for backend `gpu`, without
+            a bias.
         backend: a name from `resolve_backend`.
 
     Raises:
         RuntimeError: the shapes or dtypes don't fit, as in `torch.nn.functional.linear`.
         ValueError: the backend name is wrong.
     """
-    return implementation(_IMPLEMENTATIONS, backend)(x, weight, bias)
+    options = {"grad_x_onto": grad_x_onto} if backend in _ADDING_BACKENDS else {}
+    return implementation(_IMPLEMENTATIONS, backend)(x, weight, bias, **options)

@@ -4,7 +4,7 @@ B batch, L length, E channels (d_inner), N d_state, G groups; channel e uses gro
 """
 
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
+from mamba_dist.ops.gradient_sum import GradientSum
+from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
 from mamba_dist.ops.selective_scan import cpu, cuda, gpu, reference, torch_chunked
 
@@ -29,6 +31,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
     }
 )
 _KEEPING_BACKENDS: Final = ("cpu", "gpu")
+_WRITING_BACKENDS: Final = ("gpu",)
 
 
 def selective_scan(
@@ -46,6 +49,8 @@ def selective_scan(
     return_final_state: bool = False,
     *,
     kept: KeptScan | None = None,
+    grad_z_into: GradientPart | None = None,
+    grad_u_kept_by: GradientSum | None = None,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype, or (y, final_state) with final_state (B, E, N).
@@ -71,6 +76,8 @@ def selective_scan(
         kept: spares a recomputation of this very call the scan: the first run fills it, later ones
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
+        grad_z_into: where z's gradient may be written, see `joint_gradient`; for backend `gpu`.
+        grad_u_kept_by: who may keep u's gradient back, see `gradient_sum`; for backend `gpu`.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -78,7 +85,9 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state)
     refuse_final_state(kept, return_final_state)
-    options = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    options: dict[str, Any] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    if backend in _WRITING_BACKENDS:
+        options |= {"grad_z_into": grad_z_into, "grad_u_kept_by": grad_u_kept_by}
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, **options
     )

@@ -8,7 +8,7 @@ B batch, L length, E channels, N d_state, G groups.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor
 from mamba_dist.errors import BackendError
 from mamba_dist.ops.cuda_packages import document_numbers
 from mamba_dist.ops.first_order import first_order
+from mamba_dist.ops.gradient_sum import GradientSum
+from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
@@ -43,6 +45,8 @@ def selective_scan(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     kept: KeptScan | None = None,
+    grad_z_into: GradientPart | None = None,
+    grad_u_kept_by: GradientSum | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype and final state (B, E, N) in fp32.
 
@@ -83,9 +87,17 @@ def selective_scan(
         seq_idx=_int32(seq_idx),
     )
     # With padding y is copied, and would be kept beside its copy.
-    y, final_state = _all_states(inputs, delta_softplus, d_state, None if short else kept)
+    places = _Places(grad_z_into, grad_u_kept_by)
+    y, final_state = _all_states(inputs, delta_softplus, d_state, None if short else kept, places)
     y = _narrowed(y, groups, short)
     return y.to(u.dtype), _narrowed(final_state.mT, groups, short).mT
+
+
+class _Places(NamedTuple):
+    """Where the gradients of z and of u may go."""
+
+    z: GradientPart | None = None
+    u: GradientSum | None = None
 
 
 def _int32(seq_idx: Tensor | None) -> Tensor | None:
@@ -110,11 +122,15 @@ def _narrowed(values: Tensor, groups: int, more: int) -> Tensor:
 
 
 def _all_states(
-    inputs: ScanInputs, softplus: bool, d_state: int, kept: KeptScan | None
+    inputs: ScanInputs,
+    softplus: bool,
+    d_state: int,
+    kept: KeptScan | None,
+    places: _Places,
 ) -> tuple[Tensor, Tensor]:
     """y and final state (B, E, N) for any N."""
     if d_state == STATES:
-        return _scan(inputs, softplus, kept)
+        return _scan(inputs, softplus, kept, places)
     missing = -d_state % STATES
     padded = inputs._replace(
         A=F.pad(inputs.A, (0, missing)),
@@ -125,7 +141,7 @@ def _all_states(
         else F.pad(inputs.initial_state, (0, missing)),
     )
     if d_state < STATES:
-        y, final_state = _scan(padded, softplus, kept)
+        y, final_state = _scan(padded, softplus, kept, places)
         return y, final_state[..., :d_state]
     total, states = None, []
     for first in range(0, d_state, STATES):
@@ -147,6 +163,7 @@ def _all_states(
             softplus,
             # More than y itself would be kept: one output for each part.
             None,
+            _Places(),
         )
         total = y if total is None else total + y
         states.append(final_state)
@@ -157,12 +174,17 @@ def _all_states(
     return total.to(inputs.u.dtype), torch.cat(states, dim=-1)[..., :d_state]
 
 
-def _scan(inputs: ScanInputs, softplus: bool, kept: KeptScan | None) -> tuple[Tensor, Tensor]:
+def _scan(
+    inputs: ScanInputs,
+    softplus: bool,
+    kept: KeptScan | None,
+    places: _Places,
+) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled():
         # A Function cannot tell: it sees parameters that want a gradient even then.
         return run_forward(prepared(inputs), softplus, False)[:2]
     outputs: tuple[Tensor, Tensor] = _SelectiveScan.apply(  # type: ignore[no-untyped-call]
-        softplus, kept, *inputs
+        softplus, kept, places, *inputs
     )
     return outputs
 
@@ -170,7 +192,11 @@ def _scan(inputs: ScanInputs, softplus: bool, kept: KeptScan | None) -> tuple[Te
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, softplus: bool, kept: KeptScan | None, *tensors: Tensor | None
+        ctx: Any,
+        softplus: bool,
+        kept: KeptScan | None,
+        places: _Places,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = prepared(ScanInputs(*tensors))  # type: ignore[arg-type]
         keep_states = any(ctx.needs_input_grad)
@@ -178,18 +204,25 @@ class _SelectiveScan(torch.autograd.Function):
         results = kept.results(run) if kept is not None and keep_states else run()
         y, final_state, chunk_states, split_steps = results
         if keep_states:
-            ctx.softplus = softplus
+            ctx.softplus, ctx.places = softplus, places
             ctx.save_for_backward(*inputs, y, chunk_states, split_steps)
         ctx.set_materialize_grads(False)
         return y, final_state
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
+        du, *others = _SelectiveScan._gradients(ctx, grad_y, grad_final)
+        total = ctx.places.u
+        kept_back = total is not None and total.keeps(du)
+        return None, None, None, None if kept_back else du, *others, None
+
+    @staticmethod
+    @first_order
+    def _gradients(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
         *saved, y, chunk_states, split_steps = ctx.saved_tensors
         inputs = ScanInputs(*saved)
         grad_y = torch.zeros_like(y) if grad_y is None else grad_y
         grad_final = None if grad_final is None else grad_final.contiguous()
         kept = (y, chunk_states, split_steps)
-        gradients = run_backward(inputs, ctx.softplus, kept, (grad_y, grad_final))
-        return None, None, *gradients, None
+        dz = None if inputs.z is None else empty_gradient(inputs.z, ctx.places.z, aligned_to=4)
+        return run_backward(inputs, ctx.softplus, kept, (grad_y, grad_final), dz)

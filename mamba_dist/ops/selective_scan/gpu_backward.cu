@@ -27,7 +27,9 @@ struct Call {
     float *dinitial, *split_states;
     int64 u_batch, u_row, delta_batch, delta_row, z_batch, z_row;
     int64 B_batch, B_row, B_group, C_batch, C_row, C_group;
-    int64 grad_y_batch, grad_y_row, seq_idx_batch, batch, length, channels, groups, splits;
+    // dz_gap: elements between the end of a row of dz and the next one, across batch rows too. With
+    // two strides the kernel spills more.
+    int64 grad_y_batch, grad_y_row, dz_gap, seq_idx_batch, batch, length, channels, groups, splits;
 };
 
 // Steps between two noted states.
@@ -300,7 +302,7 @@ KERNEL(selective_scan_backward) {
     Rows u(call.u, place.row * call.u_batch + place.own(), call.u_row, begin);
     Rows z(call.z, place.row * call.z_batch + place.own(), call.z_row, begin);
     Rows grad_y(call.grad_y, place.row * call.grad_y_batch + place.own(), call.grad_y_row, begin);
-    // Of the output and the gradients of u, delta and z, which are all contiguous.
+    // Of the output and the gradients of u and delta, all contiguous, and of z but for its gaps.
     int64 out_at = (place.row * length + begin) * call.channels + place.own();
     int left = length - begin;
     BlockSums sums(call, place);
@@ -408,7 +410,8 @@ KERNEL(selective_scan_backward) {
                 dD += channel_of_sum(product(gate.dy, wide_u), place.s);
 #if GATE
                 if (within)
-                    store_rounded(static_cast<Element*>(call.dz) + out_at,
+                    store_rounded(static_cast<Element*>(call.dz) + out_at +
+                                      (place.row * length + (length - left)) * call.dz_gap,
                                   product(gate.dz_per_y, Storage::widen(fetched[64])));
 #endif
                 // The block's reading of its parts is over, and the warp's of its sums.

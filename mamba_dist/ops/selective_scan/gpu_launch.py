@@ -56,7 +56,7 @@ class _BackwardCall(ctypes.Structure):
 
     _fields_ = call_fields(
         _BACKWARD_POINTERS,
-        (*_ROW_STRIDES, "grad_y_batch", "grad_y_row", "seq_idx_batch", *_SIZES),
+        (*_ROW_STRIDES, "grad_y_batch", "grad_y_row", "dz_gap", "seq_idx_batch", *_SIZES),
     )
 
 
@@ -226,8 +226,12 @@ def run_backward(
     softplus: bool,
     kept: tuple[Tensor, Tensor, Tensor | None],
     output_gradients: tuple[Tensor, Tensor | None],
+    dz: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, delta_bias and the initial state."""
+    """Gradients of u, delta, A, B, C, D, z, delta_bias and the initial state.
+
+    `dz` is room for z's (B, L, E), whose rows are evenly spaced; None without z.
+    """
     (y, chunk_states, split_steps), (grad_y, grad_final) = kept, output_gradients
     grad_y = _aligned(grad_y.to(y.dtype), 4)
     batch, length, channels = y.shape
@@ -237,7 +241,6 @@ def run_backward(
     warps = _warps(channels // groups)
     tiles = channels // groups // (warps * WARP_CHANNELS) if deterministic else 1
     du, ddelta = torch.empty_like(y), torch.empty_like(y)
-    dz = None if inputs.z is None else torch.empty_like(y)
     dBC = inputs.A.new_zeros(tiles, batch, length, groups, 2 * STATES)
     dA = inputs.A.new_empty(batch, splits, channels, STATES)
     of_channels = inputs.A.new_empty(2, batch, splits, channels)
@@ -250,6 +253,7 @@ def run_backward(
         *map(pointer, (chunk_states, grad_final, inputs.seq_idx, *gradients, split_states)),
         *_strides(inputs),
         *grad_y.stride()[:2],
+        0 if dz is None else dz.stride(1) - channels,
         0 if inputs.seq_idx is None else inputs.seq_idx.stride(0),
         *(batch, length, channels, groups, splits),
     )

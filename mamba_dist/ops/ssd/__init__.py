@@ -4,7 +4,7 @@ B batch, L length, H heads, P headdim, N d_state, G groups; head h uses group h 
 """
 
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
     }
 )
 _KEEPING_BACKENDS: Final = ("cpu", "gpu")
+_WRITING_BACKENDS: Final = ("gpu",)
 
 
 def ssd(
@@ -47,6 +48,7 @@ def ssd(
     *,
     chunk_size: int = 256,
     kept: KeptScan | None = None,
+    grads_into: gpu.GradientParts = gpu.NO_PARTS,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype, or (y, final_state) with final_state (B, H, P, N).
@@ -74,6 +76,8 @@ def ssd(
         kept: spares a recomputation of this very call the scan: the first run fills it, later ones
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
+        grads_into: where the gradients of x, dt, B and C may be written, see `joint_gradient`;
+            for backend `gpu`.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -82,7 +86,9 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, chunk_size)
     refuse_final_state(kept, return_final_state)
-    options = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    options: dict[str, Any] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    if backend in _WRITING_BACKENDS:
+        options["grads_into"] = grads_into
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size, **options
     )

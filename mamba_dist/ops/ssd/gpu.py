@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.errors import BackendError
+from mamba_dist.ops.first_order import first_order
+from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents, unit_stride
 from mamba_dist.ops.precision import autocast_disabled
@@ -28,6 +30,11 @@ from mamba_dist.ops.triton_package import USE_TORCH, import_triton_module
 
 # A chunk's tiles of a larger one would not fit in shared memory.
 _LARGEST_D_STATE: Final = 256
+
+_Part = GradientPart | None
+GradientParts = tuple[_Part, _Part, _Part, _Part]
+"""Places for the gradients of x, dt, B and C."""
+NO_PARTS: Final[GradientParts] = (None, None, None, None)
 
 _Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -58,6 +65,7 @@ def ssd(
     initial_state: Tensor | None,
     chunk_size: int,
     kept: KeptScan | None = None,
+    grads_into: GradientParts = NO_PARTS,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype and final state (B, H, P, N) in fp32.
 
@@ -97,8 +105,9 @@ def ssd(
             torch.float32 if z is not None else x.dtype,
         )
         # A compiler can look into operators only.
-        if kept is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y, final_state = _KeptSsd.apply(kept, *arguments)  # type: ignore[no-untyped-call]
+        by_value = kept is None and grads_into == NO_PARTS
+        if not by_value and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y, final_state = _Ssd.apply(kept, grads_into, *arguments)  # type: ignore[no-untyped-call]
         else:
             y, final_state = _forward(*arguments)
         if z is not None:
@@ -122,11 +131,8 @@ def _forward(
     chunk_size: int,
     y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    y, final_state = _new_results(x, B, y_dtype)
-    inputs = _readable(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        require_triton().forward(*inputs, dt_softplus, chunk_size, y, final_state)
-    return y, final_state
+    inputs = x, dt, A, B, C, D, dt_bias, seq_idx, initial_state
+    return _run_forward(*inputs, dt_softplus, chunk_size, y_dtype)
 
 
 @_forward.register_fake
@@ -147,6 +153,27 @@ def _(
     return _new_results(x, B, y_dtype)
 
 
+def _run_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    y, final_state = _new_results(x, B, y_dtype)
+    inputs = _readable(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        require_triton().forward(*inputs, dt_softplus, chunk_size, y, final_state)
+    return y, final_state
+
+
 @torch.library.custom_op("mamba_dist::ssd_gpu_backward", mutates_args=())
 def _backward(
     grad_y: Tensor,
@@ -164,13 +191,9 @@ def _backward(
     chunk_size: int,
 ) -> _Eight:
     """Gradients of the floating inputs in their order; empty for one that was not given."""
-    gradients = _new_gradients(x, dt, A, B, C, D, dt_bias, initial_state)
-    inputs = _readable(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
-    # With a gate it is fp32, as y is, and the kernels need its digits.
-    grad_y = unit_stride(grad_y if grad_y.dtype == torch.float32 else grad_y.to(x.dtype))
-    grad_final = None if grad_final is None else grad_final.contiguous()
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        require_triton().backward(*inputs, dt_softplus, chunk_size, grad_y, grad_final, gradients)
+    gradients = _new_gradients(NO_PARTS, x, dt, A, B, C, D, dt_bias, initial_state)
+    inputs = x, dt, A, B, C, D, dt_bias, seq_idx, initial_state
+    _run_backward(grad_y, grad_final, *inputs, dt_softplus, chunk_size, gradients=gradients)
     return gradients
 
 
@@ -190,7 +213,32 @@ def _(
     dt_softplus: bool,
     chunk_size: int,
 ) -> _Eight:
-    return _new_gradients(x, dt, A, B, C, D, dt_bias, initial_state)
+    return _new_gradients(NO_PARTS, x, dt, A, B, C, D, dt_bias, initial_state)
+
+
+def _run_backward(
+    grad_y: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+    *,
+    gradients: _Eight,
+) -> None:
+    inputs = _readable(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
+    # With a gate it is fp32, as y is, and the kernels need its digits.
+    grad_y = unit_stride(grad_y if grad_y.dtype == torch.float32 else grad_y.to(x.dtype))
+    grad_final = None if grad_final is None else grad_final.contiguous()
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        require_triton().backward(*inputs, dt_softplus, chunk_size, grad_y, grad_final, gradients)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -204,13 +252,21 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _differentiate(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
     # Under activation checkpointing saved tensors can be unpacked only once.
     saved = ctx.saved_tensors
-    x, initial_state = saved[0], saved[8]
-    if grad_y is None:
-        grad_y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    found = _backward(grad_y, grad_final, *saved, *ctx.options)
+    found = _backward(_present(grad_y, saved[0]), grad_final, *saved, *ctx.options)
+    return _of_arguments(saved, found)
+
+
+def _present(grad_y: Tensor | None, x: Tensor) -> Tensor:
+    if grad_y is not None:
+        return grad_y
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
+def _of_arguments(saved: tuple[Tensor | None, ...], found: _Eight) -> tuple[Tensor | None, ...]:
+    """The gradients of all arguments of `_forward`, None for those that were not given."""
     given = [
         None if tensor is None else gradient
-        for tensor, gradient in zip((*saved[:7], initial_state), found, strict=True)
+        for tensor, gradient in zip((*saved[:7], saved[8]), found, strict=True)
     ]
     return *given[:7], None, given[7], None, None, None
 
@@ -218,19 +274,33 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -
 _forward.register_autograd(_differentiate, setup_context=_keep_inputs)
 
 
-class _KeptSsd(torch.autograd.Function):
-    """`_forward` with the scan run once, which no operator can say: its arguments are values."""
+class _Ssd(torch.autograd.Function):
+    """`_forward` with what no operator can say, whose arguments are values and results its own.
+
+    The scan is run once for all recomputations, and gradients go to the places for them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, kept: KeptScan, *arguments: Any) -> tuple[Tensor, Tensor]:
-        run = functools.partial(_forward, *arguments)
-        outputs: tuple[Tensor, Tensor] = kept.results(run) if any(ctx.needs_input_grad) else run()
+    def forward(
+        ctx: Any, kept: KeptScan | None, grads_into: GradientParts, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
+        # Not by the operator, whose dispatch costs more than a small scan.
+        run = functools.partial(_run_forward, *arguments)
+        wanted = any(ctx.needs_input_grad)
+        outputs: tuple[Tensor, Tensor] = kept.results(run) if kept is not None and wanted else run()
         _keep_inputs(ctx, arguments, outputs)
+        ctx.grads_into = grads_into
         return outputs
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
-        return None, *_differentiate(ctx, grad_y, grad_final)
+        saved = ctx.saved_tensors
+        floating = *saved[:7], saved[8]
+        gradients = _new_gradients(ctx.grads_into, *floating)
+        grad_y = _present(grad_y, saved[0])
+        _run_backward(grad_y, grad_final, *saved, *ctx.options, gradients=gradients)
+        return None, None, *_of_arguments(saved, gradients)
 
 
 def _readable(
@@ -261,10 +331,20 @@ def _new_results(x: Tensor, B: Tensor, y_dtype: torch.dtype) -> tuple[Tensor, Te
     )
 
 
-def _new_gradients(*inputs: Tensor | None) -> _Eight:
-    like = inputs[0]
-    assert like is not None
-    x, dt, A, B, C, D, dt_bias, initial_state = (
-        like.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in inputs
+def _new_gradients(
+    grads_into: GradientParts,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+) -> _Eight:
+    of_D, of_bias, of_initial = (
+        x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (D, dt_bias, initial_state)
     )
-    return x, dt, A, B, C, D, dt_bias, initial_state
+    of_x, of_dt, of_B, of_C = map(empty_gradient, (x, dt, B, C), grads_into)
+    return of_x, of_dt, A.new_empty(A.shape), of_B, of_C, of_D, of_bias, of_initial

@@ -259,6 +259,8 @@ def finish_steps(
     dt_b,
     dt_l,
     dt_h,
+    grad_dt_b,
+    grad_dt_l,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr,
@@ -317,7 +319,7 @@ def finish_steps(
     if SOFTPLUS:
         raw = raw_steps(dt + row * dt_b, bias, positions, head, exists, dt_l, dt_h, HAS_BIAS)
         grad *= tl.sigmoid(raw)
-    out = (row * length + positions)[:, None] * heads + head[None, :]
+    out = row * grad_dt_b + (positions.to(tl.int64) * grad_dt_l)[:, None] + head[None, :]
     tl.store(grad_dt + out, grad.to(grad_dt.dtype.element_ty), mask=exists)
     place = sums + (row * heads + head) * chunks + chunk
     tl.store(place, tl.sum(tl.where(exists, step * grad_decay, 0.0), axis=0), mask=real)

@@ -193,6 +193,8 @@ def scan_chunks(
     read_b,
     read_l,
     read_g,
+    out_b,
+    out_l,
     P: tl.constexpr,
     N: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -230,8 +232,7 @@ def scan_chunks(
     values += row * values_b + begin * values_l + head * values_h
     written += row * written_b + begin * written_l + (head // per_group) * written_g
     read += row * read_b + begin * read_l + (head // per_group) * read_g
-    out_l = heads * P
-    out += (row * length + begin) * out_l + head * P
+    out += row * out_b + begin * out_l + head * P
     by_position = (row * heads + head) * chunks * Q
     numbered = row * chunks * Q
     inner = p[:, None] * N + n[None, :]

@@ -161,8 +161,9 @@ def backward(
     grad_final: Tensor | None,
     gradients: tuple[Tensor, ...],
 ) -> None:
-    """Fills the contiguous gradients of x, dt, A, B, C, D, dt_bias and the initial state.
+    """Fills the gradients of x, dt, A, B, C, D, dt_bias and the initial state.
 
+    All are contiguous, but that those of x, dt, B and C may leave gaps between positions.
     `grad_y` (B, L, H, P) is in x's dtype, with a unit stride of P; an empty gradient is not wanted.
     """
     per_position = gradients[0], gradients[1], gradients[3], gradients[4]
@@ -278,6 +279,7 @@ def _scan(
         *(starts, out, *chunk_states, end, length, heads, problem.per_group, problem.blocks),
         *(problem.segments, problem.segment_chunks),
         *(stride for tensor in inputs for stride in tensor.stride()[:3]),
+        *out.stride()[:2],
         REVERSE=reverse,
         HAS_D=problem.D is not None,
         HAS_START=starts is not None,
@@ -376,7 +378,7 @@ def _finish_steps(
     triton_backward.finish_steps[(problem.chunks, _ceiling(heads, _HEADS), batch)](
         *(problem.dt, problem.dt_bias, problem.A, problem.steps, problem.numbers),
         *(by_position, by_chunk, grad_dt, sums, length, heads, problem.blocks, problem.chunks),
-        *(by_position[0].numel(), sums[0].numel(), *problem.dt.stride()),
+        *(by_position[0].numel(), sums[0].numel(), *problem.dt.stride(), *grad_dt.stride()[:2]),
         HAS_BIAS=problem.dt_bias is not None,
         SOFTPLUS=problem.dt_softplus,
         HAS_DOCUMENTS=problem.numbers is not None,
