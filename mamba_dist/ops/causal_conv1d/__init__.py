@@ -21,6 +21,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "cuda": cuda.causal_conv1d,
     }
 )
+_STEPPING_BACKENDS: Final = ("gpu",)
 
 
 def causal_conv1d(
@@ -32,6 +33,7 @@ def causal_conv1d(
     return_final_state: bool = False,
     activation: Literal["silu"] | None = None,
     *,
+    donate_state: bool = False,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output (B, L, E) in x's dtype, or (output, final_state) with final_state (B, E, K - 1).
@@ -51,6 +53,8 @@ def causal_conv1d(
         return_final_state: also return the last K - 1 inputs, oldest first; those of earlier
             documents are zero.
         activation: None or "silu".
+        donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
+            without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -67,8 +71,9 @@ def causal_conv1d(
     check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}, expected None or 'silu'")
+    options = {"donate_state": donate_state} if backend in _STEPPING_BACKENDS else {}
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
-        x, weight, bias, seq_idx, initial_state, return_final_state, activation == "silu"
+        x, weight, bias, seq_idx, initial_state, return_final_state, activation == "silu", **options
     )
     if final_state is None:
         return y

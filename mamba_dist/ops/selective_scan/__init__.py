@@ -6,6 +6,7 @@ B batch, L length, E channels (d_inner), N d_state, G groups; channel e uses gro
 from types import MappingProxyType
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from mamba_dist.ops.arguments import (
@@ -29,6 +30,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
     }
 )
 _KEEPING_BACKENDS: Final = ("cpu", "gpu")
+_STEPPING_BACKENDS: Final = ("gpu",)
 
 
 def selective_scan(
@@ -46,6 +48,8 @@ def selective_scan(
     return_final_state: bool = False,
     *,
     kept: KeptScan | None = None,
+    A_is_log: bool = False,
+    donate_state: bool = False,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype, or (y, final_state) with final_state (B, E, N).
@@ -71,6 +75,10 @@ def selective_scan(
         kept: spares a recomputation of this very call the scan: the first run fills it, later ones
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
+        A_is_log: A is given as the A_log that models learn, with A = -exp(A_log), and has A_log's
+            gradient.
+        donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
+            without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -78,7 +86,11 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state)
     refuse_final_state(kept, return_final_state)
-    options = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    options: dict[str, object] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    if backend in _STEPPING_BACKENDS:
+        options |= {"A_is_log": A_is_log, "donate_state": donate_state}
+    elif A_is_log:
+        A = -torch.exp(A)
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, **options
     )

@@ -2,7 +2,7 @@
 
 The kernels have 16 states per channel and whole warps of 16 channels. Other sizes are brought to
 that here, in operations that autograd sees: channels are padded with zeros, and more states are
-scanned 16 at a time, since the output is a sum over states.
+scanned 16 at a time, since the output is a sum over states. A step of decoding has its own kernel.
 
 B batch, L length, E channels, N d_state, G groups.
 """
@@ -20,6 +20,12 @@ from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
+from mamba_dist.ops.nvrtc.state_step import (
+    MOST_STATES,
+    StepInputs,
+    is_plain_step,
+    state_step,
+)
 from mamba_dist.ops.selective_scan.gpu_launch import (
     STATES,
     WARP_CHANNELS,
@@ -43,6 +49,8 @@ def selective_scan(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     kept: KeptScan | None = None,
+    A_is_log: bool = False,
+    donate_state: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype and final state (B, E, N) in fp32.
 
@@ -56,8 +64,36 @@ def selective_scan(
     """
     if u.dtype == torch.float64:
         raise BackendError(f"ops backend 'gpu' has no fp64 selective_scan; {USE_TORCH}")
-    refuse_tangents("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    refuse_tangents("selective_scan", *tensors)
+    if A.shape[1] <= MOST_STATES and is_plain_step(u.shape[1], *tensors):
+        gate = None if z is None else z[:, 0]
+        rows = u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, gate, delta_bias, initial_state
+        y, final_state = state_step(
+            StepInputs(*rows), softplus=delta_softplus, A_is_log=A_is_log, donate_state=donate_state
+        )
+        return y[:, None], final_state
+    return _scanned(*tensors[:8], delta_softplus, seq_idx, initial_state, kept, A_is_log)
+
+
+def _scanned(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    kept: KeptScan | None,
+    A_is_log: bool,
+) -> tuple[Tensor, Tensor]:
     channels, d_state, groups = u.shape[2], A.shape[1], B.shape[2]
+    if A_is_log:
+        A = -torch.exp(A)
     rows = (u, delta, B, C) if z is None else (u, delta, B, C, z)
     storage = u.dtype if u.dtype == torch.bfloat16 else torch.float32
     if any(tensor.dtype != storage for tensor in rows):

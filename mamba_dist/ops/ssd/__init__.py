@@ -6,6 +6,7 @@ B batch, L length, H heads, P headdim, N d_state, G groups; head h uses group h 
 from types import MappingProxyType
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from mamba_dist.ops.arguments import (
@@ -29,6 +30,7 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
     }
 )
 _KEEPING_BACKENDS: Final = ("cpu", "gpu")
+_STEPPING_BACKENDS: Final = ("gpu",)
 
 
 def ssd(
@@ -47,6 +49,8 @@ def ssd(
     *,
     chunk_size: int = 256,
     kept: KeptScan | None = None,
+    A_is_log: bool = False,
+    donate_state: bool = False,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype, or (y, final_state) with final_state (B, H, P, N).
@@ -74,6 +78,10 @@ def ssd(
         kept: spares a recomputation of this very call the scan: the first run fills it, later ones
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
+        A_is_log: A is given as the A_log that models learn, with A = -exp(A_log), and has A_log's
+            gradient.
+        donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
+            without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -82,7 +90,11 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, chunk_size)
     refuse_final_state(kept, return_final_state)
-    options = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    options: dict[str, object] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
+    if backend in _STEPPING_BACKENDS:
+        options |= {"A_is_log": A_is_log, "donate_state": donate_state}
+    elif A_is_log:
+        A = -torch.exp(A)
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size, **options
     )
