@@ -51,9 +51,18 @@ class CausalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32)) if bias else None
 
     def forward(
-        self, x: Tensor, seq_idx: Tensor | None, state: Tensor | None, *, keep_state: bool
+        self,
+        x: Tensor,
+        seq_idx: Tensor | None,
+        state: Tensor | None,
+        *,
+        keep_state: bool,
+        donate_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, E) in x's dtype, and the state (B, E, K-1) after position L-1 if to be kept."""
+        """(B, L, E) in x's dtype, and the state (B, E, K-1) after position L-1 if to be kept.
+
+        With `donate_state` the one before may be overwritten.
+        """
         result = causal_conv1d(
             x,
             self.weight.squeeze(1),
@@ -62,6 +71,7 @@ class CausalConv1d(nn.Module):
             state,
             keep_state,
             "silu",
+            donate_state=donate_state,
             backend=self._backend,
         )
         return result if isinstance(result, tuple) else (result, None)

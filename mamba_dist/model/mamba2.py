@@ -53,6 +53,7 @@ class Mamba2Mixer(nn.Module):
         state: LayerState | None = None,
         *,
         keep_state: bool = False,
+        donate_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """(B, L, D), and the state after position L-1 if it is to be kept.
 
@@ -61,13 +62,14 @@ class Mamba2Mixer(nn.Module):
             seq_idx: (B, L) int32; a document starts wherever it changes.
             state: what an earlier window left behind, for the first document of each row.
             keep_state: also return the state.
+            donate_state: `state` may be overwritten by the new one.
         """
         z, xBC, dt = self.in_proj(hidden).split(self._in_proj_widths, dim=-1)
         scanned = functools.partial(self._scanned, seq_idx=seq_idx, state=state)
         if self._selective_recomputation and torch.is_grad_enabled() and not keep_state:
             y, new_state = recomputed(functools.partial(scanned, kept=KeptScan()), xBC, dt)
         else:
-            y, new_state = scanned(xBC, dt, keep_state=keep_state)
+            y, new_state = scanned(xBC, dt, keep_state=keep_state, donate_state=donate_state)
         return self.out_proj(self.norm(y, z)), new_state
 
     def _scanned(
@@ -78,17 +80,22 @@ class Mamba2Mixer(nn.Module):
         seq_idx: Tensor | None,
         state: LayerState | None,
         keep_state: bool = False,
+        donate_state: bool = False,
         kept: KeptScan | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Convolution and scan, (B, L, E), and the state if it is to be kept."""
         xBC, conv_state = self.conv1d(
-            xBC, seq_idx, None if state is None else state.conv, keep_state=keep_state
+            xBC,
+            seq_idx,
+            None if state is None else state.conv,
+            keep_state=keep_state,
+            donate_state=donate_state,
         )
         x, B, C = xBC.split(self._conv_widths, dim=-1)  # type: ignore[no-untyped-call]
         result = ssd(
             x.unflatten(-1, (-1, self._headdim)),
             dt,
-            -torch.exp(wide(self.A_log)),
+            wide(self.A_log),
             B.unflatten(-1, (self._groups, -1)),
             C.unflatten(-1, (self._groups, -1)),
             wide(self.D),
@@ -101,6 +108,8 @@ class Mamba2Mixer(nn.Module):
             keep_state,
             chunk_size=self._chunk_size,
             kept=kept,
+            A_is_log=True,
+            donate_state=donate_state,
             backend=self._backend,
         )
         y, ssm_state = result if isinstance(result, tuple) else (result, None)
