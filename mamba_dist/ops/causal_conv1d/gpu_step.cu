@@ -50,7 +50,7 @@ struct alignas(16) Numbers {
 #pragma unroll
         for (int i = 0; i < COUNT; i += 4) {
             if (COUNT % 4 == 0) {
-                *reinterpret_cast<Four*>(to + i) = {{at[i], at[i + 1], at[i + 2], at[i + 3]}};
+                store_at_once(to + i, {{at[i], at[i + 1], at[i + 2], at[i + 3]}});
             } else {
 #pragma unroll
                 for (int j = i; j < COUNT && j < i + 4; ++j) to[j] = at[j];

@@ -64,3 +64,16 @@ DEVICE float number(uint16 bits) { return bf16_low(bits); }
 DEVICE float number(float x) { return x; }
 DEVICE void put(uint16* at, float x) { *at = uint16(pack_bf16(x, 0.f)); }
 DEVICE void put(float* at, float x) { *at = x; }
+
+// Sixteen bytes to an aligned address of global memory at once: of an assignment the compiler makes
+// several stores as soon as it knows where its parts come from.
+DEVICE void store_at_once(float* at, Four v) {
+#ifdef EMULATED
+    *reinterpret_cast<Four*>(at) = v;
+#else
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(at), "f"(v.at[0]), "f"(v.at[1]), "f"(v.at[2]), "f"(v.at[3])
+                 : "memory");
+#endif
+}

@@ -37,6 +37,9 @@ constexpr int HELD = (STATES + STEP - 1) / STEP;
 constexpr int RUNS = CHANNELS / RUN;
 // Blocks side by side.
 constexpr int COLUMNS = (RUNS + SLOTS - 1) / SLOTS;
+// A channel of a batch row is an item. What has no states is one lane's, item i that of lane i.
+constexpr int ITEMS = ROWS * RUN;
+static_assert(ITEMS <= LANES && ITEMS <= 4 && (ITEMS & (ITEMS - 1)) == 0, "each item needs a lane");
 static_assert(HEADDIM % RUN == 0 && CHANNELS % HEADDIM == 0, "a lane's channels have one head");
 
 // Of exp(dt A) as a power of two.
@@ -54,11 +57,9 @@ DEVICE bool is_state(int i, int j, int own) {
 
 // What a batch row gives to all channels of a lane.
 struct Row {
-    float dt;
     Storage::Raw4 B[HELD], C[HELD];
 
-    DEVICE void load(const Call& call, int row, int head, int group, int own) {
-        dt = number(row_of<Storage>(call.dt, row, call.dt_row)[head]);
+    DEVICE void load(const Call& call, int row, int group, int own) {
         const Element* const b = row_of<Storage>(call.B, row, call.B_row) + group * call.B_group;
         const Element* const c = row_of<Storage>(call.C, row, call.C_row) + group * call.C_group;
 #pragma unroll
@@ -69,30 +70,35 @@ struct Row {
     }
 };
 
-// A channel of a batch row: its states, before the step and then after it.
-struct Channel {
-    float x, z, y;
+// A lane's states of one item, before the step and then after it.
+struct States {
     Four h[HELD];
 
-    DEVICE void load(const Call& call, int row, int channel, int own) {
-        x = number(row_of<Storage>(call.x, row, call.x_row)[channel]);
-#if GATE
-        z = number(row_of<Storage>(call.z, row, call.z_row)[channel]);
-#endif
-        const int64 at = (int64(row) * CHANNELS + channel) * STATES;
+    DEVICE void load(const float* from, int own) {
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             h[i] = Four{};
-            if (call.before) h[i] = read_four<Fp32>(call.before + at, own + i * STEP, STATES);
+            if (from) h[i] = read_four<Fp32>(from, own + i * STEP, STATES);
         }
     }
-    // `y` becomes the lane's part of C h.
-    DEVICE void take_step(const Row& row, float dt, const Four (&rate)[HELD], int own) {
-        const float inflow = dt * x;
+    DEVICE void store(float* to, int own) const {
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const int at = own + i * STEP;
+#if WHOLE
+            if (is_state(i, 0, own)) store_at_once(to + at, h[i]);
+#else
+            write_four<Fp32>(to, at, STATES, h[i]);
+#endif
+        }
+    }
+    // Gives the lane's part of C h.
+    DEVICE float take_step(const Row& row, float dt, float inflow, const Four (&rate)[HELD],
+                           int own) {
 #if PER_HEAD
         const float decay = exp2_approx(dt * rate[0].at[0]);
 #endif
-        y = 0.f;
+        float y = 0.f;
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             const Four B = Storage::widen(row.B[i]), C = Storage::widen(row.C[i]);
@@ -106,22 +112,36 @@ struct Channel {
                 y += C.at[j] * h[i].at[j];
             }
         }
-    }
-    DEVICE void store(const Call& call, int row, int channel, int own, float skip, bool writes_y) {
-        const int64 at = int64(row) * CHANNELS + channel;
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            write_four<Fp32>(call.after + at * STATES, own + i * STEP, STATES, h[i]);
-        float out = y + skip * x;
-#if GATE
-        out *= z * sigmoid(z);
-#endif
-        if (writes_y) put(static_cast<Element*>(call.y) + at, out);
+        return y;
     }
 };
 
+// The sum over a channel's lanes of the item that is this lane's. Lanes are paired in the same order
+// for any ITEMS, so that an item's bits do not depend on how many there are.
+DEVICE float summed(float (&y)[ITEMS], int lane) {
+#pragma unroll
+    for (int mask = 2; mask > 0; mask /= 2) {
+        if (mask >= LANES) continue;
+        if (mask >= ITEMS) {
+#pragma unroll
+            for (int i = 0; i < ITEMS; ++i) y[i] += from_lane_xor(y[i], mask);
+            continue;
+        }
+        // Each lane of a pair hands over the half of its items that the other one goes on with.
+        const bool upper = lane & mask;
+#pragma unroll
+        for (int i = 0; i < mask; ++i) {
+            const float other = from_lane_xor(upper ? y[i] : y[i + mask], mask);
+            y[i] = (upper ? y[i + mask] : y[i]) + other;
+        }
+    }
+#pragma unroll
+    for (int mask = 4; mask < LANES; mask *= 2) y[0] += from_lane_xor(y[0], mask);
+    return y[0];
+}
+
 KERNEL(state_step) {
-    const int batch = int(call.batch);
+    const int last_row = int(call.batch) - 1;
     const int lane = thread_in_block() % LANES, own = 4 * lane;
     int run = block_index() % COLUMNS * SLOTS + thread_in_block() / LANES;
     // Lanes and rows beyond the last do as the last does, and write nothing.
@@ -131,16 +151,30 @@ KERNEL(state_step) {
     const int head = channel / HEADDIM;
     const int group = channel / (CHANNELS / GROUPS);
     const int first = block_index() / COLUMNS * ROWS;
+    const int mine = lane % ITEMS;
+    const int my_row = first + mine / RUN, my_channel = channel + mine % RUN;
 
-    Channel at[ROWS][RUN];
+    int row[ROWS];
+    States states[ITEMS];
     Row rows[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const int row = first + r < batch ? first + r : batch - 1;
+        row[r] = first + r < last_row ? first + r : last_row;
 #pragma unroll
-        for (int c = 0; c < RUN; ++c) at[r][c].load(call, row, channel + c, own);
-        rows[r].load(call, row, head, group, own);
+        for (int c = 0; c < RUN; ++c) {
+            const int64 at = (int64(row[r]) * CHANNELS + channel + c) * STATES;
+            states[r * RUN + c].load(call.before ? call.before + at : nullptr, own);
+        }
+        rows[r].load(call, row[r], group, own);
     }
+    const int read_row = my_row < last_row ? my_row : last_row;
+    const float x = number(row_of<Storage>(call.x, read_row, call.x_row)[my_channel]);
+    float dt = number(row_of<Storage>(call.dt, read_row, call.dt_row)[head]);
+#if GATE
+    const float z = number(row_of<Storage>(call.z, read_row, call.z_row)[my_channel]);
+#endif
+    if (call.bias) dt += call.bias[head];
+    const float skip = call.D ? call.D[head] : 0.f;
     Four rate[HELD];
 #if PER_HEAD
     rate[0].at[0] = rate_of(call.A[head]);
@@ -152,29 +186,24 @@ KERNEL(state_step) {
         for (int j = 0; j < 4; ++j) rate[i].at[j] = rate_of(rate[i].at[j]);
     }
 #endif
-    const float bias = call.bias ? call.bias[head] : 0.f;
-    const float skip = call.D ? call.D[head] : 0.f;
-
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        float dt = rows[r].dt + bias;
 #if SOFTPLUS
-        dt = softplus(dt);
+    dt = softplus(dt);
 #endif
+    const float inflow = dt * x;
+
+    float y[ITEMS];
 #pragma unroll
-        for (int c = 0; c < RUN; ++c) at[r][c].take_step(rows[r], dt, rate, own);
+    for (int i = 0; i < ITEMS; ++i) {
+        const int owner = lane_in_warp() - lane + i;
+        y[i] = states[i].take_step(rows[i / RUN], ROWS == 1 ? dt : from_lane(dt, owner),
+                                   ITEMS == 1 ? inflow : from_lane(inflow, owner), rate, own);
+        const int64 at = (int64(first + i / RUN) * CHANNELS + channel + i % RUN) * STATES;
+        if (inside && first + i / RUN <= last_row) states[i].store(call.after + at, own);
     }
-#pragma unroll
-    for (int mask = LANES / 2; mask > 0; mask /= 2)
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-            for (int c = 0; c < RUN; ++c) at[r][c].y += from_lane_xor(at[r][c].y, mask);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int c = 0; c < RUN; ++c)
-            if (inside && first + r < batch)
-                at[r][c].store(call, first + r, channel + c, own, skip,
-                               lane == (r * RUN + c) % LANES);
+    float out = summed(y, lane) + skip * x;
+#if GATE
+    out *= z * sigmoid(z);
+#endif
+    if (inside && my_row <= last_row && lane == mine)
+        put(static_cast<Element*>(call.y) + int64(my_row) * CHANNELS + my_channel, out);
 }

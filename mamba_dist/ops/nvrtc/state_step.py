@@ -129,7 +129,10 @@ def _kernel(
     is_per_head = inputs.A.dim() == 1
     headdim = channels // inputs.dt.shape[1]
     shared_by = headdim if is_per_head else batch
-    items = _items(shared_by, batch * channels * lanes // _WARP, -(-fours // lanes), is_per_head)
+    most = min(lanes, _MOST_HELD // -(-fours // lanes), shared_by)
+    items = _items(
+        most, batch * channels * lanes // _WARP, divisors_of=headdim if is_per_head else 0
+    )
     rows, run = (1, items) if is_per_head else (items, 1)
     threads_wanted = -(-batch // rows) * (channels // run) * lanes
     threads = _LARGEST_BLOCK
@@ -160,17 +163,13 @@ def _kernel(
     return kernel, -(-batch // rows) * -(-(channels // run) // (threads // lanes))
 
 
-def _items(shared_by: int, warps: int, held: int, has_to_divide: bool) -> int:
+def _items(most: int, warps: int, *, divisors_of: int) -> int:
     """Rows or channels of a lane, which share what it reads besides their states."""
-    items = _MOST_HELD
-    while items > 1 and (
-        items * held > _MOST_HELD
-        or warps < items * _WARPS_WANTED
-        or items > shared_by
-        or (has_to_divide and shared_by % items)
-    ):
-        items //= 2
-    return items
+    return next(
+        n
+        for n in (4, 2, 1)
+        if n == 1 or (n <= most and warps >= n * _WARPS_WANTED and divisors_of % n == 0)
+    )
 
 
 def _is_whole(inputs: StepInputs, after: Tensor) -> bool:
