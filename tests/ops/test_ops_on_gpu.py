@@ -24,6 +24,7 @@ from mamba_dist.ops.agreement import tolerance
 from mamba_dist.ops.backend import Backend, BackendStatus, describe_backends
 from mamba_dist.ops.causal_conv1d import causal_conv1d
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
+from mamba_dist.ops.linear import linear
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
 
@@ -289,3 +290,22 @@ def test_a_step_of_decoding_agrees_without_any_one_option(
     limit = tolerance(dtype, device_type="cuda")
     arguments = without(STEPS[op](batch=64), option)
     assert_step_agrees(op, arguments, dtype, backend=backend, limit=limit, device="cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [(2048, 8192), (4096, 160), (128, 4096), (4096, 2048), (2048, 50280), (48, 1536), (1000, 77)],
+)
+@torch.no_grad()
+def test_products_of_few_rows_agree(inputs: int, outputs: int, rows: int, backend: str) -> None:
+    x, weight, bias = (
+        random_tensor(*shape, seed=seed).bfloat16()
+        for seed, shape in enumerate([(rows, 1, inputs), (outputs, inputs), (outputs,)])
+    )
+    exact = x.double() @ weight.double().T
+    for added in (None, bias):
+        given = [None if tensor is None else tensor.cuda() for tensor in (x, weight, added)]
+        truth = exact if added is None else exact + added.double()
+        error = relative_error(linear(*given, backend=backend), truth)
+        assert error <= tolerance(torch.bfloat16, device_type="cuda")

@@ -10,10 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.linear import cpu
+from mamba_dist.ops.linear import cpu, gpu
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
-    {"reference": F.linear, "torch": F.linear, "cpu": cpu.linear, "gpu": F.linear, "cuda": F.linear}
+    {
+        "reference": F.linear,
+        "torch": F.linear,
+        "cpu": cpu.linear,
+        "gpu": gpu.linear,
+        "cuda": F.linear,
+    }
 )
 
 
