@@ -24,6 +24,7 @@ _PIECE: Final = 8
 _PIECE_BYTES: Final = 16
 _WARP: Final = 32
 _THREADS: Final = 256
+_BLOCKS_PER_SM: Final = 4
 # Threads with which a large GPU has enough weights on their way.
 _THREADS_WANTED: Final = 132 * 960
 # Of an output; the fewest pieces for each of them that are worth another warp.
@@ -73,8 +74,7 @@ def product_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         name="linear_few_rows",
         macros=tuple((name, int(value)) for name, value in named.items()),
         threads=_THREADS,
-        # With more rows a lane holds more inputs, and would spill 64 registers.
-        blocks_per_sm=4 if rows <= 2 else 3,
+        blocks_per_sm=_BLOCKS_PER_SM,
     )
     launch(
         kernel,

@@ -21,7 +21,9 @@ constexpr int TEAMS = THREADS / TEAM;
 constexpr int TEAM_WARPS = (TEAM + 31) / 32;
 constexpr int PIECES = INPUTS / 8;
 constexpr int ROUNDS = (PIECES + TEAM - 1) / TEAM;
-constexpr int PIECES_AHEAD = ROUNDS < 8 ? ROUNDS : 8;
+// With many rows their inputs need the registers.
+constexpr int MOST_AHEAD = ROWS > 2 ? 4 : 8;
+constexpr int PIECES_AHEAD = ROUNDS < MOST_AHEAD ? ROUNDS : MOST_AHEAD;
 
 DEVICE float dot(const Eight& a, const Eight& b, float sum) {
 #pragma unroll
