@@ -171,6 +171,24 @@ def test_a_state_that_a_gradient_needs_is_not_overwritten(
     assert not launches
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "gpu"])
+@pytest.mark.parametrize("op", ["scan", "ssd"])
+def test_A_log_gives_the_results_and_gradients_of_its_A(  # noqa: N802
+    op: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_launch, "launch", launch_emulated)
+    arguments = leaves(without(STEPS[op](), "A_is_log"), torch.float32, set())
+    A_log = arguments.pop("A")
+    found, expected = (
+        [*results, *torch.autograd.grad(sum(r.sum() for r in results), A_log)]
+        for results in (
+            OPS[op](**arguments, A=A, return_final_state=True, backend=backend, **options)
+            for A, options in ((A_log, {"A_is_log": True}), (-torch.exp(A_log), {}))
+        )
+    )
+    assert all(map(torch.equal, found, expected))
+
+
 @in_both_precisions
 @pytest.mark.parametrize("first", [4, 3])
 @pytest.mark.parametrize("op", OPS)
