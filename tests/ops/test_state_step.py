@@ -245,6 +245,20 @@ def test_states_that_decay_at_once_or_never_agree(A: float) -> None:
 
 
 @torch.no_grad()
+def test_an_infinite_input_is_infinite_in_its_channel_alone() -> None:
+    # Of one state: where there are more, infinities of both signs meet.
+    arguments = leaves(scan_step(channels=3, d_state=1), torch.float32, set())
+    arguments["u"][:, :, 1] = torch.inf
+    found, expected = (
+        OPS["scan"](**arguments, return_final_state=True, backend=name)
+        for name in ("gpu", "reference")
+    )
+    for value, truth in zip(found, expected, strict=True):
+        assert truth.isinf().any()
+        torch.testing.assert_close(value, truth)
+
+
+@torch.no_grad()
 def test_more_states_than_a_step_holds_go_another_way(launches: list[Kernel]) -> None:
     agrees("ssd", ssd_step(d_state=260))
     assert not launches

@@ -6,7 +6,6 @@ B batch, L length, E channels (d_inner), N d_state, G groups; channel e uses gro
 from types import MappingProxyType
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from mamba_dist.ops.arguments import (
@@ -18,6 +17,7 @@ from mamba_dist.ops.arguments import (
 )
 from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
+from mamba_dist.ops.scan_options import scan_options
 from mamba_dist.ops.selective_scan import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
@@ -29,8 +29,6 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "cuda": cuda.selective_scan,
     }
 )
-_KEEPING_BACKENDS: Final = ("cpu", "gpu")
-_STEPPING_BACKENDS: Final = ("gpu",)
 
 
 def selective_scan(
@@ -75,8 +73,7 @@ def selective_scan(
         kept: spares a recomputation of this very call the scan: the first run fills it, later ones
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
-        A_is_log: A is given as the A_log that models learn, with A = -exp(A_log), and has A_log's
-            gradient.
+        A_is_log: A is the A_log that models learn, with A = -exp(A_log).
         donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
             without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
@@ -86,11 +83,7 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state)
     refuse_final_state(kept, return_final_state)
-    options: dict[str, object] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
-    if backend in _STEPPING_BACKENDS:
-        options |= {"A_is_log": A_is_log, "donate_state": donate_state}
-    elif A_is_log:
-        A = -torch.exp(A)
+    A, options = scan_options(backend, A, kept=kept, A_is_log=A_is_log, donate_state=donate_state)
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, **options
     )

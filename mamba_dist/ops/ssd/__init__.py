@@ -6,7 +6,6 @@ B batch, L length, H heads, P headdim, N d_state, G groups; head h uses group h 
 from types import MappingProxyType
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from mamba_dist.ops.arguments import (
@@ -18,6 +17,7 @@ from mamba_dist.ops.arguments import (
 )
 from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
+from mamba_dist.ops.scan_options import scan_options
 from mamba_dist.ops.ssd import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
@@ -29,8 +29,6 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "cuda": cuda.ssd,
     }
 )
-_KEEPING_BACKENDS: Final = ("cpu", "gpu")
-_STEPPING_BACKENDS: Final = ("gpu",)
 
 
 def ssd(
@@ -73,13 +71,11 @@ def ssd(
         seq_idx: (B, L) int32; the state is reset wherever it differs from the position before.
         initial_state: (B, H, P, N), the state before position 0, of each row's first document.
         return_final_state: also return the state after L - 1, of each row's last document.
-        chunk_size: longest chunk in steps; a backend may take shorter ones, the result is the same
-            up to rounding.
+        chunk_size: longest chunk in steps; a backend may take shorter ones for the same result.
         kept: spares a recomputation of this very call the scan: the first run fills it, later ones
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
-        A_is_log: A is given as the A_log that models learn, with A = -exp(A_log), and has A_log's
-            gradient.
+        A_is_log: A is the A_log that models learn, with A = -exp(A_log).
         donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
             without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
@@ -90,11 +86,7 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, chunk_size)
     refuse_final_state(kept, return_final_state)
-    options: dict[str, object] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
-    if backend in _STEPPING_BACKENDS:
-        options |= {"A_is_log": A_is_log, "donate_state": donate_state}
-    elif A_is_log:
-        A = -torch.exp(A)
+    A, options = scan_options(backend, A, kept=kept, A_is_log=A_is_log, donate_state=donate_state)
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size, **options
     )

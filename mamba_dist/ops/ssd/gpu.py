@@ -89,6 +89,26 @@ def ssd(
         return torch_chunked.ssd(
             x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
         )
+    return _scanned(
+        *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size), kept
+    )
+
+
+def _scanned(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    kept: KeptScan | None,
+) -> tuple[Tensor, Tensor]:
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in (x, B, C))
     dtype = torch.bfloat16 if narrow else torch.float32
     with autocast_disabled(x):
