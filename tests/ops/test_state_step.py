@@ -246,8 +246,7 @@ def test_states_that_decay_at_once_or_never_agree(A: float) -> None:
 
 @torch.no_grad()
 def test_an_infinite_input_is_infinite_in_its_channel_alone() -> None:
-    # Of one state: where there are more, infinities of both signs meet.
-    # And without the skip, for the same reason.
+    # Of one state and without a skip, so that no infinities of both signs meet.
     arguments = leaves(without(scan_step(channels=3, d_state=1), "D"), torch.float32, set())
     arguments["u"][:, :, 1] = torch.inf
     found, expected = (

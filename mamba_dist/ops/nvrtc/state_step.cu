@@ -200,7 +200,9 @@ KERNEL(state_step) {
         const int64 at = (int64(first + i / RUN) * CHANNELS + channel + i % RUN) * STATES;
         if (inside && first + i / RUN <= last_row) states[i].store(call.after + at, own);
     }
-    float out = summed(y, lane) + skip * x;
+    float out = summed(y, lane);
+    // Not by a D of zero, which times an infinite input is no number.
+    if (call.D) out += skip * x;
 #if GATE
     out *= z * sigmoid(z);
 #endif
