@@ -114,11 +114,10 @@ class DecodingStep:
         )
         with _plain_tensors(), autocast:
             logits, states = self._model.forward_with_state(
-                self._tokens, self._states, last_only=True
+                self._tokens, self._states, last_only=True, donate_states=True
             )
             self._logits = logits[:, -1]
-            # One launch for many tensors, where a copy each would cost as much as a layer.
-            torch._foreach_copy_(_parts(self._states), _parts(states))
+            _replace(_parts(self._states), _parts(states))
 
 
 class DecodingSteps:
@@ -169,6 +168,14 @@ def _plain_tensors() -> Iterator[None]:
     # Leaving inference mode turns gradients on.
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _replace(old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Copies what is not in its place yet: kernels of our own write the new state over the old."""
+    elsewhere = [(to, value) for to, value in zip(old, new, strict=True) if to is not value]
+    if elsewhere:
+        # One launch for many tensors, where a copy each would cost as much as a layer.
+        torch._foreach_copy_([to for to, _ in elsewhere], [value for _, value in elsewhere])
 
 
 def _parts(states: Sequence[LayerState]) -> list[Tensor]:

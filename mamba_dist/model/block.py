@@ -35,6 +35,7 @@ class Block(nn.Module):
         state: LayerState | None = None,
         *,
         keep_state: bool = False,
+        donate_state: bool = False,
     ) -> tuple[Tensor, Tensor, LayerState | None]:
         """What is to be added to the stream, the stream (B, L, D) fp32, and the state if kept.
 
@@ -45,7 +46,10 @@ class Block(nn.Module):
             seq_idx: (B, L) int32; a document starts wherever it changes.
             state: what an earlier window left behind, for the first document of each row.
             keep_state: also return the state.
+            donate_state: `state` may be overwritten by the new one.
         """
         normed, residual = self.norm(mixed, residual)
-        mixed, new_state = self.mixer(normed, seq_idx, state, keep_state=keep_state)
+        mixed, new_state = self.mixer(
+            normed, seq_idx, state, keep_state=keep_state, donate_state=donate_state
+        )
         return mixed, residual, new_state

@@ -62,8 +62,12 @@ class CausalConv1d(nn.Module):
         *,
         keep_state: bool,
         grad_x_into: GradientPart | None = None,
+        donate_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, E) in x's dtype, and the state (B, E, K-1) after position L-1 if to be kept."""
+        """(B, L, E) in x's dtype, and the state (B, E, K-1) after position L-1 if to be kept.
+
+        With `donate_state` the one before may be overwritten.
+        """
         result = causal_conv1d(
             x,
             self.weight.squeeze(1),
@@ -73,6 +77,7 @@ class CausalConv1d(nn.Module):
             keep_state,
             "silu",
             grad_x_into=grad_x_into,
+            donate_state=donate_state,
             backend=self._backend,
         )
         return result if isinstance(result, tuple) else (result, None)

@@ -48,6 +48,7 @@ class Backbone(nn.Module):
         states: Sequence[LayerState] | None = None,
         *,
         keep_state: bool = False,
+        donate_states: bool = False,
     ) -> tuple[Tensor, list[LayerState]]:
         """Normed hidden (B, L, D), and the state of each layer if they are to be kept, else []."""
         mixed, residual = self.embedding(input_ids), None
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
                 mixed = _recomputed_block(block, mixed, seq_idx, state)
                 continue
             mixed, residual, new_state = block(
-                mixed, residual, seq_idx, state, keep_state=keep_state
+                mixed, residual, seq_idx, state, keep_state=keep_state, donate_state=donate_states
             )
             if new_state is not None:
                 new_states.append(new_state)
@@ -133,6 +134,7 @@ class MambaLM(nn.Module):
         *,
         seq_idx: Tensor | None = None,
         last_only: bool = False,
+        donate_states: bool = False,
     ) -> tuple[Tensor, list[LayerState]]:
         """Logits (B, L, V), (B, 1, V) if `last_only`, and the state of each layer after L tokens.
 
@@ -144,8 +146,12 @@ class MambaLM(nn.Module):
             states: what the window before returned; None at the start of a text.
             seq_idx: (B, L) int32; `states` belong to the first document of each row.
             last_only: compute the head at the last position only.
+            donate_states: `states` may be overwritten if nobody needs a gradient: a tensor of them
+                that was is itself the new state's, the others are as they were.
         """
-        hidden, new_states = self.backbone(input_ids, seq_idx, states, keep_state=True)
+        hidden, new_states = self.backbone(
+            input_ids, seq_idx, states, keep_state=True, donate_states=donate_states
+        )
         logits: Tensor = self.lm_head(hidden[:, -1:] if last_only else hidden)
         return logits, new_states
 

@@ -48,6 +48,7 @@ class Mamba1Mixer(nn.Module):
         state: LayerState | None = None,
         *,
         keep_state: bool = False,
+        donate_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """(B, L, D), and the state after position L-1 if it is to be kept.
 
@@ -56,6 +57,7 @@ class Mamba1Mixer(nn.Module):
             seq_idx: (B, L) int32; a document starts wherever it changes.
             state: what an earlier window left behind, for the first document of each row.
             keep_state: also return the state.
+            donate_state: `state` may be overwritten by the new one.
         """
         (x, z), grads_into = split(
             self.in_proj(hidden), self._in_proj_widths, backend=self._backend
@@ -66,7 +68,7 @@ class Mamba1Mixer(nn.Module):
         if self._selective_recomputation and torch.is_grad_enabled() and not keep_state:
             y, new_state = recomputed(functools.partial(scanned, kept=KeptScan()), x, z)
         else:
-            y, new_state = scanned(x, z, keep_state=keep_state)
+            y, new_state = scanned(x, z, keep_state=keep_state, donate_state=donate_state)
         return self.out_proj(y), new_state
 
     def _scanned(
@@ -78,6 +80,7 @@ class Mamba1Mixer(nn.Module):
         state: LayerState | None,
         grads_into: tuple[GradientPart | None, ...],
         keep_state: bool = False,
+        donate_state: bool = False,
         kept: KeptScan | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Everything between the two projections, (B, L, E), and the state if it is to be kept."""
@@ -87,6 +90,7 @@ class Mamba1Mixer(nn.Module):
             seq_idx,
             None if state is None else state.conv,
             keep_state=keep_state,
+            donate_state=donate_state,
             grad_x_into=grad_x_into,
         )
         scanned, projected, grad_sum = share(x, backend=self._backend)
@@ -97,7 +101,7 @@ class Mamba1Mixer(nn.Module):
             scanned,
             # The bias is added inside the scan, in fp32: in bf16 it costs up to 1.6 % of dt.
             linear(dt, self.dt_proj.weight, backend=self._backend),
-            -torch.exp(wide(self.A_log)),
+            wide(self.A_log),
             B.unsqueeze(2),
             C.unsqueeze(2),
             wide(self.D),
@@ -110,6 +114,8 @@ class Mamba1Mixer(nn.Module):
             kept=kept,
             grad_z_into=grad_z_into,
             grad_u_kept_by=grad_sum,
+            A_is_log=True,
+            donate_state=donate_state,
             backend=self._backend,
         )
         y, ssm_state = result if isinstance(result, tuple) else (result, None)

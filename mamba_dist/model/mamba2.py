@@ -54,6 +54,7 @@ class Mamba2Mixer(nn.Module):
         state: LayerState | None = None,
         *,
         keep_state: bool = False,
+        donate_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
         """(B, L, D), and the state after position L-1 if it is to be kept.
 
@@ -62,6 +63,7 @@ class Mamba2Mixer(nn.Module):
             seq_idx: (B, L) int32; a document starts wherever it changes.
             state: what an earlier window left behind, for the first document of each row.
             keep_state: also return the state.
+            donate_state: `state` may be overwritten by the new one.
         """
         (z, xBC, dt), (grad_z_into, *grads_into) = split(
             self.in_proj(hidden), self._in_proj_widths, backend=self._backend
@@ -72,7 +74,7 @@ class Mamba2Mixer(nn.Module):
         if self._selective_recomputation and torch.is_grad_enabled() and not keep_state:
             y, new_state = recomputed(functools.partial(scanned, kept=KeptScan()), xBC, dt)
         else:
-            y, new_state = scanned(xBC, dt, keep_state=keep_state)
+            y, new_state = scanned(xBC, dt, keep_state=keep_state, donate_state=donate_state)
         return self.out_proj(self.norm(y, z, grad_z_into=grad_z_into)), new_state
 
     def _scanned(
@@ -84,6 +86,7 @@ class Mamba2Mixer(nn.Module):
         state: LayerState | None,
         grads_into: list[GradientPart | None],
         keep_state: bool = False,
+        donate_state: bool = False,
         kept: KeptScan | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Convolution and scan, (B, L, E), and the state if it is to be kept."""
@@ -93,6 +96,7 @@ class Mamba2Mixer(nn.Module):
             seq_idx,
             None if state is None else state.conv,
             keep_state=keep_state,
+            donate_state=donate_state,
             grad_x_into=grad_xBC_into,
         )
         (x, B, C), (grad_x_into, grad_B_into, grad_C_into) = split(
@@ -101,7 +105,7 @@ class Mamba2Mixer(nn.Module):
         result = ssd(
             x.unflatten(-1, (-1, self._headdim)),  # type: ignore[no-untyped-call]
             dt,
-            -torch.exp(wide(self.A_log)),
+            wide(self.A_log),
             B.unflatten(-1, (self._groups, -1)),  # type: ignore[no-untyped-call]
             C.unflatten(-1, (self._groups, -1)),  # type: ignore[no-untyped-call]
             wide(self.D),
@@ -115,6 +119,8 @@ class Mamba2Mixer(nn.Module):
             chunk_size=self._chunk_size,
             kept=kept,
             grads_into=(grad_x_into, grad_dt_into, grad_B_into, grad_C_into),
+            A_is_log=True,
+            donate_state=donate_state,
             backend=self._backend,
         )
         y, ssm_state = result if isinstance(result, tuple) else (result, None)

@@ -137,6 +137,7 @@ def test_under_autocast_the_recurrence_gets_its_parameters_in_fp32(
 
     def spy(*arguments: Tensor, **options: object) -> object:
         seen.append(arguments)
+        assert options["A_is_log"]
         return op(*arguments, **options)
 
     monkeypatch.setattr(module, name, spy)
@@ -147,11 +148,12 @@ def test_under_autocast_the_recurrence_gets_its_parameters_in_fp32(
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens(1, 8))
 
-    x, raw_dt, A, _, _, D, _, dt_bias = seen[0][:8]
+    x, raw_dt, A_log, _, _, D, _, dt_bias = seen[0][:8]
     mixer = model.backbone.layers[0].mixer
     bias = mixer.dt_proj.bias if layer == "mamba1" else mixer.dt_bias
     assert x.dtype == raw_dt.dtype == torch.bfloat16
-    assert torch.equal(A, -mixer.A_log.exp())
+    assert A_log.dtype == torch.float32
+    assert torch.equal(A_log, mixer.A_log)
     assert torch.equal(D, mixer.D)
     assert torch.equal(dt_bias, bias)
     assert streams == [torch.float32, torch.float32]

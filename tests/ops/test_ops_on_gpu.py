@@ -15,6 +15,7 @@ from op_comparison import (
     relative_error,
     run,
 )
+from step_cases import OPTIONAL, STEPS, assert_step_agrees, without
 from torch import Tensor
 
 from mamba_dist.commands.bench.cases import Case
@@ -23,6 +24,7 @@ from mamba_dist.ops.agreement import tolerance
 from mamba_dist.ops.backend import Backend, BackendStatus, describe_backends
 from mamba_dist.ops.causal_conv1d import causal_conv1d
 from mamba_dist.ops.cross_entropy import linear_cross_entropy
+from mamba_dist.ops.linear import linear
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
 
@@ -59,6 +61,23 @@ SHAPES_OF_MODELS = [
     Case("add_rms_norm", {"B": 1, "L": 65, "D": 2560}),
     Case("linear_cross_entropy", {"B": 2, "L": 65, "D": 768, "V": 5032}),
 ]
+# Shapes of models, one text and many; and sizes that no kernel is made for.
+STEP_CASES: dict[str, list[Arguments]] = {
+    "scan": [
+        *({"batch": batch, "channels": 4096} for batch in (1, 2, 17, 64)),
+        *({"batch": 3, "channels": 77, "d_state": n} for n in (1, 5, 16, 128, 256)),
+        {"batch": 64, "channels": 1536, "d_state": 20, "groups": 3},
+    ],
+    "ssd": [
+        *({"batch": b, "heads": 64, "headdim": 64, "d_state": 128} for b in (1, 8, 64)),
+        *({"heads": 5, "headdim": 7, "d_state": n, "groups": 1} for n in (1, 24, 64, 256, 260)),
+        {"batch": 64, "heads": 24, "headdim": 64, "d_state": 128, "groups": 8},
+    ],
+    "conv": [
+        *({"batch": batch, "channels": 4352} for batch in (1, 17, 64)),
+        *({"batch": 33, "channels": 8193, "width": width} for width in (2, 3, 4)),
+    ],
+}
 
 in_both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -249,3 +268,44 @@ def test_cross_entropy_ignores_padding_and_labels_that_are_none(
         assert relative_error(found.grad, expected.grad) <= limit
     assert moved[1].grad is not None
     assert not moved[1].grad[60:].any()
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes"), [(op, sizes) for op in OPS for sizes in STEP_CASES[op]], ids=str
+)
+@in_both_precisions
+def test_a_step_of_decoding_agrees(
+    dtype: torch.dtype, op: str, sizes: Arguments, backend: str
+) -> None:
+    limit = tolerance(dtype, device_type="cuda")
+    arguments = STEPS[op](**sizes)
+    assert_step_agrees(op, arguments, dtype, backend=backend, limit=limit, device="cuda")
+
+
+@pytest.mark.parametrize(("op", "option"), [(op, o) for op in OPS for o in OPTIONAL[op]])
+@in_both_precisions
+def test_a_step_of_decoding_agrees_without_any_one_option(
+    dtype: torch.dtype, op: str, option: str, backend: str
+) -> None:
+    limit = tolerance(dtype, device_type="cuda")
+    arguments = without(STEPS[op](batch=64), option)
+    assert_step_agrees(op, arguments, dtype, backend=backend, limit=limit, device="cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [(2048, 8192), (4096, 160), (128, 4096), (4096, 2048), (2048, 50280), (48, 1536), (1000, 77)],
+)
+@torch.no_grad()
+def test_products_of_few_rows_agree(inputs: int, outputs: int, rows: int, backend: str) -> None:
+    x, weight, bias = (
+        random_tensor(*shape, seed=seed).bfloat16()
+        for seed, shape in enumerate([(rows, 1, inputs), (outputs, inputs), (outputs,)])
+    )
+    exact = x.double() @ weight.double().T
+    for added in (None, bias):
+        given = [None if tensor is None else tensor.cuda() for tensor in (x, weight, added)]
+        truth = exact if added is None else exact + added.double()
+        error = relative_error(linear(*given, backend=backend), truth)
+        assert error <= tolerance(torch.bfloat16, device_type="cuda")

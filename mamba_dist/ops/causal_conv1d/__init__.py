@@ -13,7 +13,6 @@ from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.causal_conv1d import cpu, cuda, gpu, reference, torch_chunked
 from mamba_dist.ops.joint_gradient import GradientPart
 
-_WRITING_BACKENDS: Final = ("gpu",)
 _IMPLEMENTATIONS: Final = MappingProxyType(
     {
         "reference": reference.causal_conv1d,
@@ -35,6 +34,7 @@ def causal_conv1d(
     activation: Literal["silu"] | None = None,
     *,
     grad_x_into: GradientPart | None = None,
+    donate_state: bool = False,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output (B, L, E) in x's dtype, or (output, final_state) with final_state (B, E, K - 1).
@@ -55,6 +55,8 @@ def causal_conv1d(
             documents are zero.
         activation: None or "silu".
         grad_x_into: where x's gradient may be written, see `joint_gradient`; for backend `gpu`.
+        donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
+            without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -71,7 +73,9 @@ def causal_conv1d(
     check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if activation not in (None, "silu"):
         raise ValueError(f"activation is {activation!r}, expected None or 'silu'")
-    options = {"grad_x_into": grad_x_into} if backend in _WRITING_BACKENDS else {}
+    options: dict[str, object] = {}
+    if backend == "gpu":
+        options = {"grad_x_into": grad_x_into, "donate_state": donate_state}
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         x, weight, bias, seq_idx, initial_state, return_final_state, activation == "silu", **options
     )

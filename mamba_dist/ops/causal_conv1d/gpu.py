@@ -16,12 +16,14 @@ from torch import Tensor
 
 from mamba_dist.errors import BackendError
 from mamba_dist.ops.causal_conv1d import torch_chunked
+from mamba_dist.ops.causal_conv1d.gpu_step import causal_conv1d_step
 from mamba_dist.ops.cuda_packages import document_numbers
 from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.native.call import pointer, refuse_tangents, unit_stride
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
 from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch, specialised
+from mamba_dist.ops.nvrtc.state_step import is_plain_step
 
 _SOURCES: Final = MappingProxyType(
     {name: Path(__file__).with_name(f"gpu_{name}.cu") for name in ("forward", "backward")}
@@ -98,6 +100,7 @@ def causal_conv1d(
     return_final_state: bool,
     silu: bool,
     grad_x_into: GradientPart | None = None,
+    donate_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Output (B, L, E) in x's dtype and, if asked for, final state (B, E, K - 1) in fp32.
 
@@ -115,6 +118,17 @@ def causal_conv1d(
             x, weight, bias, seq_idx, initial_state, return_final_state, silu
         )
     refuse_tangents("causal_conv1d", x, weight, bias, initial_state)
+    if is_plain_step(x.shape[1], x, weight, bias, initial_state):
+        y, final_state = causal_conv1d_step(
+            x[:, 0],
+            weight,
+            bias,
+            initial_state,
+            return_final_state=return_final_state,
+            silu=silu,
+            donate_state=donate_state,
+        )
+        return y[:, None], final_state
     if seq_idx is not None and seq_idx.dtype != torch.int32:
         seq_idx = document_numbers(seq_idx)
     y, final_state = _CausalConv1d.apply(  # type: ignore[no-untyped-call]

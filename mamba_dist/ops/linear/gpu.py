@@ -1,4 +1,4 @@
-"""Linear map whose input's gradient is added onto another one by the matrix product itself.
+"""Linear map on a GPU: torch's, but for a few rows of bf16 and for gradients to add onto.
 
 I input features, O output features.
 """
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.ops.gradient_sum import GradientSum
+from mamba_dist.ops.linear.gpu_few_rows import few_rows, product_of_few_rows
 from mamba_dist.ops.precision import autocast_disabled
 
 
@@ -17,6 +18,11 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, grad_x_onto: GradientSum | None = None
 ) -> Tensor:
     """x @ weight^T + bias, (..., O); arguments are those of `mamba_dist.ops.linear.linear`."""
+    # A matrix that is trained is fp32, so that training asks no more than this.
+    if weight.dtype == torch.bfloat16 and x.is_cuda:
+        rows = few_rows(x, weight, bias)
+        if rows is not None:
+            return product_of_few_rows(rows, weight, bias).view(*x.shape[:-1], len(weight))
     if grad_x_onto is None or bias is not None:
         return F.linear(x, weight, bias)
     device_type = x.device.type

@@ -4,7 +4,7 @@ B batch, L length, E channels (d_inner), N d_state, G groups; channel e uses gro
 """
 
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.gradient_sum import GradientSum
 from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
+from mamba_dist.ops.scan_options import scan_options
 from mamba_dist.ops.selective_scan import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
@@ -30,8 +31,6 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "cuda": cuda.selective_scan,
     }
 )
-_KEEPING_BACKENDS: Final = ("cpu", "gpu")
-_WRITING_BACKENDS: Final = ("gpu",)
 
 
 def selective_scan(
@@ -51,6 +50,8 @@ def selective_scan(
     kept: KeptScan | None = None,
     grad_z_into: GradientPart | None = None,
     grad_u_kept_by: GradientSum | None = None,
+    A_is_log: bool = False,
+    donate_state: bool = False,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype, or (y, final_state) with final_state (B, E, N).
@@ -78,6 +79,9 @@ def selective_scan(
             `cuda` scan again.
         grad_z_into: where z's gradient may be written, see `joint_gradient`; for backend `gpu`.
         grad_u_kept_by: who may keep u's gradient back, see `gradient_sum`; for backend `gpu`.
+        A_is_log: A is the A_log that models learn, with A = -exp(A_log).
+        donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
+            without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -85,9 +89,15 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state)
     refuse_final_state(kept, return_final_state)
-    options: dict[str, Any] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
-    if backend in _WRITING_BACKENDS:
-        options |= {"grad_z_into": grad_z_into, "grad_u_kept_by": grad_u_kept_by}
+    A, options = scan_options(
+        backend,
+        A,
+        kept=kept,
+        A_is_log=A_is_log,
+        donate_state=donate_state,
+        grad_z_into=grad_z_into,
+        grad_u_kept_by=grad_u_kept_by,
+    )
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, **options
     )

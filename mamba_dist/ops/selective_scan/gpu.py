@@ -2,7 +2,7 @@
 
 The kernels have 16 states per channel and whole warps of 16 channels. Other sizes are brought to
 that here, in operations that autograd sees: channels are padded with zeros, and more states are
-scanned 16 at a time, since the output is a sum over states.
+scanned 16 at a time, since the output is a sum over states. A step of decoding has its own kernel.
 
 B batch, L length, E channels, N d_state, G groups.
 """
@@ -22,6 +22,12 @@ from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
+from mamba_dist.ops.nvrtc.state_step import (
+    MOST_STATES,
+    StepInputs,
+    is_plain_step,
+    state_step,
+)
 from mamba_dist.ops.selective_scan.gpu_launch import (
     STATES,
     WARP_CHANNELS,
@@ -47,6 +53,8 @@ def selective_scan(
     kept: KeptScan | None = None,
     grad_z_into: GradientPart | None = None,
     grad_u_kept_by: GradientSum | None = None,
+    A_is_log: bool = False,
+    donate_state: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, E) in u's dtype and final state (B, E, N) in fp32.
 
@@ -60,8 +68,40 @@ def selective_scan(
     """
     if u.dtype == torch.float64:
         raise BackendError(f"ops backend 'gpu' has no fp64 selective_scan; {USE_TORCH}")
-    refuse_tangents("selective_scan", u, delta, A, B, C, D, z, delta_bias, initial_state)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    refuse_tangents("selective_scan", *tensors)
+    if A.shape[1] <= MOST_STATES and is_plain_step(u.shape[1], *tensors):
+        gate = None if z is None else z[:, 0]
+        rows = u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, gate, delta_bias, initial_state
+        y, final_state = state_step(
+            StepInputs(*rows), softplus=delta_softplus, A_is_log=A_is_log, donate_state=donate_state
+        )
+        return y[:, None], final_state
+    places = _Places(grad_z_into, grad_u_kept_by)
+    options = delta_softplus, seq_idx, initial_state
+    return _scanned(*tensors[:8], *options, kept, places, A_is_log=A_is_log)
+
+
+def _scanned(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    kept: KeptScan | None,
+    places: "_Places",
+    *,
+    A_is_log: bool,
+) -> tuple[Tensor, Tensor]:
     channels, d_state, groups = u.shape[2], A.shape[1], B.shape[2]
+    if A_is_log:
+        A = -torch.exp(A)
     rows = (u, delta, B, C) if z is None else (u, delta, B, C, z)
     storage = u.dtype if u.dtype == torch.bfloat16 else torch.float32
     if any(tensor.dtype != storage for tensor in rows):
@@ -87,7 +127,6 @@ def selective_scan(
         seq_idx=_int32(seq_idx),
     )
     # With padding y is copied, and would be kept beside its copy.
-    places = _Places(grad_z_into, grad_u_kept_by)
     y, final_state = _all_states(inputs, delta_softplus, d_state, None if short else kept, places)
     y = _narrowed(y, groups, short)
     return y.to(u.dtype), _narrowed(final_state.mT, groups, short).mT

@@ -4,7 +4,7 @@ B batch, L length, H heads, P headdim, N d_state, G groups; head h uses group h 
 """
 
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from mamba_dist.ops.arguments import (
 )
 from mamba_dist.ops.backend import implementation
 from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
+from mamba_dist.ops.scan_options import scan_options
 from mamba_dist.ops.ssd import cpu, cuda, gpu, reference, torch_chunked
 
 _IMPLEMENTATIONS: Final = MappingProxyType(
@@ -28,8 +29,6 @@ _IMPLEMENTATIONS: Final = MappingProxyType(
         "cuda": cuda.ssd,
     }
 )
-_KEEPING_BACKENDS: Final = ("cpu", "gpu")
-_WRITING_BACKENDS: Final = ("gpu",)
 
 
 def ssd(
@@ -49,6 +48,8 @@ def ssd(
     chunk_size: int = 256,
     kept: KeptScan | None = None,
     grads_into: gpu.GradientParts = gpu.NO_PARTS,
+    A_is_log: bool = False,
+    donate_state: bool = False,
     backend: str = "torch",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype, or (y, final_state) with final_state (B, H, P, N).
@@ -71,13 +72,15 @@ def ssd(
         seq_idx: (B, L) int32; the state is reset wherever it differs from the position before.
         initial_state: (B, H, P, N), the state before position 0, of each row's first document.
         return_final_state: also return the state after L - 1, of each row's last document.
-        chunk_size: longest chunk in steps; a backend may take shorter ones, the result is the same
-            up to rounding.
+        chunk_size: longest chunk in steps; a backend may take shorter ones for the same result.
         kept: spares a recomputation of this very call the scan: the first run fills it, later ones
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
         grads_into: where the gradients of x, dt, B and C may be written, see `joint_gradient`;
             for backend `gpu`.
+        A_is_log: A is the A_log that models learn, with A = -exp(A_log).
+        donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
+            without gradients: the final state then is the tensor `initial_state` itself.
         backend: a name from `resolve_backend`.
 
     Raises:
@@ -86,9 +89,14 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, z, dt_bias, seq_idx, initial_state, chunk_size)
     refuse_final_state(kept, return_final_state)
-    options: dict[str, Any] = {"kept": kept} if backend in _KEEPING_BACKENDS else {}
-    if backend in _WRITING_BACKENDS:
-        options["grads_into"] = grads_into
+    A, options = scan_options(
+        backend,
+        A,
+        kept=kept,
+        A_is_log=A_is_log,
+        donate_state=donate_state,
+        grads_into=grads_into,
+    )
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size, **options
     )

@@ -24,6 +24,12 @@ from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents, unit_stride
+from mamba_dist.ops.nvrtc.state_step import (
+    MOST_STATES,
+    StepInputs,
+    is_plain_step,
+    state_step,
+)
 from mamba_dist.ops.precision import autocast_disabled
 from mamba_dist.ops.ssd import torch_chunked
 from mamba_dist.ops.triton_package import USE_TORCH, import_triton_module
@@ -66,23 +72,53 @@ def ssd(
     chunk_size: int,
     kept: KeptScan | None = None,
     grads_into: GradientParts = NO_PARTS,
+    A_is_log: bool = False,
+    donate_state: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Output y (B, L, H, P) in x's dtype and final state (B, H, P, N) in fp32.
 
     Arguments and shapes are those of `mamba_dist.ops.ssd.ssd`; the chunk is a power of two from 16
-    to 64, as long as `chunk_size` allows. One step, or a d_state above 256, goes to the torch
-    backend.
+    to 64, as long as `chunk_size` allows. One step has a CUDA kernel of its own; with gradients it
+    goes to the torch backend, as a d_state above 256 does.
 
     Raises:
-        BackendError: Triton cannot be imported, or x is fp64.
+        BackendError: Triton cannot be imported, the step's kernel cannot be compiled or run here,
+            or x is fp64.
     """
-    refuse_tangents("ssd", x, dt, A, B, C, D, z, dt_bias, initial_state)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
+    refuse_tangents("ssd", *tensors)
     if x.dtype == torch.float64:
         raise BackendError(f"ops backend 'gpu' has no float64 kernel for ssd; {USE_TORCH}")
+    if B.shape[3] <= MOST_STATES and is_plain_step(x.shape[1], *tensors):
+        return _step(*tensors, softplus=dt_softplus, A_is_log=A_is_log, donate_state=donate_state)
+    if A_is_log:
+        A = -torch.exp(A)
     if x.shape[1] == 1 or B.shape[3] > _LARGEST_D_STATE:
         return torch_chunked.ssd(
             x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
         )
+    return _scanned(
+        *(x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size),
+        *(kept, grads_into),
+    )
+
+
+def _scanned(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    kept: KeptScan | None,
+    grads_into: GradientParts,
+) -> tuple[Tensor, Tensor]:
     narrow = all(tensor.dtype == torch.bfloat16 for tensor in (x, B, C))
     dtype = torch.bfloat16 if narrow else torch.float32
     with autocast_disabled(x):
@@ -113,6 +149,28 @@ def ssd(
         if z is not None:
             y = y * F.silu(z.float())
         return y.to(x.dtype), final_state
+
+
+def _step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    **options: bool,
+) -> tuple[Tensor, Tensor]:
+    # (B, H P, N), a view of what is contiguous.
+    before = None if initial_state is None else initial_state.flatten(1, 2)
+    gate = None if z is None else z[:, 0].flatten(1)
+    inputs = StepInputs(x[:, 0].flatten(1), dt[:, 0], A, B[:, 0], C[:, 0], D, gate, dt_bias, before)
+    y, after = state_step(inputs, **options)
+    if initial_state is not None and after.data_ptr() == initial_state.data_ptr():
+        return y.view(x.shape), initial_state
+    return y.view(x.shape), after.view(*x.shape[:1], *x.shape[2:], B.shape[3])
 
 
 # Not of device type "cuda" only: Triton's interpreter, as the tests use it, takes CPU tensors.
