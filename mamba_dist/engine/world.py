@@ -46,9 +46,10 @@ class World:
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise float64 sums over all ranks; integers below 2**53 stay exact."""
+        if self.size == 1:
+            return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(total)
+        dist.all_reduce(total)
         return [float(v) for v in total.tolist()]
 
     def sum_tokens_or_raise(self, tokens: int, fault: MambaDistError | None) -> int:

@@ -29,6 +29,7 @@ from mamba_dist.engine.base import (
     require_fp32,
 )
 from mamba_dist.engine.world import World
+from mamba_dist.ops.readback import read_later
 
 _NEVER = 1 << 62
 
@@ -179,7 +180,9 @@ class ZeroEngine:
         self, inputs: Mapping[str, Tensor], *, step_tokens: int, last: bool
     ) -> Tensor:
         """Loss sum of one micro-batch, () fp32; see the protocol."""
-        self._engine.train()
+        # It walks over all modules, which takes as long as several layers' kernels.
+        if not self._engine.training or not self.module.training:
+            self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
         loss_sum: Tensor = self._engine(**self._to_device(inputs))
         # ZeRO averages gradients over ranks; the denominator is already global.
@@ -252,16 +255,18 @@ class ZeroEngine:
         # DeepSpeed at stage 0 neither reports a norm nor skips (measured: one NaN made all weights
         # NaN).
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norms = torch._foreach_norm(gradients)
-        norm = torch.linalg.vector_norm(torch.stack(list(norms)))
-        self._norm = float(norm)
-        if self._is_bad(self._norm):
-            self._engine.zero_grad()
-            return StepStats(grad_norm=self._norm, skipped=True)
-        if max_grad_norm is not None:
-            torch._foreach_mul_(gradients, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        # A NaN compares false with everything, so the condition is asked the other way round.
+        bad = ~(norm <= self._skip_above) | norm.isinf()
+        report = read_later(torch.stack([norm, bad.float()]))
+        # AdamW clips and skips on the device, so that the host need not know before it goes on.
+        self._adamw.found_inf = bad.float()  # type: ignore[attr-defined]
+        self._adamw.grad_scale = (  # type: ignore[attr-defined]
+            None if max_grad_norm is None else torch.clamp((norm + 1e-6) / max_grad_norm, min=1.0)
+        )
         self._engine.step()
-        return StepStats(grad_norm=self._norm, skipped=False)
+        self._norm, skipped = report()
+        return StepStats(grad_norm=self._norm, skipped=bool(skipped))
 
     def _is_bad(self, norm: float) -> bool:
         # A NaN compares false with everything, so the condition is asked the other way round.

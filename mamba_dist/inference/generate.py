@@ -21,6 +21,7 @@ from mamba_dist.inference.sampling import SamplingSettings, chosen_ids, most_pro
 from mamba_dist.inference.state import stack_states
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.state import LayerState
+from mamba_dist.ops.readback import read_later
 
 _Advance = Callable[[Tensor], Tensor]
 """From the next token of each text (B,) to the logits (B, V) after it."""
@@ -169,24 +170,10 @@ def _greedily(
     allowed = min(vocab_size, settings.vocab_size or vocab_size)
     choice = most_probable(logits[:, :allowed])
     for _ in range(settings.max_new_tokens - 1):
-        arrived = _sent_to_host(choice)
+        arrived = read_later(choice)
         choice = most_probable(advance(choice[0])[:, :allowed])
         yield chosen_ids(arrived())
     yield chosen_ids(choice.tolist())
-
-
-def _sent_to_host(values: Tensor) -> Callable[[], list[list[int]]]:
-    """Starts a copy; what comes back waits for it, and for nothing that was queued after it."""
-    copy = values.to("cpu", non_blocking=True)
-    if values.device.type != "cuda":
-        return copy.tolist
-    arrived = torch.cuda.current_stream(values.device).record_event()
-
-    def wait() -> list[list[int]]:
-        arrived.synchronize()
-        return copy.tolist()
-
-    return wait
 
 
 def _read_prompts(

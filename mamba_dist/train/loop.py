@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mamba_dist.checkpoint.manifest import Progress
 from mamba_dist.checkpoint.store import Snapshot, apply_retention, save_checkpoint
 from mamba_dist.errors import CheckpointError, TrainingError
+from mamba_dist.ops.readback import read_later
 from mamba_dist.train.build import Run
 from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
 from mamba_dist.train.schedule import learning_rate
@@ -46,13 +47,15 @@ def train(run: Run) -> Outcome:
             )
             for batch in batches
         ]
+        # Read after the step, so that the device has the update to do while the host waits.
+        own_loss = read_later(sum(losses[1:], start=losses[0]))
         stats = engine.step(
             lr,
             max_grad_norm=config.training.max_grad_norm,
             skip_above=config.training.skip_grad_norm_above,
         )
         # One reduction carries the loss and the agreement to stop: all ranks save the same step.
-        loss, stops = world.sum_over_ranks([float(sum(losses)), float(run.stop.reason is not None)])
+        loss, stops = world.sum_over_ranks([own_loss(), float(run.stop.reason is not None)])
         first_sample = progress.next_sample
         progress = advanced(progress, tokens=0 if stats.skipped else tokens)
         meter.observe(progress, loss_sum=loss, tokens=tokens, lr=lr, stats=stats)
