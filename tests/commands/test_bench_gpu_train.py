@@ -143,6 +143,17 @@ def test_figures_follow_from_times_memory_and_size(
     assert ours[-1] == "4.0000 3.9000 3.8000 3.7000"
 
 
+def test_a_result_is_told_as_soon_as_there_is_one(
+    config: Path, answers: dict[str, list[StepResult | str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers["plain"] = [result(1e-3)]
+    answers["zero-0"] = ["its process ended with -9"]
+    measured(config, answers)
+    told = [line.strip() for line in capsys.readouterr().err.split("\n")]
+    assert told[told.index("[round 1/1] plain") + 1].startswith("1.00 ms per step")
+    assert told[told.index("[round 1/1] zero-0") + 1] == "its process ended with -9"
+
+
 def test_ratios_show_how_far_rounds_lie_apart(
     config: Path, answers: dict[str, list[StepResult | str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

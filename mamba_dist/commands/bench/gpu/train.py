@@ -28,6 +28,7 @@ from mamba_dist.commands.bench.gpu.step import StepResult, StepSpec
 from mamba_dist.commands.bench.gpu.train_report import (
     PEER,
     Runs,
+    brief,
     document,
     heading,
     objections,
@@ -138,10 +139,12 @@ def run(words: Sequence[str], arguments: argparse.Namespace) -> bool:
                 if any(isinstance(r.get(name), str) for r in runs):
                     # It has failed and gets no figure.
                     continue
-                print(f"[round {number}/{arguments.rounds}] {name}", file=sys.stderr)
-                runs[-1][name] = _run_process(
+                print(f"[round {number}/{arguments.rounds}] {name}", file=sys.stderr, flush=True)
+                found = runs[-1][name] = _run_process(
                     spec, on_cpu=arguments.device == "cpu", timeout_s=arguments.timeout
                 )
+                # At once, so that a run that is stopped has said what it found.
+                print(f"  {brief(found)}", file=sys.stderr, flush=True)
     finally:
         print(table(measured), flush=True)
         _print_profile(measured)

@@ -120,6 +120,14 @@ def heading(words: Sequence[str], in_full: Sequence[str]) -> str:
     )
 
 
+def brief(found: StepResult | str) -> str:
+    """A line on one run of a variant."""
+    if isinstance(found, str):
+        return found
+    peak = "" if found.peak_bytes is None else f", peak {found.peak_bytes / _GIB:.2f} GiB"
+    return f"{1e3 * statistics.median(found.step_s):.2f} ms per step{peak}"
+
+
 def table(measured: Runs) -> str:
     """Title, table and what has to be said about it."""
     wrong = objections(measured)
