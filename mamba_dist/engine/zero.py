@@ -256,8 +256,8 @@ class ZeroEngine:
         # NaN).
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        # A NaN compares false with everything, so the condition is asked the other way round.
-        bad = ~(norm <= self._skip_above) | norm.isinf()
+        # `_is_bad`, on the device.
+        bad = ~(norm.double() <= self._skip_above) | norm.isinf()
         report = read_later(torch.stack([norm, bad.float()]))
         # AdamW clips and skips on the device, so that the host need not know before it goes on.
         self._adamw.found_inf = bad.float()  # type: ignore[attr-defined]

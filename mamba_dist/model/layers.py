@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mamba_dist.ops.causal_conv1d import causal_conv1d
-from mamba_dist.ops.gradient_sum import GradientSum
 from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.linear import linear
 
@@ -23,11 +22,9 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, dtype=torch.float32)
         self._backend = backend
 
-    def forward(self, input: Tensor, *, grad_input_onto: GradientSum | None = None) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., out_features) in autocast's dtype if it is on, else in the input's."""
-        return linear(
-            input, self.weight, self.bias, grad_x_onto=grad_input_onto, backend=self._backend
-        )
+        return linear(input, self.weight, self.bias, backend=self._backend)
 
     def reset_parameters(self) -> None:
         """Leaves the values alone, see the head of this file."""

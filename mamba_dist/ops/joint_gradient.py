@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Whose kernels write gradients in place.
 _WRITING_BACKENDS: Final = ("gpu",)
@@ -143,7 +144,8 @@ def split(
     """Views of the parts (..., width), and the places for their gradients.
 
     A place is None where nobody could use it: for backends whose kernels cannot write there, and
-    without a gradient. Then this is torch's own split.
+    without a gradient. Then this is torch's own split. Otherwise the gradients that one backward
+    gives of `whole` and of the parts may lie in one memory.
 
     Args:
         whole: (..., sum of widths).
@@ -151,6 +153,8 @@ def split(
         backend: a name from `resolve_backend`.
     """
     wanted = torch.is_grad_enabled() and whole.requires_grad and not torch.compiler.is_compiling()
+    # The ops say themselves that they have no forward-mode derivative.
+    wanted = wanted and forward_ad._current_level < 0
     if backend not in _WRITING_BACKENDS or not wanted:
         plain: tuple[Tensor, ...] = whole.split(tuple(widths), dim=-1)  # type: ignore[no-untyped-call]
         return plain, (None,) * len(plain)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mamba_dist.config.schema import MambaConfig
 from mamba_dist.model.mamba1 import Mamba1Mixer
 from mamba_dist.model.mamba2 import Mamba2Mixer
-from mamba_dist.ops import gradient_sum, joint_gradient
+from mamba_dist.ops import joint_gradient
 from mamba_dist.ops.causal_conv1d import gpu as conv_gpu
 from mamba_dist.ops.gated_rms_norm import gpu as norm_gpu
 from mamba_dist.ops.selective_scan import gpu_launch
@@ -23,8 +23,8 @@ from mamba_dist.ops.selective_scan import gpu_launch
 LENGTH = 41
 MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
 CHECKPOINTING = ("none", "selective", "full")
-MOVES = {"cat", "add", "add_", "copy_", "clone", "_to_copy", "fill_", "zero_"}
-"""Operators that only move gradients or add them up."""
+MOVES = {"cat", "copy_", "clone", "_to_copy", "fill_", "zero_"}
+"""Operators that only move gradients."""
 
 
 class Operators(TorchDispatchMode):
@@ -58,14 +58,10 @@ def emulated() -> Iterator[None]:
 
 
 @contextmanager
-def plain(*, sums: bool = False) -> Iterator[None]:
-    """Splits as torch does, and if `sums`, adds gradients as autograd does."""
+def plain() -> Iterator[None]:
+    """Splits as torch does."""
     with mock.patch.object(joint_gradient, "_WRITING_BACKENDS", ()):
-        if not sums:
-            yield
-            return
-        with mock.patch.object(gradient_sum, "_ADDING_BACKENDS", ()):
-            yield
+        yield
 
 
 @contextmanager

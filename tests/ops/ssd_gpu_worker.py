@@ -33,6 +33,8 @@ CASES: tuple[tuple[int, bool, bool, torch.dtype, dict[str, int]], ...] = (
     (65, True, False, torch.float32, {"groups": 2}),
     (90, True, True, torch.float32, {"batch": 1, "chunk_size": 16}),
     (33, False, True, torch.float32, {"heads": 2, "headdim": 70, "d_state": 33}),
+    # More heads than a program prepares the steps of.
+    (18, True, True, torch.float32, {"batch": 1, "heads": 34, "headdim": 2, "groups": 2}),
     (63, False, False, torch.bfloat16, TILE),
     (130, True, True, torch.bfloat16, TILE),
 )

@@ -226,6 +226,8 @@ def test_a_gradient_that_somebody_holds_is_never_overwritten(use: Use) -> None:
     before = [gradient.clone() for gradient in held]
     for part in parts:
         part.register_hook(hold)
+        # Before the hooks of a use that replaces gradients, too.
+        part._backward_hooks.move_to_end(next(reversed(part._backward_hooks)), last=False)
     for _ in range(2):
         (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
         assert torch.equal(gradient, expected(use))
@@ -254,6 +256,16 @@ def test_a_second_derivative_is_that_of_a_plain_split() -> None:
         (first,) = torch.autograd.grad(loss, x, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), x)[0])
     assert torch.equal(*results)
+
+
+@pytest.mark.usefixtures("_emulated")
+def test_a_second_derivative_that_a_kernel_lacks_is_refused_in_a_place_too() -> None:
+    x = random_tensor(2, 9, 48, seed=1).float().requires_grad_()
+    parts, places = split(x, (16, 32), backend="gpu")
+    loss = weighted(parts[0], convolved(parts[1], grad_x_into=places[1]))
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative of its own"):
+        first.square().sum().backward()
 
 
 def test_gradients_of_parts_whose_whole_is_used_besides() -> None:

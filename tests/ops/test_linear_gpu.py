@@ -1,12 +1,18 @@
 """The GPU's product of a few rows, its kernel's source run on the CPU."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from emulated_kernels import launch_emulated
 from op_comparison import random_tensor, relative_error
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from mamba_dist.ops.agreement import tolerance
+from mamba_dist.ops.linear import gpu as linear_gpu
 from mamba_dist.ops.linear import gpu_few_rows as gpu
 from mamba_dist.ops.linear import linear
 
@@ -73,3 +79,51 @@ def test_what_the_kernel_cannot_compute_goes_to_torch() -> None:
     # A mistake is torch's to report.
     with pytest.raises(RuntimeError):
         linear(x[:, :32], weight, backend="gpu")
+
+
+def test_a_few_rows_take_the_kernel_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+
+    def launch(*arguments: Any, **options: Any) -> None:
+        launches.append(1)
+        launch_emulated(*arguments, **options)
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    monkeypatch.setattr(linear_gpu, "_is_on_gpu", lambda _: True)
+    x, weight, bias = tensors(4, 64, 5)
+    found = linear(x[None], weight, bias, backend="gpu")
+    assert (found.shape, len(launches)) == ((1, 4, 5), 1)
+    assert relative_error(found, F.linear(x[None].double(), weight.double(), bias.double())) < 6e-3
+    assert torch.equal(
+        linear(x.repeat(2, 1), weight, backend="gpu"), F.linear(x.repeat(2, 1), weight)
+    )
+    assert len(launches) == 1
+
+
+def test_whoever_looks_at_operators_sees_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_gpu, "_is_on_gpu", lambda _: True)
+    monkeypatch.setattr(gpu, "launch", None)
+    x, weight, _ = tensors(2, 64, 5)
+
+    def product(x: Tensor) -> Tensor:
+        return linear(x, weight, backend="gpu")
+
+    with FlopCounterMode(display=False) as counted:
+        product(x)
+    assert counted.get_total_flops() == 2 * 2 * 64 * 5
+    with forward_ad.dual_level():
+        y = product(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert forward_ad.unpack_dual(y).tangent is not None
+    assert torch.vmap(product)(x).shape == (2, 5)
+    compiled = torch.compile(product, backend="eager", fullgraph=True)
+    for rows in (1, 2, 3):
+        assert compiled(x[:1].repeat(rows, 1)).shape == (rows, 5)
+
+
+def test_wrong_or_broadcast_operands_are_torch_s_to_judge() -> None:
+    x, weight, bias = tensors(2, 64, 5)
+    for other in (bias[:3], bias[:1], bias.repeat(2, 1)):
+        assert gpu.few_rows(x, weight, other) is None
+    for other in (weight[0], weight[:0], weight.to("meta")):
+        assert gpu.few_rows(x, other, None) is None
+    assert gpu.few_rows(x[:, :0], weight[:, :0], None) is None

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from emulated_kernels import launch_emulated
-from op_comparison import Arguments, leaves
+from op_comparison import Arguments, leaves, relative_error
 from step_cases import (
     OPS,
     OPTIONAL,
@@ -22,6 +22,7 @@ from step_cases import (
     ssd_step,
     without,
 )
+from torch import Tensor
 
 from mamba_dist.ops.agreement import tolerance
 from mamba_dist.ops.causal_conv1d import gpu as conv
@@ -262,3 +263,65 @@ def test_an_infinite_input_is_infinite_in_its_channel_alone() -> None:
 def test_more_states_than_a_step_holds_go_another_way(launches: list[Kernel]) -> None:
     agrees("ssd", ssd_step(d_state=260))
     assert not launches
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """The same values where no four of them can be read at once."""
+    room = torch.full((tensor.numel() + 1,), torch.nan, dtype=tensor.dtype)
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("op", OPS)
+@torch.no_grad()
+def test_nothing_is_read_where_it_is_not_aligned(
+    op: str, crowded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if crowded:
+        crowd(monkeypatch)
+    arguments = leaves(STEPS[op](), torch.float32, set())
+    expected = OPS[op](**arguments, return_final_state=True, backend="gpu")
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            given = arguments | {name: moved(value)}
+            found = OPS[op](**given, return_final_state=True, backend="gpu")
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_digit_of_a_wider_input_is_lost() -> None:
+    for op in ("scan", "ssd"):
+        arguments = leaves(STEPS[op](), torch.bfloat16, PER_POSITION - {"B"})
+        arguments["B"] = arguments["B"].float()
+        exact = {n: v.double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+        _, state = OPS[op](**arguments, return_final_state=True, backend="gpu")
+        _, truth = OPS[op](**exact, return_final_state=True, backend="reference")
+        assert relative_error(state, truth) <= 1e-5
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autograd_hears_of_a_state_that_was_written_over(op: str) -> None:
+    arguments = leaves(STEPS[op](), torch.float32, set())
+    arguments = {n: v.detach() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    state = arguments["initial_state"]
+    factor = torch.ones_like(state, requires_grad=True)
+    loss = (factor * state).sum()
+    with torch.no_grad():
+        OPS[op](**arguments, return_final_state=True, donate_state=True, backend="gpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_inference_tensor_is_written_over_in_its_own_mode_only(op: str) -> None:
+    with torch.inference_mode():
+        arguments = leaves(STEPS[op](), torch.float32, set())
+        before = arguments["initial_state"].clone()
+    options = {"return_final_state": True, "donate_state": True, "backend": "gpu"}
+    with torch.no_grad():
+        OPS[op](**arguments, **options)
+        assert torch.equal(arguments["initial_state"], before)
+    with torch.inference_mode():
+        _, state = OPS[op](**arguments, **options)
+        assert state is arguments["initial_state"]

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mamba_dist.ops.native.call import pointer, unit_stride
+from mamba_dist.ops.native.call import pointer, taken_over, unit_stride
 from mamba_dist.ops.nvrtc.kernel import call_fields, launch, specialised
 
 _SOURCE: Final = Path(__file__).with_name("gpu_step.cu")
@@ -61,8 +61,8 @@ def causal_conv1d_step(
     batch, channels = x.shape
     y, after = inputs.new_empty(batch, channels), None
     if return_final_state:
-        in_place = donate_state and before is initial_state
-        after = before if in_place else None
+        is_same = before is initial_state
+        after = before if taken_over(before, donated=donate_state and is_same) else None
         if after is None:
             after = weight.new_empty(batch, channels, weight.shape[1] - 1)
     states = tuple(t for t in (before, after) if t is not None)

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.gradient_sum import GradientSum
 from mamba_dist.ops.linear import cpu, gpu
 
-_ADDING_BACKENDS: Final = ("gpu",)
 _IMPLEMENTATIONS: Final = MappingProxyType[str, Callable[..., Tensor]](
     {
         "reference": F.linear,
@@ -31,7 +29,6 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    grad_x_onto: GradientSum | None = None,
     backend: str,
 ) -> Tensor:
     """x @ weight^T + bias, (..., O), with all gradients; under autocast in its dtype.
@@ -42,13 +39,10 @@ def linear(
         x: (..., I).
         weight: (O, I).
         bias: (O,).
-        grad_x_onto: what x's gradient is added onto, see `gradient_sum`; for backend `gpu`, without
-            a bias.
         backend: a name from `resolve_backend`.
 
     Raises:
         RuntimeError: the shapes or dtypes don't fit, as in `torch.nn.functional.linear`.
         ValueError: the backend name is wrong.
     """
-    options = {"grad_x_onto": grad_x_onto} if backend in _ADDING_BACKENDS else {}
-    return implementation(_IMPLEMENTATIONS, backend)(x, weight, bias, **options)
+    return implementation(_IMPLEMENTATIONS, backend)(x, weight, bias)

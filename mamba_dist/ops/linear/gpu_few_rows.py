@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mamba_dist.ops.native.call import pointer
+from mamba_dist.ops.native.call import is_unobserved, pointer
 from mamba_dist.ops.nvrtc.kernel import call_fields, launch, specialised
 
 _SOURCE: Final = Path(__file__).with_name("gpu_few_rows.cu")
@@ -74,25 +74,32 @@ def product_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x as (rows, I) where the kernel can compute the product, None where it cannot."""
-    inputs, kind = weight.shape[1], x.device.type
+    """x as (rows, I) where the kernel can compute the product, None where torch has to."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    # Autograd and autocast know torch's product only, and so do compilers and modes.
+    if not is_unobserved(*tensors) or not _is_few(x, weight, bias):
+        return None
+    kind = x.device.type
     if (
-        math.prod(x.shape[:-1]) not in range(1, _MOST_ROWS + 1)
-        or x.shape[-1] != inputs
-        or inputs % _PIECE
-        or any(tensor.dtype != torch.bfloat16 for tensor in tensors)
-        # Autograd and autocast know torch's product only, and so do compilers.
+        any(tensor.dtype != torch.bfloat16 or tensor.device != x.device for tensor in tensors)
         or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype)
-        or torch.compiler.is_compiling()
     ):
         return None
-    rows = x.reshape(-1, inputs)
+    rows = x.reshape(-1, weight.shape[1])
     in_steps = rows.stride(1) == 1 and (len(rows) == 1 or rows.stride(0) % _PIECE == 0)
     is_aligned = all(tensor.data_ptr() % _PIECE_BYTES == 0 for tensor in (rows, weight))
     whole = weight.is_contiguous() and (bias is None or bias.is_contiguous())
     return rows if in_steps and is_aligned and whole else None
+
+
+def _is_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the shapes are those of a few rows; wrong ones are torch's to report."""
+    if weight.dim() != 2 or 0 in weight.shape or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return False
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False
+    return weight.shape[1] % _PIECE == 0 and 1 <= math.prod(x.shape[:-1]) <= _MOST_ROWS
 
 
 def _team(pieces: int, outputs: int) -> int:

@@ -17,14 +17,42 @@ STORAGE: Final = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.fl
 
 def may_skip_dispatch(tensor: Tensor) -> bool:
     """Whether nobody has to see the operator, and `tensor` has memory of its own on the CPU."""
+    return tensor.device.type == "cpu" and is_unobserved(tensor)
+
+
+def is_unobserved(*tensors: Tensor | None) -> bool:
+    """Whether all have memory of their own, and no compiler, mode or transform looks at operators.
+
+    Gradients are not asked for, forward-mode ones are.
+    """
+    # First, since under a compiler the other questions have no answer.
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not is_in_torch_dispatch_mode()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and all(tensor is None or _is_plain(tensor) for tensor in tensors)
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and (forward_ad._current_level < 0 or _tangent(tensor) is None)
+    )
+
+
+def taken_over(state: Tensor | None, *, donated: bool) -> bool:
+    """Whether a kernel may write over `state`, of which autograd then hears.
+
+    Inference tensors may be written to in their own mode only.
+    """
+    if state is None or not donated:
+        return False
+    if state.is_inference():
+        return torch.is_inference_mode_enabled()
+    torch.autograd.graph.increment_version(state)
+    return True
 
 
 def refuse_tangents(operation: str, *tensors: Tensor | None) -> None:

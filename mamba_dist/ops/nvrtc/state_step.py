@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_dist.ops.native.call import pointer, unit_stride
+from mamba_dist.ops.native.call import is_unobserved, pointer, taken_over, unit_stride
 from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch, specialised
 
 MOST_STATES: Final = 256
@@ -63,7 +63,8 @@ class StepInputs(NamedTuple):
 
 def is_plain_step(length: int, *tensors: Tensor | None) -> bool:
     """Whether a call has one position, which nobody differentiates or traces."""
-    if length != 1 or torch.compiler.is_compiling():
+    # A compiler's lengths may be symbols.
+    if torch.compiler.is_compiling() or length != 1 or not is_unobserved(*tensors):
         return False
     wanted = torch.is_grad_enabled()
     return not (wanted and any(t is not None and t.requires_grad for t in tensors))
@@ -91,7 +92,7 @@ def state_step(
     inputs = _prepared(given)
     (batch, channels), d_state = inputs.x.shape, inputs.B.shape[2]
     y = inputs.x.new_empty(batch, channels)
-    in_place = donate_state and inputs.state is not None and inputs.state is given.state
+    in_place = taken_over(given.state, donated=donate_state and inputs.state is given.state)
     after = inputs.state if in_place else inputs.A.new_empty(batch, channels, d_state)
     assert after is not None
     z_row = 0 if inputs.z is None else inputs.z.stride(0)

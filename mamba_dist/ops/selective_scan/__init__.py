@@ -16,7 +16,6 @@ from mamba_dist.ops.arguments import (
     check_shape,
 )
 from mamba_dist.ops.backend import implementation
-from mamba_dist.ops.gradient_sum import GradientSum
 from mamba_dist.ops.joint_gradient import GradientPart
 from mamba_dist.ops.kept_scan import KeptScan, refuse_final_state
 from mamba_dist.ops.scan_options import scan_options
@@ -49,7 +48,6 @@ def selective_scan(
     *,
     kept: KeptScan | None = None,
     grad_z_into: GradientPart | None = None,
-    grad_u_kept_by: GradientSum | None = None,
     A_is_log: bool = False,
     donate_state: bool = False,
     backend: str = "torch",
@@ -78,7 +76,6 @@ def selective_scan(
             take y and the states from it, and no final state. Backends `reference`, `torch` and
             `cuda` scan again.
         grad_z_into: where z's gradient may be written, see `joint_gradient`; for backend `gpu`.
-        grad_u_kept_by: who may keep u's gradient back, see `gradient_sum`; for backend `gpu`.
         A_is_log: A is the A_log that models learn, with A = -exp(A_log).
         donate_state: the initial state may be overwritten. Backend `gpu` does so for one step
             without gradients: the final state then is the tensor `initial_state` itself.
@@ -96,7 +93,6 @@ def selective_scan(
         A_is_log=A_is_log,
         donate_state=donate_state,
         grad_z_into=grad_z_into,
-        grad_u_kept_by=grad_u_kept_by,
     )
     y, final_state = implementation(_IMPLEMENTATIONS, backend)(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx, initial_state, **options

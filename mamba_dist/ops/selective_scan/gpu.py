@@ -8,7 +8,7 @@ B batch, L length, E channels, N d_state, G groups.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from torch import Tensor
 from mamba_dist.errors import BackendError
 from mamba_dist.ops.cuda_packages import document_numbers
 from mamba_dist.ops.first_order import first_order
-from mamba_dist.ops.gradient_sum import GradientSum
 from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents
@@ -52,7 +51,6 @@ def selective_scan(
     initial_state: Tensor | None,
     kept: KeptScan | None = None,
     grad_z_into: GradientPart | None = None,
-    grad_u_kept_by: GradientSum | None = None,
     A_is_log: bool = False,
     donate_state: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -77,9 +75,8 @@ def selective_scan(
             StepInputs(*rows), softplus=delta_softplus, A_is_log=A_is_log, donate_state=donate_state
         )
         return y[:, None], final_state
-    places = _Places(grad_z_into, grad_u_kept_by)
     options = delta_softplus, seq_idx, initial_state
-    return _scanned(*tensors[:8], *options, kept, places, A_is_log=A_is_log)
+    return _scanned(*tensors[:8], *options, kept, grad_z_into, A_is_log=A_is_log)
 
 
 def _scanned(
@@ -95,7 +92,7 @@ def _scanned(
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
     kept: KeptScan | None,
-    places: "_Places",
+    grad_z_into: GradientPart | None,
     *,
     A_is_log: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -127,16 +124,11 @@ def _scanned(
         seq_idx=_int32(seq_idx),
     )
     # With padding y is copied, and would be kept beside its copy.
-    y, final_state = _all_states(inputs, delta_softplus, d_state, None if short else kept, places)
+    y, final_state = _all_states(
+        inputs, delta_softplus, d_state, None if short else kept, grad_z_into
+    )
     y = _narrowed(y, groups, short)
     return y.to(u.dtype), _narrowed(final_state.mT, groups, short).mT
-
-
-class _Places(NamedTuple):
-    """Where the gradients of z and of u may go."""
-
-    z: GradientPart | None = None
-    u: GradientSum | None = None
 
 
 def _int32(seq_idx: Tensor | None) -> Tensor | None:
@@ -165,11 +157,11 @@ def _all_states(
     softplus: bool,
     d_state: int,
     kept: KeptScan | None,
-    places: _Places,
+    grad_z_into: GradientPart | None,
 ) -> tuple[Tensor, Tensor]:
     """y and final state (B, E, N) for any N."""
     if d_state == STATES:
-        return _scan(inputs, softplus, kept, places)
+        return _scan(inputs, softplus, kept, grad_z_into)
     missing = -d_state % STATES
     padded = inputs._replace(
         A=F.pad(inputs.A, (0, missing)),
@@ -180,7 +172,7 @@ def _all_states(
         else F.pad(inputs.initial_state, (0, missing)),
     )
     if d_state < STATES:
-        y, final_state = _scan(padded, softplus, kept, places)
+        y, final_state = _scan(padded, softplus, kept, grad_z_into)
         return y, final_state[..., :d_state]
     total, states = None, []
     for first in range(0, d_state, STATES):
@@ -202,7 +194,7 @@ def _all_states(
             softplus,
             # More than y itself would be kept: one output for each part.
             None,
-            _Places(),
+            None,
         )
         total = y if total is None else total + y
         states.append(final_state)
@@ -217,13 +209,13 @@ def _scan(
     inputs: ScanInputs,
     softplus: bool,
     kept: KeptScan | None,
-    places: _Places,
+    grad_z_into: GradientPart | None,
 ) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled():
         # A Function cannot tell: it sees parameters that want a gradient even then.
         return run_forward(prepared(inputs), softplus, False)[:2]
     outputs: tuple[Tensor, Tensor] = _SelectiveScan.apply(  # type: ignore[no-untyped-call]
-        softplus, kept, places, *inputs
+        softplus, kept, grad_z_into, *inputs
     )
     return outputs
 
@@ -234,7 +226,7 @@ class _SelectiveScan(torch.autograd.Function):
         ctx: Any,
         softplus: bool,
         kept: KeptScan | None,
-        places: _Places,
+        grad_z_into: GradientPart | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = prepared(ScanInputs(*tensors))  # type: ignore[arg-type]
@@ -243,25 +235,19 @@ class _SelectiveScan(torch.autograd.Function):
         results = kept.results(run) if kept is not None and keep_states else run()
         y, final_state, chunk_states, split_steps = results
         if keep_states:
-            ctx.softplus, ctx.places = softplus, places
+            ctx.softplus, ctx.grad_z_into = softplus, grad_z_into
             ctx.save_for_backward(*inputs, y, chunk_states, split_steps)
         ctx.set_materialize_grads(False)
         return y, final_state
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
-        du, *others = _SelectiveScan._gradients(ctx, grad_y, grad_final)
-        total = ctx.places.u
-        kept_back = total is not None and total.keeps(du)
-        return None, None, None, None if kept_back else du, *others, None
-
-    @staticmethod
     @first_order
-    def _gradients(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
         *saved, y, chunk_states, split_steps = ctx.saved_tensors
         inputs = ScanInputs(*saved)
         grad_y = torch.zeros_like(y) if grad_y is None else grad_y
         grad_final = None if grad_final is None else grad_final.contiguous()
         kept = (y, chunk_states, split_steps)
-        dz = None if inputs.z is None else empty_gradient(inputs.z, ctx.places.z, aligned_to=4)
-        return run_backward(inputs, ctx.softplus, kept, (grad_y, grad_final), dz)
+        dz = None if inputs.z is None else empty_gradient(inputs.z, ctx.grad_z_into, aligned_to=4)
+        gradients = run_backward(inputs, ctx.softplus, kept, (grad_y, grad_final), dz)
+        return None, None, None, *gradients, None

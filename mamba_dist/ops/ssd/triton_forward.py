@@ -3,10 +3,9 @@
 """Triton kernels of the SSD scan's forward: arXiv 2405.21060, section 6, a chunk at a time.
 
 B batch, L length, H heads, P headdim, N d_state, G groups, Q chunk. A chunk's "decays" are log2 of
-the decay from the start of the chunk up to each position, whatever the documents; its "numbers"
-count the documents that started in it so far. Only decays of positions of one document, that is of
-one number, are ever subtracted, and used from the chunk's start only in the document that it
-begins in, so that no decay crosses a document's start.
+the decay from the start of the chunk, or of the document where that is later, up to each position;
+its "numbers" count the documents that started in it so far. Only positions of one document, that
+is of one number, are ever subtracted or multiplied, so that no decay crosses a document's start.
 
 A program that carries a state has BLOCK_P rows of one head's, an independent problem; there are
 `blocks` of them to a head. Offsets of rows and heads are 64-bit; those inside a tile are 32-bit.
@@ -75,16 +74,25 @@ def prepare_steps(
     # fp64: a difference of two sums then has fp32's full precision.
     rate = tl.load(A + head, mask=real, other=0.0).to(tl.float64) * 1.4426950408889634
     decay = tl.cumsum(step.to(tl.float64) * rate[None, :], 0)
-    out = (row * heads + head)[None, :] * padded + positions[:, None]
-    tl.store(steps + out, step, mask=real[None, :])
-    tl.store(decays + out, decay.to(decays.dtype.element_ty), mask=real[None, :])
     if HAS_DOCUMENTS:
-        # All programs of a chunk write the same.
         ids = seq_idx + row * length + positions
         inside = (positions < length) & (positions > 0)
         current = tl.load(ids, mask=inside, other=0)
         starts = current != tl.load(ids - 1, mask=inside, other=0)
-        tl.store(numbers + row * padded + positions, tl.cumsum(starts.to(tl.int32), 0))
+        number = tl.cumsum(starts.to(tl.int32), 0)
+        # All programs of a chunk write the same.
+        tl.store(numbers + row * padded + positions, number)
+        # Less what came before the document: rounded to fp32, that would cost digits. The product
+        # picks a row, exactly, in two halves of fp64.
+        begin = tl.min(tl.where(number[:, None] == number[None, :], q[None, :], Q), axis=1)
+        picked = ((begin[:, None] == q[None, :]) & (number > 0)[:, None]).to(tl.float32)
+        high = decay.to(tl.float32)
+        low = (decay - high.to(tl.float64)).to(tl.float32)
+        decay -= tl.dot(picked, high, input_precision="ieee").to(tl.float64)
+        decay -= tl.dot(picked, low, input_precision="ieee").to(tl.float64)
+    out = (row * heads + head)[None, :] * padded + positions[:, None]
+    tl.store(steps + out, step, mask=real[None, :])
+    tl.store(decays + out, decay.to(decays.dtype.element_ty), mask=real[None, :])
 
 
 @triton.jit

@@ -68,7 +68,8 @@ def backward(
     """Fills the gradients of x, dt, A, B, C, D, dt_bias and the initial state.
 
     All are contiguous, but that those of x, dt, B and C may leave gaps between positions.
-    `grad_y` (B, L, H, P) is in x's dtype, with a unit stride of P; an empty gradient is not wanted.
+    `grad_y` (B, L, H, P) is in x's dtype or fp32, with a unit stride of P; an empty gradient is not
+    wanted.
     """
     per_position = gradients[0], gradients[1], gradients[3], gradients[4]
     grad_initial = gradients[7] if initial_state is not None else None
