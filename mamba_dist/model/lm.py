@@ -147,7 +147,8 @@ class MambaLM(nn.Module):
             seq_idx: (B, L) int32; `states` belong to the first document of each row.
             last_only: compute the head at the last position only.
             donate_states: `states` may be overwritten if nobody needs a gradient: a tensor of them
-                that was is itself the new state's, the others are as they were.
+                that was is itself the new state's, the others are as they were. No two of them may
+                share memory.
         """
         hidden, new_states = self.backbone(
             input_ids, seq_idx, states, keep_state=True, donate_states=donate_states

@@ -146,7 +146,10 @@ def main() -> None:
         checkpointing = ("none", "full", *(("selective",) if stage == 3 else ()))
         results = [parity(stage, c, layer, precision, world, plain) for c in checkpointing]
         results += [
-            skipping(stage, kind, layer, precision, world, plain_skipping) for kind in _BAD_SCALES
+            skipping(stage, kind, layer, precision, world, plain_skipping)
+            for kind in _BAD_SCALES
+            # Stage 3 adds the squares up in fp64, where they are finite.
+            if (stage, kind) != (3, "infinite")
         ]
         if world.rank == 0:
             for result in results:

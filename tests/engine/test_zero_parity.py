@@ -31,7 +31,8 @@ def test_every_stage_equals_one_plain_process(run_ranks, layer, world_size, prec
         assert result["dtypes"] == ["torch.float32"], result
     skips = [r for r in results if r["case"] in ("nan", "spike", "infinite")]
     assert {(r["stage"], r["case"]) for r in skips} == {
-        (stage, case) for stage in (0, 1, 2, 3) for case in ("nan", "spike", "infinite")
+        *((stage, case) for stage in (0, 1, 2, 3) for case in ("nan", "spike")),
+        *((stage, "infinite") for stage in (0, 1, 2)),
     }
     for result in skips:
         assert result["skipped"] == [False, False, True, False, False], result
