@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,26 @@ def quick_hash(path: Path) -> str:
     for block in _blocks(path):
         quick.update(block)
     return quick.hexdigest()
+
+
+def stretch_hashes(path: Path, ends: Sequence[int]) -> list[str]:
+    """The xxh3-64 of a file's bytes up to ends[0], from there to ends[1], and so on.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    hashes: list[str] = []
+    current, at = xxhash.xxh3_64(), 0
+    for block in _blocks(path):
+        view = memoryview(block)
+        while len(hashes) < len(ends) and ends[len(hashes)] <= at + len(view):
+            stop = ends[len(hashes)] - at
+            current.update(view[:stop])
+            hashes.append(current.hexdigest())
+            current, view, at = xxhash.xxh3_64(), view[stop:], at + stop
+        current.update(view)
+        at += len(view)
+    return hashes
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
