@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mamba_dist.commands.arguments import positive_int
+from mamba_dist.commands.arguments import not_negative_int, positive_int
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import SplitIndex
 from mamba_dist.data.manifest import SPLITS, Manifest
@@ -93,7 +93,9 @@ def _print_ids(
     print("most frequent:")
     for (index, count), piece in zip(frequent, pieces, strict=True):
         share = 100 * count / statistics.tokens
-        print(f"  {index:>7}  {share:>7.3f} %  {count:>16,}  {piece!r}")
+        # A byte-level piece is unreadable beyond ASCII, and a control token has no text.
+        text = tokenizer.decode([index])
+        print(f"  {index:>7}  {share:>7.3f} %  {count:>16,}  {text or piece!r:<16}  {piece}")
 
 
 def _print_samples(
@@ -144,7 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", type=Path, help="data set folder")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
     parser.add_argument(
-        "--samples", type=int, default=3, help="documents to show, drawn at random; default 3"
+        "--samples",
+        type=not_negative_int,
+        default=3,
+        help="documents to show, drawn at random; default 3",
     )
     parser.add_argument(
         "--sample-tokens",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mamba_dist.commands.arguments import positive_int
+from mamba_dist.commands.arguments import not_negative_int, positive_int
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.batch import count_windows
@@ -126,12 +126,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dataset", type=Path, help="data set folder")
     place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--doc-id", type=_not_negative, metavar="N", help="a document's number")
+    place.add_argument("--doc-id", type=not_negative_int, metavar="N", help="a document's number")
     place.add_argument(
-        "--position", type=_not_negative, metavar="P", help="a token of the split, from 0"
+        "--position", type=not_negative_int, metavar="P", help="a token of the split, from 0"
     )
     place.add_argument(
-        "--sample-id", type=_not_negative, metavar="W", help="a window of the split, from 0"
+        "--sample-id", type=not_negative_int, metavar="W", help="a window of the split, from 0"
     )
     place.add_argument(
         "--samples",
@@ -146,18 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="the run's config.yaml")
     parser.add_argument(
         "--tokens",
-        type=_not_negative,
+        type=not_negative_int,
         default=40,
         help="show the first tokens of each document, decoded; default 40, 0 for none",
     )
     return parser
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
 
 
 def _range(text: str) -> range:

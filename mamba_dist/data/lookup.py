@@ -52,6 +52,7 @@ class SplitIndex:
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         self.split = split
+        self._vocab_size = manifest.tokenizer.vocab_size
         self._readers: list[tuple[ShardReader, int]] = []
         self._shard_begins: list[int] = []
         documents, tokens, begin = [0], [0], 0
@@ -102,8 +103,11 @@ class SplitIndex:
             within = start - self._begins[batch]
             row = int(np.searchsorted(shard.offsets(index), within, side="right")) - 1
             place = self._place(batch, row)
+            end = place.position + place.tokens
+            if not place.position <= start < end:
+                raise _damaged(shard, f"its batch {index} has offsets that do not rise")
             yield place
-            start = place.position + place.tokens
+            start = end
 
     def find(self, doc_id: int) -> DocumentPlace | None:
         """The document of a doc_id, None if the split does not hold it.
@@ -137,16 +141,18 @@ class SplitIndex:
         batch = bisect_right(self._begins, place.position) - 1
         shard, index = self._readers[batch]
         first = place.position - self._begins[batch]
-        return shard.tokens(index)[first : first + min(most, place.tokens)]
+        ids = shard.tokens(index)[first : first + min(most, place.tokens)]
+        if ids.size and int(ids.max()) >= self._vocab_size:
+            raise _damaged(
+                shard, f"it holds id {ids.max()}, outside the vocabulary of {self._vocab_size}"
+            )
+        return ids
 
     def _place(self, batch: int, row: int) -> DocumentPlace:
         shard, index = self._readers[batch]
         begin, end = map(int, shard.offsets(index)[row : row + 2])
         if not 0 <= begin < end <= shard.record.batches[index].tokens:
-            raise DataError(
-                f"shard {shard.path}, batch {index}: row {row} lies at tokens {begin} to {end}, so "
-                f"the file is damaged; see `python tools/verify_shards.py {shard.path.parent}`"
-            )
+            raise _damaged(shard, f"row {row} of its batch {index} lies at tokens {begin} to {end}")
         position = self._begins[batch] + begin
         return DocumentPlace(
             doc_id=int(shard.doc_ids(index)[row]),
@@ -158,6 +164,13 @@ class SplitIndex:
             position=position,
             shard_position=position - self._shard_begins[batch],
         )
+
+
+def _damaged(shard: ShardReader, fault: str) -> DataError:
+    return DataError(
+        f"shard {shard.path} is damaged: {fault}; see `python tools/verify_shards.py "
+        f"{shard.path.parent}`"
+    )
 
 
 def find_document(folder: Path, manifest: Manifest, doc_id: int) -> DocumentPlace:

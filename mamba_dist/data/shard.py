@@ -119,7 +119,13 @@ class ShardReader:
         return self._view(record.doc_ids_at, record.documents, np.dtype(np.uint64))
 
     def _view(self, at: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        return np.frombuffer(self._map, dtype=dtype, count=count, offset=at)
+        try:
+            return np.frombuffer(self._map, dtype=dtype, count=count, offset=at)
+        except ValueError as error:
+            raise DataError(
+                f"the manifest places {count} numbers at byte {at} of shard {self.path}, which has "
+                f"{self.record.bytes}; restore the manifest or tokenize again with --overwrite"
+            ) from error
 
     @cached_property
     def _map(self) -> mmap.mmap:

@@ -11,6 +11,7 @@ import zstandard
 from made_dataset import MadeDataset
 
 from mamba_dist.commands.pack_shards import main
+from mamba_dist.data import archive
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.durable import exclusive_lock
 
@@ -32,6 +33,15 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("error: ")
     return lines[-1]
+
+
+def test_files_larger_than_a_block_are_moved_in_pieces(
+    made_once: MadeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "_BLOCK_BYTES", 50)
+    packed = pack(made_once.folder, tmp_path / "packed")
+    assert main(["unpack", str(packed), str(tmp_path / "back")]) == 0
+    assert contents(tmp_path / "back") == contents(made_once.folder)
 
 
 @pytest.mark.parametrize("options", [(), ("--level", 19, "--threads", 3), ("--level", 1)])

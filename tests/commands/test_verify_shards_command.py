@@ -11,6 +11,7 @@ import pytest
 from made_dataset import MadeDataset
 
 from mamba_dist.commands.verify_shards import main
+from mamba_dist.data import verification
 from mamba_dist.data.manifest import ShardRecord, read_manifest
 from mamba_dist.data.shard import batch_end
 
@@ -82,6 +83,18 @@ def test_a_flipped_byte_anywhere_is_found_and_placed(
         assert first <= at < last
         path.write_bytes(whole)
     assert verify(capsys, made) == (0, [])
+
+
+def test_batches_larger_than_a_block_are_read_in_pieces(
+    made: MadeDataset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_BLOCK_BYTES", 50)
+    assert verify(capsys, made, "--sha256") == (0, [])
+    shard = record(made)
+    flip(made.folder / shard.file, shard.batches[1].doc_ids_at - 1)
+    code, problems = verify(capsys, made)
+    assert code == 2
+    assert problems[0].startswith(f"{shard.file}, batch 1, bytes ")
 
 
 def test_every_problem_is_listed(made: MadeDataset, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -128,6 +129,30 @@ def test_a_question_that_lacks_something_is_refused(
     with pytest.raises(SystemExit, match="2"):
         main([str(made_once.folder), *options])
     assert "--config" in capsys.readouterr().err
+
+
+def test_damage_is_one_clear_error(made: MadeDataset, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = open_dataset(made.folder).manifest.shards[0]
+    path = made.folder / shard.file
+    content = bytearray(path.read_bytes())
+    content[shard.batches[0].values_at : shard.batches[0].values_at + 2] = b"\xff\xff"
+    path.write_bytes(content)
+    error = which(capsys, made, "--position", 0, code=2)
+    assert f"shard {path} is damaged: it holds id 65535, outside the vocabulary of 320" in error
+    content[shard.batches[0].values_at : shard.batches[0].values_at + 2] = b"\x05\x00"
+    at = shard.batches[0].offsets_at
+    for damage in (b"\xff" * 8, b"\xff" * 7 + b"\x7f"):
+        content[at + 8 : at + 16] = damage
+        path.write_bytes(content)
+        error = which(capsys, made, "--sample-id", 0, "--sequence-length", 200, code=2)
+        assert f"shard {path} is damaged: " in error
+        assert "batch 0" in error
+    manifest = made.folder / "manifest.json"
+    parsed = json.loads(manifest.read_text())
+    parsed["shards"][0]["batches"][0][2] = 10**9
+    manifest.write_text(json.dumps(parsed))
+    error = which(capsys, made, "--position", 0, code=2)
+    assert f"at byte 1000000000 of shard {path}" in error
 
 
 def test_a_damaged_list_of_inputs_is_named(
