@@ -39,6 +39,7 @@ OWNERS = {
     "tensorboard": {"telemetry"},
     "torch.utils.tensorboard": {"telemetry"},
     "tqdm": {"telemetry"},
+    "matplotlib": {"telemetry"},
     "safetensors": {"checkpoint"},
     "transformers": {"checkpoint"},
     "mambapy": set(),
@@ -55,6 +56,8 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 LATE_IMPORTS = {
     # A config error must be printed before torch is imported.
     "commands/train.py": {"mamba_dist.train.run"},
+    # Drawing needs an optional package, and only a picture that was asked for may need it.
+    "commands/inspect_data.py": {"mamba_dist.telemetry.length_plot"},
     # A peer may be absent, and only the process that measures it may pay for importing it.
     "commands/bench/worker.py": {
         "mamba_dist.commands.bench.peers_huggingface",

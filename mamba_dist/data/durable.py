@@ -4,7 +4,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,18 +25,33 @@ class FileHashes:
     sha256: str
 
 
+class RunningHashes:
+    """The hashes of bytes as they pass by."""
+
+    def __init__(self) -> None:
+        self._quick, self._strong, self.bytes = xxhash.xxh3_64(), hashlib.sha256(), 0
+
+    def update(self, block: bytes) -> None:
+        """Takes the next bytes."""
+        self._quick.update(block)
+        self._strong.update(block)
+        self.bytes += len(block)
+
+    def result(self) -> FileHashes:
+        """Of all bytes so far."""
+        return FileHashes(self.bytes, self._quick.hexdigest(), self._strong.hexdigest())
+
+
 def hash_file(path: Path) -> FileHashes:
     """Size, xxh3-64 and sha256 of a file, read once.
 
     Raises:
         DataError: the file cannot be read.
     """
-    quick, strong, size = xxhash.xxh3_64(), hashlib.sha256(), 0
+    hashes = RunningHashes()
     for block in _blocks(path):
-        quick.update(block)
-        strong.update(block)
-        size += len(block)
-    return FileHashes(size, quick.hexdigest(), strong.hexdigest())
+        hashes.update(block)
+    return hashes.result()
 
 
 def quick_hash(path: Path) -> str:
@@ -48,6 +64,26 @@ def quick_hash(path: Path) -> str:
     for block in _blocks(path):
         quick.update(block)
     return quick.hexdigest()
+
+
+def stretch_hashes(path: Path, ends: Sequence[int]) -> list[str]:
+    """The xxh3-64 of a file's bytes up to ends[0], from there to ends[1], and so on.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    hashes: list[str] = []
+    current, at = xxhash.xxh3_64(), 0
+    for block in _blocks(path):
+        view = memoryview(block)
+        while len(hashes) < len(ends) and ends[len(hashes)] <= at + len(view):
+            stop = ends[len(hashes)] - at
+            current.update(view[:stop])
+            hashes.append(current.hexdigest())
+            current, view, at = xxhash.xxh3_64(), view[stop:], at + stop
+        current.update(view)
+        at += len(view)
+    return hashes
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -82,6 +118,38 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
     staged.replace(path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that becomes `path`, whole, by one rename when the block ends without error.
+
+    What a killed process left of it is cleared away by the next one.
+
+    Raises:
+        DataError: `path` exists and is not an empty folder, or another process is making it.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise DataError(f"{path} exists already and is left as it is; give a new folder")
+    final = Path(os.path.abspath(path))
+    staging = final.with_name(f".{final.name}.partial")
+    staging.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive_lock(staging):
+            files = staging / "files"
+            try:
+                if files.exists():
+                    shutil.rmtree(files)
+                files.mkdir()
+                yield files
+                sync_folder(files)
+                files.replace(final)
+                sync_folder(final.parent)
+            finally:
+                shutil.rmtree(files, ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):
+            staging.rmdir()
 
 
 @contextlib.contextmanager

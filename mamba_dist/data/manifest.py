@@ -10,6 +10,10 @@ set.
         bad_documents.jsonl      one line a document passed over: file, line, fault
 
 Nothing here depends on the time, the machine, or the number of workers.
+
+The hashes of single batches stand beside the shards, under `batch_xxh3`: a program that does not
+know them passes over them, and a data set written before them is read without. They tell where a
+shard is damaged; the fingerprint rests on the shards' sha256 alone, and is the same either way.
 """
 
 import dataclasses
@@ -50,13 +54,18 @@ class TokenizerIdentity:
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """One record batch of a shard; the offsets are bytes from the beginning of the file."""
+    """One record batch of a shard; the offsets are bytes from the beginning of the file.
+
+    `xxh3` covers the bytes from the end of the batch before (the file's beginning for the first) to
+    the end of this one's last buffer. None: written before such hashes were kept.
+    """
 
     documents: int
     tokens: int
     offsets_at: int
     values_at: int
     doc_ids_at: int
+    xxh3: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         **dataclasses.asdict(manifest),
     }
     for shard in content["shards"]:
+        hashes = [batch.pop("xxh3") for batch in shard["batches"]]
+        if None not in hashes:
+            content.setdefault("batch_xxh3", {})[shard["file"]] = hashes
         # One short line a batch: a large data set has many thousands.
         shard["batches"] = [list(batch.values()) for batch in shard["batches"]]
     write_durably(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
@@ -220,21 +232,40 @@ def check_vocabulary(manifest: Manifest, vocab_size: int) -> None:
 def _parse(content: dict[str, Any]) -> Manifest:
     tokenizer = dict(content["tokenizer"])
     tokenizer["probes"] = tuple(Probe(p["text"], tuple(p["ids"])) for p in tokenizer["probes"])
+    batch_hashes = dict(content.get("batch_xxh3", {}))
     return Manifest(
         tool_version=content["tool_version"],
         dtype=content["dtype"],
         tokenizer=TokenizerIdentity(**tokenizer),
         settings=BuildSettings(**content["settings"]),
         inputs=InputSummary(**content["inputs"]),
-        shards=tuple(_parse_shard(shard) for shard in content["shards"]),
+        shards=tuple(
+            _parse_shard(shard, batch_hashes.get(shard["file"])) for shard in content["shards"]
+        ),
     )
 
 
-def _parse_shard(content: dict[str, Any]) -> ShardRecord:
-    batches = tuple(BatchRecord(*map(int, batch)) for batch in content["batches"])
+def _parse_shard(content: dict[str, Any], hashes: list[str] | None) -> ShardRecord:
+    known = hashes if hashes is not None else [None] * len(content["batches"])
+    batches = tuple(
+        _parse_batch(*map(int, batch), xxh3=xxh3)
+        for batch, xxh3 in zip(content["batches"], known, strict=True)
+    )
     shard = ShardRecord(**{**content, "batches": batches})
     if shard.split not in SPLITS or Path(shard.file).name != shard.file:
         raise ValueError(f"shard {shard.file!r} of split {shard.split!r}")
     if sum(b.tokens for b in batches) != shard.tokens:
         raise ValueError(f"the batches of {shard.file} do not add up to {shard.tokens} tokens")
     return shard
+
+
+def _parse_batch(
+    documents: int,
+    tokens: int,
+    offsets_at: int,
+    values_at: int,
+    doc_ids_at: int,
+    *,
+    xxh3: str | None,
+) -> BatchRecord:
+    return BatchRecord(documents, tokens, offsets_at, values_at, doc_ids_at, xxh3)

@@ -9,6 +9,7 @@ measured to pull in 356 of 405 MB at start, the map here 8 KB.
 """
 
 import mmap
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,15 @@ def check_size(path: Path, record: ShardRecord) -> None:
 class ShardReader:
     """Zero-copy arrays of one shard. Nothing is opened before the first array is asked for."""
 
-    def __init__(self, path: Path, record: ShardRecord, manifest: Manifest) -> None:
+    def __init__(
+        self, path: Path, record: ShardRecord, manifest: Manifest, *, sequential: bool = False
+    ) -> None:
         self.path = path
         self.record = record
+        self._manifest = manifest
         self._dtype = np.dtype(manifest.dtype)
-        self._expected = shard_metadata(manifest, record.split)
+        # Windows are read in random order: reading ahead would only pull in what nobody wants.
+        self._advice = mmap.MADV_SEQUENTIAL if sequential else mmap.MADV_RANDOM
 
     def tokens(self, batch: int) -> npt.NDArray[Any]:
         """(tokens,) ids of a batch, a view into the file."""
@@ -114,44 +119,71 @@ class ShardReader:
         return self._view(record.doc_ids_at, record.documents, np.dtype(np.uint64))
 
     def _view(self, at: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        return np.frombuffer(self._map, dtype=dtype, count=count, offset=at)
+        try:
+            return np.frombuffer(self._map, dtype=dtype, count=count, offset=at)
+        except ValueError as error:
+            raise DataError(
+                f"the manifest places {count} numbers at byte {at} of shard {self.path}, which has "
+                f"{self.record.bytes}; restore the manifest or tokenize again with --overwrite"
+            ) from error
 
     @cached_property
     def _map(self) -> mmap.mmap:
         check_size(self.path, self.record)
         with self.path.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        # Windows are read in random order: reading ahead would only pull in what nobody wants.
-        mapped.madvise(mmap.MADV_RANDOM)
-        self._check_header(mapped)
+        mapped.madvise(self._advice)
+        for fault in header_faults(
+            pa.BufferReader(pa.py_buffer(mapped)), self.record, self._manifest
+        ):
+            raise DataError(
+                f"shard {self.path} {fault}; restore it or tokenize again with --overwrite"
+            )
         return mapped
 
-    def _check_header(self, mapped: mmap.mmap) -> None:
-        if mapped[: len(_MAGIC)] != _MAGIC or mapped[-len(_MAGIC) :] != _MAGIC:
-            raise DataError(
-                f"{self.path} is no Arrow file (it does not begin and end with {_MAGIC.decode()}); "
-                "restore it or tokenize again with --overwrite"
-            )
-        try:
-            # Reads the footer alone; no batch is touched.
-            reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"the footer of {self.path} is damaged ({error}); restore it"
-            ) from error
+
+def header_faults(file: pa.NativeFile, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the ends of an open shard, as predicates; no batch is touched."""
+    size = file.size()
+    ends = file.read_at(len(_MAGIC), 0), file.read_at(len(_MAGIC), max(0, size - len(_MAGIC)))
+    if ends != (_MAGIC, _MAGIC):
+        yield f"is no Arrow file (it does not begin and end with {_MAGIC.decode()})"
+        return
+    try:
+        reader = pa.ipc.open_file(file)
         found = {
             key.decode().removeprefix(_METADATA_PREFIX): value.decode()
             for key, value in (reader.schema.metadata or {}).items()
         }
-        expected = {**self._expected, "batches": str(len(self.record.batches))}
-        found["batches"] = str(reader.num_record_batches)
-        for key, value in expected.items():
-            if found.get(key) != value:
-                raise DataError(
-                    f"shard {self.path} belongs to another data set: its {key} is "
-                    f"{found.get(key)}, the "
-                    f"manifest says {value}; restore it or tokenize again with --overwrite"
-                )
+        columns = _columns(reader.schema)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield f"has a damaged footer ({error})"
+        return
+    expected = {
+        **shard_metadata(manifest, record.split),
+        "batches": str(len(record.batches)),
+        "columns": _columns(shard_schema({}, np.dtype(manifest.dtype))),
+    }
+    found |= {"batches": str(reader.num_record_batches), "columns": columns}
+    for key, value in expected.items():
+        if found.get(key) != value:
+            yield (
+                f"belongs to another data set: its {key} is {found.get(key)}, the manifest says "
+                f"{value}"
+            )
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(map(str, schema))
+
+
+def batch_end(batch: BatchRecord, dtype: npt.DTypeLike) -> int:
+    """Where the last buffer of a batch ends, in bytes from the beginning of the file."""
+    return max(
+        batch.offsets_at + 8 * (batch.documents + 1),
+        batch.values_at + np.dtype(dtype).itemsize * batch.tokens,
+        batch.doc_ids_at + 8 * batch.documents,
+    )
 
 
 def locate_buffers(path: Path) -> list[BatchRecord]:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mamba_dist.data.durable import hash_file, sync_file
+from mamba_dist.data.durable import hash_file, stretch_hashes, sync_file
 from mamba_dist.data.manifest import ShardRecord
-from mamba_dist.data.shard import locate_buffers, shard_schema
+from mamba_dist.data.shard import batch_end, locate_buffers, shard_schema
 from mamba_dist.errors import DataError
 
 Ids = npt.NDArray[np.unsignedinteger]
@@ -135,7 +135,12 @@ class ShardWriter:
         self._finished.append(path)
 
     def _record(self, path: Path) -> ShardRecord:
-        batches = tuple(locate_buffers(path))
+        located = locate_buffers(path)
+        stretches = stretch_hashes(path, [batch_end(batch, self._dtype) for batch in located])
+        batches = tuple(
+            dataclasses.replace(batch, xxh3=xxh3)
+            for batch, xxh3 in zip(located, stretches, strict=True)
+        )
         hashes = hash_file(path)
         return ShardRecord(
             split=self._split,
