@@ -108,7 +108,7 @@ def _ssd(
 
 
 def _causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, backend: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **options: Any
 ) -> Tensor:
     y: Tensor = _Convolution.apply(x)  # type: ignore[no-untyped-call]
     return _with_gradients(y, weight, bias)
