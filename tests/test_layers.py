@@ -31,6 +31,8 @@ OWNERS = {
     "sentencepiece": {"data"},
     "zstandard": {"data"},
     "xxhash": {"data"},
+    "fastokens": {"data"},
+    "orjson": {"data"},
     "platformdirs": {"ops"},
     "triton": {"ops"},
     "mamba_ssm": {"ops"},

@@ -18,6 +18,7 @@ import xxhash
 
 from mamba_dist.data.documents import BadDocument, read_documents
 from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, write_durably
+from mamba_dist.data.fast_backends import REFERENCE
 from mamba_dist.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -29,6 +30,7 @@ from mamba_dist.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from mamba_dist.data.parity import choose_backend
 from mamba_dist.data.parts import Part, PartRecord, PartSettings, read_part, tokenize_units
 from mamba_dist.data.shard import schema_metadata, token_dtype
 from mamba_dist.data.shard_writer import Documents, ShardWriter
@@ -43,6 +45,7 @@ from mamba_dist.data.staging import (
     publish,
 )
 from mamba_dist.data.tokenization import (
+    Tokenizer,
     dataset_file_name,
     load_tokenizer,
     save_tokenizer,
@@ -62,7 +65,7 @@ class BuildRequest:
 
     Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
     `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
-    only counted, since source trees are full of empty files.
+    only counted, since source trees are full of empty files. `backend` is as in `choose_backend`.
     """
 
     output: Path
@@ -81,6 +84,7 @@ class BuildRequest:
     unit_bytes: int = 2 << 20
     shard_bytes: int = 512 << 20
     batch_tokens: int = 8 << 20
+    backend: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -201,18 +205,21 @@ def _make_parts(
     units: list[Unit],
     listener: BuildListener,
 ) -> list[PartRecord]:
+    finished = staging.finished()
+    todo = [unit for unit in units if unit.index not in finished]
     loaded = load_tokenizer(tokenizer, eos_token=request.eos_token)
     settings = PartSettings(
         folder=str(staging.parts),
         tokenizer=str(tokenizer),
         eos_token=loaded.eos_token,
+        eos_id=loaded.eos_id,
+        vocab_size=loaded.vocab_size,
         dtype=token_dtype(loaded.vocab_size).name,
         text_field=request.text_field,
         train_split=request.train_split,
         batch_documents=request.batch_documents,
+        backend=_backend(request, staging, tokenizer, loaded, listener) if todo else REFERENCE,
     )
-    finished = staging.finished()
-    todo = [unit for unit in units if unit.index not in finished]
     done_bytes = sum(unit.bytes for unit in units if unit.index in finished)
     listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
     bad = [document for record in finished.values() for document in _bad_of(record)]
@@ -228,6 +235,27 @@ def _make_parts(
     finally:
         stop_workers(workers)
     return [finished[unit.index] for unit in units]
+
+
+def _backend(
+    request: BuildRequest,
+    staging: Staging,
+    path: Path,
+    reference: Tokenizer,
+    listener: BuildListener,
+) -> str:
+    choice = choose_backend(
+        request.backend,
+        path,
+        reference=reference,
+        corpus=request.corpus,
+        text_field=request.text_field,
+    )
+    if choice.proof is not None:
+        staging.note_backend(choice.proof)
+    if request.backend != REFERENCE:
+        listener.notice(f"backend    {choice.name}: {choice.reason}")
+    return choice.name
 
 
 def _bad_of(record: PartRecord) -> list[BadDocument]:
@@ -285,6 +313,7 @@ def _merge(
             sha256=inputs,
         ),
         shards=tuple(shards),
+        backend=staging.backend(),
     )
 
 

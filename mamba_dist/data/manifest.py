@@ -9,7 +9,8 @@ set.
         inputs.jsonl             one line an input file: name, bytes, xxh3, documents, first doc_id
         bad_documents.jsonl      one line a document passed over: file, line, fault
 
-Nothing here depends on the time, the machine, or the number of workers.
+Nothing here depends on the time or the number of workers; on the machine only which backend was
+proven (`backend`, absent for the reference).
 """
 
 import dataclasses
@@ -103,6 +104,22 @@ class InputSummary:
 
 
 @dataclass(frozen=True)
+class BackendProof:
+    """The fast backend that encoded, and what it was compared with `reference` on, all ids equal.
+
+    It is no part of the fingerprint: the ids are the reference's.
+    """
+
+    name: str
+    version: str
+    reference: str
+    adversarial_texts: int
+    corpus_documents: int
+    text_bytes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole record of a data set."""
 
@@ -112,6 +129,7 @@ class Manifest:
     settings: BuildSettings
     inputs: InputSummary
     shards: tuple[ShardRecord, ...]
+    backend: BackendProof | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -147,6 +165,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         **dataclasses.asdict(manifest),
     }
+    if manifest.backend is None:
+        del content["backend"]
     for shard in content["shards"]:
         # One short line a batch: a large data set has many thousands.
         shard["batches"] = [list(batch.values()) for batch in shard["batches"]]
@@ -227,6 +247,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         settings=BuildSettings(**content["settings"]),
         inputs=InputSummary(**content["inputs"]),
         shards=tuple(_parse_shard(shard) for shard in content["shards"]),
+        backend=BackendProof(**content["backend"]) if "backend" in content else None,
     )
 
 

@@ -1,0 +1,197 @@
+"""Which backend encodes a corpus: a fast one only after it gave the reference's ids for every text
+of two sets, the adversarial one and a sample of the corpus itself.
+
+The backend must not change one id, so it is not part of what a data set is: shards, fingerprint
+and settings are the same whichever made them, and the proof stands in the manifest beside them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from mamba_dist.data.adversarial import adversarial_texts
+from mamba_dist.data.documents import BadDocument, read_documents
+from mamba_dist.data.fast_backends import (
+    AUTO,
+    FAST_BACKENDS,
+    REFERENCE,
+    BackendAbsentError,
+    Encoder,
+    backend_version,
+    load_encoder,
+)
+from mamba_dist.data.manifest import BackendProof
+from mamba_dist.data.sources import Corpus
+from mamba_dist.data.tokenization import FlatIds, Tokenizer
+from mamba_dist.errors import DataError
+
+# A smaller corpus is done by the reference before a proof would be.
+LEAST_BYTES = 4 << 20
+_SAMPLE_BYTES = 1 << 20
+# How much text the sample is drawn from, and how much of one document it takes.
+_READ_BYTES = 16 << 20
+_DOCUMENT_CHARACTERS = 1 << 16
+_TEXTS_PER_CALL = 256
+_SHOWN_CHARACTERS = 80
+_SHOWN_IDS = 6
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend to use; `proof` None for the reference. `reason` says why it is this one."""
+
+    name: str
+    proof: BackendProof | None
+    reason: str
+
+
+class ParityError(DataError):
+    """A backend gives other ids than the reference."""
+
+
+def choose_backend(
+    wanted: str, tokenizer: Path, *, reference: Tokenizer, corpus: Corpus, text_field: str
+) -> BackendChoice:
+    """The reference, or a fast backend that was proven equal to it.
+
+    `wanted` is "reference", the name of a fast backend, or "auto": the first fast one that passes,
+    else the reference.
+
+    Raises:
+        DataError: a backend asked for by name is absent, or differs; the message shows where.
+    """
+    if wanted == REFERENCE:
+        return BackendChoice(REFERENCE, None, "as asked")
+    if wanted == AUTO and corpus.bytes < LEAST_BYTES:
+        return BackendChoice(REFERENCE, None, "done sooner than a faster one is proven")
+    refusals = []
+    for name in FAST_BACKENDS if wanted == AUTO else (wanted,):
+        try:
+            fast = load_encoder(name, tokenizer, eos_token=reference.eos_token)
+            proof = prove_parity(
+                name,
+                fast,
+                reference,
+                adversarial=_adversarial(tokenizer, reference),
+                own=sample_corpus(corpus, text_field),
+            )
+        except (BackendAbsentError, ParityError) as error:
+            if wanted != AUTO:
+                raise
+            refusals.append(str(error))
+        else:
+            return BackendChoice(name, proof, _summary(proof))
+    return BackendChoice(REFERENCE, None, "; ".join(refusals))
+
+
+def prove_parity(
+    name: str,
+    fast: Encoder,
+    reference: Tokenizer,
+    *,
+    adversarial: Sequence[str],
+    own: Sequence[str],
+) -> BackendProof:
+    """The proof that `fast` gives the reference's ids for all the texts.
+
+    Raises:
+        ParityError: it does not; the message has the text and both ids.
+    """
+    tokens = 0
+    for group in _groups([*adversarial, *own]):
+        expected = reference.encode_flat(group)
+        # Twice, since the second time a backend's caches answer.
+        for _ in range(2):
+            if not _are_equal(expected, fast.encode_flat(group)):
+                raise ParityError(_difference(name, fast, reference, group))
+        tokens += expected[0].size
+    return BackendProof(
+        name=name,
+        version=backend_version(name),
+        reference=f"tokenizers {backend_version(REFERENCE)}",
+        adversarial_texts=len(adversarial),
+        corpus_documents=len(own),
+        text_bytes=sum(len(text.encode()) for text in (*adversarial, *own)),
+        tokens=tokens,
+    )
+
+
+def sample_corpus(corpus: Corpus, text_field: str) -> list[str]:
+    """Beginnings of documents, about a MiB, chosen by their content among the first ones of files
+    that are chosen by their name: no more than 16 MiB are read.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    files = sorted(corpus.files, key=lambda file: xxhash.xxh3_64_intdigest(file.name.encode()))
+    share = max(_READ_BYTES // len(files), _DOCUMENT_CHARACTERS)
+    found: list[tuple[int, str]] = []
+    left = _READ_BYTES
+    for file in files:
+        if left <= 0:
+            break
+        limit = left - min(share, left)
+        for document in read_documents(file, text_field):
+            if isinstance(document, BadDocument):
+                continue
+            text = document.text[:_DOCUMENT_CHARACTERS]
+            found.append((xxhash.xxh3_64_intdigest(text.encode()), text))
+            left -= len(document.text)
+            if left <= limit:
+                break
+    chosen, size = [], 0
+    for _, text in sorted(found):
+        chosen.append(text)
+        size += len(text)
+        if size >= _SAMPLE_BYTES:
+            break
+    return chosen
+
+
+def _adversarial(tokenizer: Path, reference: Tokenizer) -> list[str]:
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    added = [str(token["content"]) for token in content.get("added_tokens") or ()]
+    return adversarial_texts(added, decode=reference.decode, ids=reference.vocab_size)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(texts), _TEXTS_PER_CALL):
+        yield texts[start : start + _TEXTS_PER_CALL]
+
+
+def _are_equal(one: FlatIds, other: FlatIds) -> bool:
+    return np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+
+
+def _difference(name: str, fast: Encoder, reference: Tokenizer, group: Sequence[str]) -> str:
+    """The first text of a group whose ids differ, alone or, failing that, in the group."""
+    for text in group:
+        expected, found = reference.encode_flat([text])[0], fast.encode_flat([text])[0]
+        if not np.array_equal(expected, found):
+            return f"{_head(name)} {_shown(text, expected, found)}"
+    return f"{_head(name)} other ids in a group of {len(group)} texts than one by one"
+
+
+def _head(name: str) -> str:
+    return f"{name} {backend_version(name)} does not tokenize as the reference does:"
+
+
+def _shown(text: str, expected: npt.NDArray[np.uint32], found: npt.NDArray[np.uint32]) -> str:
+    same = min(expected.size, found.size)
+    differs = np.flatnonzero(expected[:same] != found[:same])
+    at = int(differs[0]) if differs.size else same
+    shown = ascii(text[:_SHOWN_CHARACTERS]) + "…" * (len(text) > _SHOWN_CHARACTERS)
+    ids, others = (a[at : at + _SHOWN_IDS].tolist() for a in (expected, found))
+    return f"of {shown} it makes from id {at} on {others}, the reference {ids}"
+
+
+def _summary(proof: BackendProof) -> str:
+    return (
+        f"{proof.tokens:,} ids equal to the reference's, of {proof.adversarial_texts:,} "
+        f"adversarial texts and {proof.corpus_documents:,} of the corpus"
+    )
