@@ -36,13 +36,19 @@ def read_record(line: bytes, text_field: str, *, first: bool) -> object:
         except ValueError:
             pass  # json decides, and says why
         else:
-            is_text = isinstance(record, dict) and isinstance(record.get(text_field), str)
-            if is_text and _is_shallow(line, record):
+            if (
+                isinstance(record, dict)
+                and isinstance(record.get(text_field), str)
+                and _is_shallow(line, record)
+            ):
                 return record
     return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
 
 
-def _is_shallow(line: bytes, record: object) -> bool:
+def _is_shallow(line: bytes, record: dict[str, Any]) -> bool:
+    # From cheap to dear: most records hold strings only, and most others few brackets.
+    if not any(isinstance(value, dict | list) for value in record.values()):
+        return True
     if line.count(b"[") + line.count(b"{") <= _CERTAINLY_SHALLOW:
         return True
     level: list[Any] = [record]

@@ -5,17 +5,16 @@ The backend must not change one id, so it is not part of what a data set is: sha
 and settings are the same whichever made them, and the proof stands in the manifest beside them.
 """
 
-import json
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from mamba_dist.data.adversarial import adversarial_texts
-from mamba_dist.data.documents import BadDocument, read_documents
+from mamba_dist.data.documents import Document, read_documents
 from mamba_dist.data.fast_backends import (
     AUTO,
     FAST_BACKENDS,
@@ -32,9 +31,11 @@ from mamba_dist.errors import DataError
 
 # A smaller corpus is done by the reference before a proof would be.
 LEAST_BYTES = 4 << 20
-_SAMPLE_BYTES = 1 << 20
-# How much text the sample is drawn from, and how much of one document it takes.
-_READ_BYTES = 16 << 20
+# A share of the corpus: encoding the sample by the reference is what a proof costs.
+_SAMPLE_SHARE = 1 / 128
+_SAMPLE_BYTES = (1 << 19, 1 << 23)
+# How much more is read to choose from, and how much of one document is taken.
+_READ_FACTOR = 16
 _DOCUMENT_CHARACTERS = 1 << 16
 _TEXTS_PER_CALL = 256
 _SHOWN_CHARACTERS = 80
@@ -77,7 +78,9 @@ def choose_backend(
                 name,
                 fast,
                 reference,
-                adversarial=_adversarial(tokenizer, reference),
+                adversarial=adversarial_texts(
+                    reference.added_tokens, decode=reference.decode, ids=reference.vocab_size
+                ),
                 own=sample_corpus(corpus, text_field),
             )
         except (BackendAbsentError, ParityError) as error:
@@ -122,41 +125,39 @@ def prove_parity(
 
 
 def sample_corpus(corpus: Corpus, text_field: str) -> list[str]:
-    """Beginnings of documents, about a MiB, chosen by their content among the first ones of files
-    that are chosen by their name: no more than 16 MiB are read.
+    """Beginnings of documents, 0.5 to 8 MiB by the size of the corpus, chosen by their content.
+
+    They are chosen among sixteen times as much, from files in the order of their names' hashes.
 
     Raises:
         DataError: a file cannot be read.
     """
+    least, most = _SAMPLE_BYTES
+    wanted = min(max(int(corpus.bytes * _SAMPLE_SHARE), least), most)
+    found = sorted(
+        (xxhash.xxh3_64_intdigest(text.encode()), text)
+        for text in _beginnings(corpus, text_field, read_bytes=_READ_FACTOR * wanted)
+    )
+    ends = itertools.accumulate(len(text) for _, text in found)
+    return [text for (_, text), end in zip(found, ends, strict=True) if end <= wanted]
+
+
+def _beginnings(corpus: Corpus, text_field: str, *, read_bytes: int) -> Iterator[str]:
     files = sorted(corpus.files, key=lambda file: xxhash.xxh3_64_intdigest(file.name.encode()))
-    share = max(_READ_BYTES // len(files), _DOCUMENT_CHARACTERS)
-    found: list[tuple[int, str]] = []
-    left = _READ_BYTES
+    share = max(read_bytes // len(files), _DOCUMENT_CHARACTERS)
+    left = read_bytes
     for file in files:
-        if left <= 0:
-            break
-        limit = left - min(share, left)
+        left_after = left - share
         for document in read_documents(file, text_field):
-            if isinstance(document, BadDocument):
-                continue
-            text = document.text[:_DOCUMENT_CHARACTERS]
-            found.append((xxhash.xxh3_64_intdigest(text.encode()), text))
-            left -= len(document.text)
-            if left <= limit:
+            if isinstance(document, Document):
+                yield document.text[:_DOCUMENT_CHARACTERS]
+                left -= len(document.text)
+            else:  # bad ones count too, or a wrong field's name would have everything read
+                left -= _DOCUMENT_CHARACTERS
+            if left <= max(left_after, 0):
                 break
-    chosen, size = [], 0
-    for _, text in sorted(found):
-        chosen.append(text)
-        size += len(text)
-        if size >= _SAMPLE_BYTES:
-            break
-    return chosen
-
-
-def _adversarial(tokenizer: Path, reference: Tokenizer) -> list[str]:
-    content = json.loads(tokenizer.read_text(encoding="utf-8"))
-    added = [str(token["content"]) for token in content.get("added_tokens") or ()]
-    return adversarial_texts(added, decode=reference.decode, ids=reference.vocab_size)
+        if left <= 0:
+            return
 
 
 def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -170,24 +171,21 @@ def _are_equal(one: FlatIds, other: FlatIds) -> bool:
 
 def _difference(name: str, fast: Encoder, reference: Tokenizer, group: Sequence[str]) -> str:
     """The first text of a group whose ids differ, alone or, failing that, in the group."""
+    head = f"{name} {backend_version(name)} does not tokenize as the reference does:"
     for text in group:
         expected, found = reference.encode_flat([text])[0], fast.encode_flat([text])[0]
-        if not np.array_equal(expected, found):
-            return f"{_head(name)} {_shown(text, expected, found)}"
-    return f"{_head(name)} other ids in a group of {len(group)} texts than one by one"
-
-
-def _head(name: str) -> str:
-    return f"{name} {backend_version(name)} does not tokenize as the reference does:"
-
-
-def _shown(text: str, expected: npt.NDArray[np.uint32], found: npt.NDArray[np.uint32]) -> str:
-    same = min(expected.size, found.size)
-    differs = np.flatnonzero(expected[:same] != found[:same])
-    at = int(differs[0]) if differs.size else same
-    shown = ascii(text[:_SHOWN_CHARACTERS]) + "…" * (len(text) > _SHOWN_CHARACTERS)
-    ids, others = (a[at : at + _SHOWN_IDS].tolist() for a in (expected, found))
-    return f"of {shown} it makes from id {at} on {others}, the reference {ids}"
+        if np.array_equal(expected, found):
+            continue
+        same = min(expected.size, found.size)
+        differs = np.flatnonzero(expected[:same] != found[:same])
+        at = int(differs[0]) if differs.size else same
+        shown, first = ascii(text), max(0, at - _SHOWN_IDS)
+        if len(text) > _SHOWN_CHARACTERS:
+            near = reference.decode(expected[first : at + _SHOWN_IDS].tolist())
+            shown = f"{text[:_SHOWN_CHARACTERS]!a}…, near {near!a},"
+        ids, others = (a[at : at + _SHOWN_IDS].tolist() for a in (expected, found))
+        return f"{head} of {shown} it makes from id {at} on {others}, the reference {ids}"
+    return f"{head} it gives other ids to {len(group)} texts together than one by one"
 
 
 def _summary(proof: BackendProof) -> str:

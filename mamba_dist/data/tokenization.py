@@ -54,6 +54,10 @@ class Tokenizer(Protocol):
         """The piece of eos_id."""
 
     @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Text outside of the vocabulary's merges: control tokens, and what is never split."""
+
+    @property
     def identity(self) -> TokenizerIdentity:
         """What a manifest says about this tokenizer."""
 
@@ -138,6 +142,11 @@ class _HuggingFace:
         self._path = path
 
     @property
+    def added_tokens(self) -> tuple[str, ...]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return tuple(added[index].content for index in sorted(added))
+
+    @property
     def identity(self) -> TokenizerIdentity:
         return _identity(self, self._path, "tokenizers")
 
@@ -174,6 +183,7 @@ class _SentencePiece:
             vocabulary = {self._model.id_to_piece(i): i for i in range(self.vocab_size)}
             self.eos_token, self.eos_id = _choose_eos(path, eos_token, vocabulary)
         self._path = path
+        self.added_tokens = ()
 
     @property
     def identity(self) -> TokenizerIdentity:
