@@ -33,8 +33,12 @@ class Encoder(Protocol):
         """ids (tokens,) uint32 end to end, lengths (texts,) int64; no special tokens, no EOS."""
 
 
-class BackendAbsentError(DataError):
-    """A fast backend is not installed, or cannot load a tokenizer."""
+class FastBackendError(DataError):
+    """A fast backend cannot be used."""
+
+
+class BackendAbsentError(FastBackendError):
+    """It is not installed, or cannot load a tokenizer."""
 
 
 def load_encoder(backend: str, tokenizer: Path | str, *, eos_token: str) -> Encoder:
@@ -91,10 +95,19 @@ class _Fastokens:
         self._tokenizer.no_padding()
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
-        # "<|endoftext|>" inside a text is no control token: it is split like other text.
-        ids, offsets = self._tokenizer.encode_batch_flat(
-            list(texts), add_special_tokens=False, split_special_tokens=True
-        )
+        try:
+            # "<|endoftext|>" inside a text is no control token: it is split like other text.
+            ids, offsets = self._tokenizer.encode_batch_flat(
+                list(texts), add_special_tokens=False, split_special_tokens=True
+            )
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        # A limit of its regular expressions is an Exception, a panic in Rust is not even that.
+        except BaseException as error:
+            raise FastBackendError(
+                f"fastokens failed on {len(texts)} texts ({type(error).__name__}: {error}); use "
+                "--backend reference"
+            ) from error
         ends = np.frombuffer(offsets, dtype="<u8").astype(np.int64)
         return np.frombuffer(ids, dtype="<u4"), np.diff(ends)
 

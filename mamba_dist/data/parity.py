@@ -19,15 +19,14 @@ from mamba_dist.data.fast_backends import (
     AUTO,
     FAST_BACKENDS,
     REFERENCE,
-    BackendAbsentError,
     Encoder,
+    FastBackendError,
     backend_version,
     load_encoder,
 )
 from mamba_dist.data.manifest import BackendProof
 from mamba_dist.data.sources import Corpus
 from mamba_dist.data.tokenization import FlatIds, Tokenizer
-from mamba_dist.errors import DataError
 
 # A smaller corpus is done by the reference before a proof would be.
 LEAST_BYTES = 4 << 20
@@ -51,7 +50,7 @@ class BackendChoice:
     reason: str
 
 
-class ParityError(DataError):
+class ParityError(FastBackendError):
     """A backend gives other ids than the reference."""
 
 
@@ -64,7 +63,8 @@ def choose_backend(
     else the reference.
 
     Raises:
-        DataError: a backend asked for by name is absent, or differs; the message shows where.
+        FastBackendError: one asked for by name is absent, fails or differs.
+        DataError: the corpus cannot be read.
     """
     if wanted == REFERENCE:
         return BackendChoice(REFERENCE, None, "as asked")
@@ -83,7 +83,7 @@ def choose_backend(
                 ),
                 own=sample_corpus(corpus, text_field),
             )
-        except (BackendAbsentError, ParityError) as error:
+        except FastBackendError as error:
             if wanted != AUTO:
                 raise
             refusals.append(str(error))
@@ -104,6 +104,7 @@ def prove_parity(
 
     Raises:
         ParityError: it does not; the message has the text and both ids.
+        FastBackendError: it fails on a text.
     """
     tokens = 0
     for group in _groups([*adversarial, *own]):

@@ -129,6 +129,36 @@ def test_a_tokenizer_that_a_backend_cannot_load_is_left_to_the_reference(
         choose(NAME, tokenizer_path.with_name("t.model"), reference, corpus)
 
 
+class Fragile:
+    """What fastokens' own class is to a module whose tokenizer panics."""
+
+    class Tokenizer:
+        @staticmethod
+        def from_json_str(content: str) -> "Fragile.Tokenizer":
+            return Fragile.Tokenizer()
+
+        def no_truncation(self) -> None: ...
+
+        def no_padding(self) -> None: ...
+
+        def encode_batch_flat(self, texts: list[str], **options: bool) -> None:
+            raise BaseException("a panic")
+
+
+def test_a_backend_that_fails_on_a_text_is_left_to_the_reference(
+    plant: Callable[..., Tokenizer],
+    tokenizer_path: Path,
+    corpus: Corpus,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fastokens = FAST_BACKENDS["fastokens"]
+    reference = plant(None)
+    monkeypatch.setitem(FAST_BACKENDS, NAME, lambda module, content: fastokens(Fragile, content))
+    choice = choose("auto", tokenizer_path, reference, corpus)
+    assert choice.name == "reference"
+    assert "failed on 256 texts (BaseException: a panic); use --backend reference" in choice.reason
+
+
 def test_a_small_corpus_is_not_worth_a_proof(tokenizer_path: Path, corpus: Corpus) -> None:
     choice = choose("auto", tokenizer_path, load_tokenizer(tokenizer_path), corpus)
     assert (choice.name, choice.proof) == ("reference", None)
