@@ -13,7 +13,7 @@ import xxhash
 
 from mamba_dist.data.documents import BadDocument, read_documents
 from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, write_durably
-from mamba_dist.data.fast_backends import REFERENCE
+from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
 from mamba_dist.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -24,8 +24,8 @@ from mamba_dist.data.manifest import (
     write_manifest,
 )
 from mamba_dist.data.merge import write_shards
-from mamba_dist.data.parity import choose_backend
-from mamba_dist.data.parts import PartRecord, PartSettings, tokenize_units
+from mamba_dist.data.parity import BackendChoice, choose_backend
+from mamba_dist.data.parts import PartRecord, PartSettings, make_part, tokenize_units
 from mamba_dist.data.shard import token_dtype
 from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
 from mamba_dist.data.staging import (
@@ -204,6 +204,12 @@ def _make_parts(
     units = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
     finished = staging.finished()
     todo = [unit for unit in units if unit.index not in finished]
+    if request.workers == 1:
+        use_one_thread()
+    wanted = request if todo else replace(request, backend=REFERENCE)
+    choice = _choose(wanted, path, reference=tokenizer, listener=listener)
+    if choice.proof is not None:
+        staging.note_backend(choice.proof)
     settings = PartSettings(
         folder=str(staging.parts),
         tokenizer=str(path),
@@ -214,32 +220,40 @@ def _make_parts(
         text_field=request.text_field,
         train_split=request.train_split,
         batch_documents=request.batch_documents,
-        backend=_backend(request, staging, path, tokenizer, listener) if todo else REFERENCE,
+        backend=choice.name,
     )
     done_bytes = sum(unit.bytes for unit in units if unit.index in finished)
     listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
     bad = [document for record in finished.values() for document in _bad_of(record)]
     _check_bad(bad, request.max_bad)
-    workers = start_workers(tokenize_units, [settings] * min(request.workers, len(todo)))
-    try:
-        for record in distribute(workers, todo):
-            staging.commit(record)
-            finished[record.unit] = record
-            listener.advanced(units[record.unit], record)
-            bad += _bad_of(record)
-            _check_bad(bad, request.max_bad)
-    finally:
-        stop_workers(workers)
+    for record in _records(request.workers, todo, settings, encoder=choice.encoder):
+        staging.commit(record)
+        finished[record.unit] = record
+        listener.advanced(units[record.unit], record)
+        bad += _bad_of(record)
+        _check_bad(bad, request.max_bad)
     return [finished[unit.index] for unit in units]
 
 
-def _backend(
-    request: BuildRequest,
-    staging: Staging,
-    path: Path,
-    reference: Tokenizer,
-    listener: BuildListener,
-) -> str:
+def _records(
+    workers: int, todo: list[Unit], settings: PartSettings, *, encoder: Encoder
+) -> Iterator[PartRecord]:
+    """Makes the parts, in any order."""
+    if workers == 1:
+        # Here, since a process more would import and load everything again: half a second.
+        for unit in todo:
+            yield make_part(unit, settings, encoder=encoder)
+        return
+    started = start_workers(tokenize_units, [settings] * min(workers, len(todo)))
+    try:
+        yield from distribute(started, todo)
+    finally:
+        stop_workers(started)
+
+
+def _choose(
+    request: BuildRequest, path: Path, *, reference: Tokenizer, listener: BuildListener
+) -> BackendChoice:
     choice = choose_backend(
         request.backend,
         path,
@@ -247,11 +261,9 @@ def _backend(
         corpus=request.corpus,
         text_field=request.text_field,
     )
-    if choice.proof is not None:
-        staging.note_backend(choice.proof)
     if request.backend != REFERENCE:
         listener.notice(f"backend    {choice.name}: {choice.reason}")
-    return choice.name
+    return choice
 
 
 def _bad_of(record: PartRecord) -> list[BadDocument]:

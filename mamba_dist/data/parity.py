@@ -46,6 +46,7 @@ class BackendChoice:
     """The backend to use; `proof` None for the reference. `reason` says why it is this one."""
 
     name: str
+    encoder: Encoder
     proof: BackendProof | None
     reason: str
 
@@ -67,9 +68,9 @@ def choose_backend(
         DataError: the corpus cannot be read.
     """
     if wanted == REFERENCE:
-        return BackendChoice(REFERENCE, None, "as asked")
+        return BackendChoice(REFERENCE, reference, None, "as asked")
     if wanted == AUTO and corpus.bytes < LEAST_BYTES:
-        return BackendChoice(REFERENCE, None, "done sooner than a faster one is proven")
+        return BackendChoice(REFERENCE, reference, None, "done sooner than a faster one is proven")
     refusals = []
     for name in FAST_BACKENDS if wanted == AUTO else (wanted,):
         try:
@@ -88,8 +89,8 @@ def choose_backend(
                 raise
             refusals.append(str(error))
         else:
-            return BackendChoice(name, proof, _summary(proof))
-    return BackendChoice(REFERENCE, None, "; ".join(refusals))
+            return BackendChoice(name, fast, proof, _summary(proof))
+    return BackendChoice(REFERENCE, reference, None, "; ".join(refusals))
 
 
 def prove_parity(
