@@ -5,7 +5,7 @@ difference. fastokens 0.3.5 (Apache-2.0, no dependencies, wheels for x86-64 and 
 GPT-NeoX-20B's text at 26 times the reference's MB per CPU-second.
 
 Left out: gigatoken 0.10 (a third faster still) orders some combining marks otherwise (15 of the
-9,789 adversarial texts), takes control tokens in text as such, and brings awkward and typer;
+9,700 adversarial texts), takes control tokens in text as such, and brings awkward and typer;
 splintr-rs 0.22 is slower at five times the size; tokie, kitoken and tiktoken give other ids.
 """
 
