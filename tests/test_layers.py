@@ -31,6 +31,8 @@ OWNERS = {
     "sentencepiece": {"data"},
     "zstandard": {"data"},
     "xxhash": {"data"},
+    "fastokens": {"data"},
+    "orjson": {"data"},
     "platformdirs": {"ops"},
     "triton": {"ops"},
     "mamba_ssm": {"ops"},
@@ -43,12 +45,15 @@ OWNERS = {
     "safetensors": {"checkpoint"},
     "transformers": {"checkpoint"},
     "mambapy": set(),
+    "datasets": set(),
 }
 
 # What tools/bench.py measures against: optional packages, each known to one file.
 PEERS = {
     "commands/bench/peers_huggingface.py": {"transformers"},
     "commands/bench/peers_mambapy.py": {"mambapy"},
+    "commands/bench/peers_datasets.py": {"datasets", "transformers"},
+    "commands/bench/peers_tokenize.py": {"tokenizers"},
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
@@ -63,6 +68,7 @@ LATE_IMPORTS = {
         "mamba_dist.commands.bench.peers_huggingface",
         "mamba_dist.commands.bench.peers_mambapy",
     },
+    "commands/bench/data_worker.py": {"mamba_dist.commands.bench.peers_datasets"},
 }
 
 

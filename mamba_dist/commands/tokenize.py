@@ -21,6 +21,7 @@ from mamba_dist.data.build import (
     BuildResult,
     build_dataset,
 )
+from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
 from mamba_dist.data.manifest import SPLITS
 from mamba_dist.data.parts import PartRecord
 from mamba_dist.data.sources import Corpus, DiscoveryOptions, Unit, discover
@@ -143,6 +144,7 @@ def _request(
         batch_documents=data.tokenize_batch_documents,
         max_bad=arguments.max_bad,
         overwrite=arguments.overwrite,
+        backend=arguments.backend,
     )
 
 
@@ -263,6 +265,13 @@ def _parser() -> argparse.ArgumentParser:
         type=positive_int,
         default=_processors(),
         help="processes; default: all processors",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=(AUTO, REFERENCE, *FAST_BACKENDS),
+        default=AUTO,
+        help="what encodes; never changes an id. auto, the default: a fast one if it is installed "
+        f"({INSTALL}) and proven equal to the reference on this corpus and on adversarial texts",
     )
     parser.add_argument(
         "--text-field", default="text", help="field or column that holds the text; default text"

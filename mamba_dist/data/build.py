@@ -1,8 +1,4 @@
-"""From a corpus to a data set: plan, tokenise units in workers, merge the parts in order, publish.
-
-The merge goes through the parts in the order of the units, so the bytes do not depend on the number
-of workers or on where an earlier run was killed.
-"""
+"""From a corpus to a data set: plan, tokenise units in workers, merge the parts, publish."""
 
 import json
 import shutil
@@ -13,25 +9,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import xxhash
 
 from mamba_dist.data.documents import BadDocument, read_documents
 from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, write_durably
+from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
 from mamba_dist.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
     BuildSettings,
     InputSummary,
     Manifest,
-    ShardRecord,
-    TokenizerIdentity,
     read_manifest,
     write_manifest,
 )
-from mamba_dist.data.parts import Part, PartRecord, PartSettings, read_part, tokenize_units
-from mamba_dist.data.shard import schema_metadata, token_dtype
-from mamba_dist.data.shard_writer import Documents, ShardWriter
+from mamba_dist.data.merge import write_shards
+from mamba_dist.data.parity import BackendChoice, choose_backend
+from mamba_dist.data.parts import PartRecord, PartSettings, make_part, tokenize_units
+from mamba_dist.data.shard import token_dtype
 from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
 from mamba_dist.data.staging import (
     BAD_DOCUMENTS_NAME,
@@ -43,6 +38,7 @@ from mamba_dist.data.staging import (
     publish,
 )
 from mamba_dist.data.tokenization import (
+    Tokenizer,
     dataset_file_name,
     load_tokenizer,
     save_tokenizer,
@@ -52,7 +48,6 @@ from mamba_dist.data.workers import distribute, start_workers, stop_workers
 from mamba_dist.errors import DataError
 
 DEFAULT_MAX_BAD = 100
-_MERGE_TOKENS = 4 << 20
 _NAMED_BAD = 5
 
 
@@ -62,7 +57,7 @@ class BuildRequest:
 
     Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
     `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
-    only counted, since source trees are full of empty files.
+    only counted, since source trees are full of empty files. `backend` is as in `choose_backend`.
     """
 
     output: Path
@@ -81,6 +76,7 @@ class BuildRequest:
     unit_bytes: int = 2 << 20
     shard_bytes: int = 512 << 20
     batch_tokens: int = 8 << 20
+    backend: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -121,6 +117,8 @@ def build_dataset(request: BuildRequest, listener: BuildListener) -> BuildResult
 
 
 def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
+    # Loading it first: a wrong file is reported before anything is written.
+    given = _load(request, request.tokenizer) if request.tokenizer is not None else None
     plan = _plan(request)
     request.output.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(request.output):
@@ -129,12 +127,12 @@ def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
             check_same_build(request.output, manifest, plan=plan)
             return BuildResult(manifest, was_complete=True)
         staging = open_staging(request.output, plan, overwrite=request.overwrite)
-        tokenizer = _stage_tokenizer(request, staging, listener)
-        units = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
-        records = _make_parts(request, staging, tokenizer=tokenizer, units=units, listener=listener)
-        manifest = _merge(request, plan, staging, records=records, tokenizer=tokenizer)
+        path = _stage_tokenizer(request, staging, listener)
+        tokenizer = given or _load(request, path)
+        records = _make_parts(request, staging, path, tokenizer=tokenizer, listener=listener)
+        manifest = _merge(request, plan, staging, path, records=records, tokenizer=tokenizer)
         names = [shard.file for shard in manifest.shards]
-        names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, tokenizer.name]
+        names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, path.name]
         publish(request.output, staging, names=names)
         sync_folder(request.output)
         write_manifest(request.output, manifest)
@@ -155,10 +153,12 @@ def sample_texts(
                 yield document.text
 
 
+def _load(request: BuildRequest, path: Path) -> Tokenizer:
+    return load_tokenizer(path, eos_token=request.eos_token)
+
+
 def _plan(request: BuildRequest) -> BuildPlan:
     if request.tokenizer is not None:
-        # Loading it first: a wrong file is reported before anything is written.
-        load_tokenizer(request.tokenizer, eos_token=request.eos_token)
         tokenizer = hash_file(request.tokenizer).sha256
     else:
         tokenizer = f"trained: {request.train_vocab_size}"
@@ -196,38 +196,74 @@ def _stage_tokenizer(request: BuildRequest, staging: Staging, listener: BuildLis
 def _make_parts(
     request: BuildRequest,
     staging: Staging,
+    path: Path,
     *,
-    tokenizer: Path,
-    units: list[Unit],
+    tokenizer: Tokenizer,
     listener: BuildListener,
 ) -> list[PartRecord]:
-    loaded = load_tokenizer(tokenizer, eos_token=request.eos_token)
+    units = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
+    finished = staging.finished()
+    todo = [unit for unit in units if unit.index not in finished]
+    if request.workers == 1:
+        use_one_thread()
+    wanted = request if todo else replace(request, backend=REFERENCE)
+    choice = _choose(wanted, path, reference=tokenizer, listener=listener)
+    if choice.proof is not None:
+        staging.note_backend(choice.proof)
     settings = PartSettings(
         folder=str(staging.parts),
-        tokenizer=str(tokenizer),
-        eos_token=loaded.eos_token,
-        dtype=token_dtype(loaded.vocab_size).name,
+        tokenizer=str(path),
+        eos_token=tokenizer.eos_token,
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size).name,
         text_field=request.text_field,
         train_split=request.train_split,
         batch_documents=request.batch_documents,
+        backend=choice.name,
     )
-    finished = staging.finished()
-    todo = [unit for unit in units if unit.index not in finished]
     done_bytes = sum(unit.bytes for unit in units if unit.index in finished)
     listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
     bad = [document for record in finished.values() for document in _bad_of(record)]
     _check_bad(bad, request.max_bad)
-    workers = start_workers(tokenize_units, [settings] * min(request.workers, len(todo)))
-    try:
-        for record in distribute(workers, todo):
-            staging.commit(record)
-            finished[record.unit] = record
-            listener.advanced(units[record.unit], record)
-            bad += _bad_of(record)
-            _check_bad(bad, request.max_bad)
-    finally:
-        stop_workers(workers)
+    for record in _records(request.workers, todo, settings, encoder=choice.encoder):
+        staging.commit(record)
+        finished[record.unit] = record
+        listener.advanced(units[record.unit], record)
+        bad += _bad_of(record)
+        _check_bad(bad, request.max_bad)
     return [finished[unit.index] for unit in units]
+
+
+def _records(
+    workers: int, todo: list[Unit], settings: PartSettings, *, encoder: Encoder
+) -> Iterator[PartRecord]:
+    """Makes the parts, in any order."""
+    if workers == 1:
+        # Here, since a process more would import and load everything again: half a second.
+        for unit in todo:
+            yield make_part(unit, settings, encoder=encoder)
+        return
+    started = start_workers(tokenize_units, [settings] * min(workers, len(todo)))
+    try:
+        yield from distribute(started, todo)
+    finally:
+        stop_workers(started)
+
+
+def _choose(
+    request: BuildRequest, path: Path, *, reference: Tokenizer, listener: BuildListener
+) -> BackendChoice:
+    choice = choose_backend(
+        request.backend,
+        path,
+        reference=reference,
+        corpus=request.corpus,
+        text_field=request.text_field,
+    )
+    if request.backend != REFERENCE:
+        listener.notice(f"backend    {choice.name}: {choice.reason}")
+    return choice
 
 
 def _bad_of(record: PartRecord) -> list[BadDocument]:
@@ -247,11 +283,12 @@ def _merge(
     request: BuildRequest,
     plan: BuildPlan,
     staging: Staging,
+    path: Path,
     *,
     records: list[PartRecord],
-    tokenizer: Path,
+    tokenizer: Tokenizer,
 ) -> Manifest:
-    identity = load_tokenizer(tokenizer, eos_token=request.eos_token).identity
+    identity = tokenizer.identity
     if staging.shards.exists():
         shutil.rmtree(staging.shards)
     staging.shards.mkdir()
@@ -260,7 +297,7 @@ def _merge(
         staging.discard()
         raise DataError(_no_documents(records, bad))
     dtype = token_dtype(identity.vocab_size).name
-    shards = _write_shards(request, staging, records=records, identity=identity, dtype=dtype)
+    shards = write_shards(staging, records, settings=plan.settings, identity=identity, dtype=dtype)
     counts = {split: sum(s.documents for s in shards if s.split == split) for split in SPLITS}
     if min(counts.values()) == 0:
         staging.discard()
@@ -270,11 +307,11 @@ def _merge(
             f"{request.val_split:g}), expected at least one each; give more documents or another "
             "--train-split"
         )
-    write_durably(staging.shards / tokenizer.name, tokenizer.read_bytes())
+    write_durably(staging.shards / path.name, path.read_bytes())
     return Manifest(
         tool_version=version("mamba-dist"),
         dtype=dtype,
-        tokenizer=replace(identity, file=tokenizer.name),
+        tokenizer=replace(identity, file=path.name),
         settings=plan.settings,
         inputs=InputSummary(
             files=len(request.corpus.files),
@@ -285,6 +322,7 @@ def _merge(
             sha256=inputs,
         ),
         shards=tuple(shards),
+        backend=staging.backend(),
     )
 
 
@@ -315,54 +353,3 @@ def _no_documents(records: list[PartRecord], bad: list[BadDocument]) -> str:
         f"no usable document in {files} files ({faults or 'all files are empty'}); the first: "
         f"{bad[0] if bad else records[0].files[0].name}"
     )
-
-
-def _write_shards(
-    request: BuildRequest,
-    staging: Staging,
-    *,
-    records: list[PartRecord],
-    identity: TokenizerIdentity,
-    dtype: str,
-) -> list[ShardRecord]:
-    writers = [
-        ShardWriter(
-            staging.shards,
-            split,
-            metadata=schema_metadata(
-                split,
-                dtype=dtype,
-                tokenizer_sha256=identity.sha256,
-                vocab_size=identity.vocab_size,
-                eos_id=identity.eos_id,
-            ),
-            shard_bytes=request.shard_bytes,
-            batch_tokens=request.batch_tokens,
-        )
-        for split in SPLITS
-    ]
-    first_doc_id = 0
-    for record in records:
-        part = read_part(staging.parts, record, dtype=dtype)
-        for number, writer in enumerate(writers):
-            for documents in _documents_of(part, number, first_doc_id):
-                writer.add(documents)
-        first_doc_id += record.documents
-    return [shard for writer in writers for shard in writer.finish()]
-
-
-def _documents_of(part: Part, split: int, first_doc_id: int) -> Iterator[Documents]:
-    ends = np.cumsum(part.lengths)
-    start = 0
-    while start < len(ends):
-        begin = int(ends[start] - part.lengths[start])
-        stop = max(start + 1, int(np.searchsorted(ends, begin + _MERGE_TOKENS, side="right")))
-        chosen = part.splits[start:stop] == split
-        lengths = part.lengths[start:stop]
-        ids = np.asarray(part.ids[begin : int(ends[stop - 1])])
-        yield Documents(
-            ids=ids[np.repeat(chosen, lengths)],
-            lengths=lengths[chosen],
-            doc_ids=(first_doc_id + start + np.flatnonzero(chosen)).astype(np.uint64),
-        )
-        start = stop

@@ -5,7 +5,6 @@ and Arrow: one a row, in the column `text_field`; the line of a bad document is 
 1.
 """
 
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from mamba_dist.data.json_records import read_record
 from mamba_dist.data.sources import Compression, InputFile
 from mamba_dist.errors import DataError
 
@@ -142,10 +142,10 @@ def _json_lines(
     file: InputFile, blocks: Iterator[bytes], text_field: str
 ) -> Iterator[Document | BadDocument]:
     for number, raw in enumerate(_lines(blocks), 1):
-        if not raw.strip():
+        if not raw or raw.isspace():
             continue
         try:
-            record = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+            record = read_record(raw, text_field, first=number == 1)
         except UnicodeDecodeError as error:
             yield BadDocument(file.name, number, "not UTF-8", error.reason)
         except (ValueError, RecursionError) as error:
@@ -170,10 +170,11 @@ def _field(
 
 
 def _checked(file: InputFile, text: str, *, line: int) -> Document | BadDocument:
-    if not text.strip():
+    if not text or text.isspace():
         return BadDocument(file.name, line, "empty", "")
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, "\ud800"
         return BadDocument(file.name, line, "not UTF-8", error.reason)
     return Document(text, line)

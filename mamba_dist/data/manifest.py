@@ -9,7 +9,8 @@ set.
         inputs.jsonl             one line an input file: name, bytes, xxh3, documents, first doc_id
         bad_documents.jsonl      one line a document passed over: file, line, fault
 
-Nothing here depends on the time, the machine, or the number of workers.
+Nothing here depends on the time or the number of workers; on the machine only which backend was
+proven (`backend`, absent for the reference).
 
 The hashes of single batches stand beside the shards, under `batch_xxh3`: a program that does not
 know them passes over them, and a data set written before them is read without. They tell where a
@@ -112,6 +113,22 @@ class InputSummary:
 
 
 @dataclass(frozen=True)
+class BackendProof:
+    """The fast backend that encoded, and what it was compared with `reference` on, all ids equal.
+
+    It is no part of the fingerprint: the ids are the reference's.
+    """
+
+    name: str
+    version: str
+    reference: str
+    adversarial_texts: int
+    corpus_documents: int
+    text_bytes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole record of a data set."""
 
@@ -121,6 +138,7 @@ class Manifest:
     settings: BuildSettings
     inputs: InputSummary
     shards: tuple[ShardRecord, ...]
+    backend: BackendProof | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -156,6 +174,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
         **dataclasses.asdict(manifest),
     }
+    if manifest.backend is None:
+        del content["backend"]
     for shard in content["shards"]:
         hashes = [batch.pop("xxh3") for batch in shard["batches"]]
         if None not in hashes:
@@ -242,6 +262,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
         shards=tuple(
             _parse_shard(shard, batch_hashes.get(shard["file"])) for shard in content["shards"]
         ),
+        backend=BackendProof(**content["backend"]) if "backend" in content else None,
     )
 
 

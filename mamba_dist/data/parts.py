@@ -19,8 +19,8 @@ import xxhash
 
 from mamba_dist.data.documents import BadDocument, Document, read_documents
 from mamba_dist.data.durable import quick_hash, sync_folder
+from mamba_dist.data.fast_backends import Encoder, load_encoder, use_one_thread
 from mamba_dist.data.sources import InputFile, Unit
-from mamba_dist.data.tokenization import Tokenizer, load_tokenizer
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 
@@ -36,10 +36,13 @@ class PartSettings:
     folder: str
     tokenizer: str
     eos_token: str
+    eos_id: int
+    vocab_size: int
     dtype: str
     text_field: str
     train_split: float
     batch_documents: int
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -89,24 +92,23 @@ def is_training_document(text: bytes, train_split: float) -> bool:
 
 def tokenize_units(connection: Connection, settings: PartSettings) -> None:
     """A worker's life: units come in through the pipe, part records go out."""
-    # One thread a worker: the library's own pool would multiply with the number of workers.
-    os.putenv("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = load_tokenizer(settings.tokenizer, eos_token=settings.eos_token)
+    use_one_thread()
+    encoder = load_encoder(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
     try:
         while True:
-            connection.send(_answer(connection.recv(), settings, tokenizer))
+            connection.send(_answer(connection.recv(), settings, encoder))
     except (EOFError, ConnectionError):
         return  # nobody wants more
 
 
-def _answer(unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> PartRecord | WorkerFailure:
+def _answer(unit: Unit, settings: PartSettings, encoder: Encoder) -> PartRecord | WorkerFailure:
     try:
-        return make_part(unit, settings, tokenizer=tokenizer)
+        return make_part(unit, settings, encoder=encoder)
     except DataError as error:
         return WorkerFailure(str(error))
 
 
-def make_part(unit: Unit, settings: PartSettings, *, tokenizer: Tokenizer) -> PartRecord:
+def make_part(unit: Unit, settings: PartSettings, *, encoder: Encoder) -> PartRecord:
     """Tokenises a unit and commits its part.
 
     Raises:
@@ -114,7 +116,7 @@ def make_part(unit: Unit, settings: PartSettings, *, tokenizer: Tokenizer) -> Pa
     """
     final = part_path(Path(settings.folder), unit.index)
     staged = final.with_suffix(f".{os.getpid()}.partial")
-    writer = _PartWriter(unit, settings, tokenizer)
+    writer = _PartWriter(unit, settings, encoder)
     try:
         with staged.open("wb") as stream:
             writer.write(stream)
@@ -133,34 +135,34 @@ def make_part(unit: Unit, settings: PartSettings, *, tokenizer: Tokenizer) -> Pa
 
 
 class _PartWriter:
-    def __init__(self, unit: Unit, settings: PartSettings, tokenizer: Tokenizer) -> None:
+    def __init__(self, unit: Unit, settings: PartSettings, encoder: Encoder) -> None:
         self._unit = unit
         self._settings = settings
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
-        self._eos = np.array([tokenizer.eos_id], dtype=self._dtype)
         self._hash = xxhash.xxh3_64()
         self._bytes = 0
         self._text_bytes = 0
-        self._lengths: list[int] = []
+        self._lengths: list[npt.NDArray[np.int64]] = []
         self._splits: list[int] = []
         self._files: list[FileRecord] = []
         self._bad: list[BadDocument] = []
 
     def write(self, stream: BinaryIO) -> None:
         for group in self._groups():
-            for ids in self._tokenizer.encode_batch(group):
-                self._check_ids(ids)
-                self._lengths.append(ids.size + 1)
-                self._put(stream, ids.astype(self._dtype).tobytes() + self._eos.tobytes())
-        self._put(stream, np.array(self._lengths, dtype="<i8").tobytes())
-        self._put(stream, np.array(self._splits, dtype=np.uint8).tobytes())
+            ids, lengths = self._encoder.encode_flat(group)
+            self._check_ids(ids)
+            self._lengths.append(lengths + 1)
+            self._put(stream, self._with_eos(ids, lengths))
+        for lengths in self._lengths:
+            self._put(stream, lengths.astype("<i8"))
+        self._put(stream, np.array(self._splits, dtype=np.uint8))
 
     def record(self) -> PartRecord:
         return PartRecord(
             unit=self._unit.index,
-            documents=len(self._lengths),
-            tokens=sum(self._lengths),
+            documents=len(self._splits),
+            tokens=sum(int(lengths.sum()) for lengths in self._lengths),
             text_bytes=self._text_bytes,
             bytes=self._bytes,
             xxh3=self._hash.hexdigest(),
@@ -168,17 +170,29 @@ class _PartWriter:
             bad=tuple(self._bad),
         )
 
-    def _put(self, stream: BinaryIO, data: bytes) -> None:
+    def _put(self, stream: BinaryIO, values: npt.NDArray[Any]) -> None:
+        data = values.data
         stream.write(data)
         self._hash.update(data)
-        self._bytes += len(data)
+        self._bytes += values.nbytes
+
+    def _with_eos(
+        self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.unsignedinteger]:
+        """The part's ids of a group: the texts' own, each text's end marked."""
+        is_eos = np.zeros(ids.size + lengths.size, dtype=np.bool_)
+        is_eos[np.cumsum(lengths + 1) - 1] = True
+        marked = np.full(is_eos.size, self._settings.eos_id, dtype=self._dtype)
+        marked[~is_eos] = ids
+        return marked
 
     def _check_ids(self, ids: npt.NDArray[np.uint32]) -> None:
-        if ids.size and int(ids.max()) >= self._tokenizer.vocab_size:
+        vocab_size = self._settings.vocab_size
+        if ids.size and int(ids.max()) >= vocab_size:
             first, last = self._unit.slices[0].file.name, self._unit.slices[-1].file.name
             raise DataError(
                 f"the tokenizer gave id {int(ids.max())}, outside its vocabulary of "
-                f"{self._tokenizer.vocab_size}, between {first} and {last}; use a consistent "
+                f"{vocab_size}, between {first} and {last}; use a consistent "
                 f"tokenizer file"
             )
 

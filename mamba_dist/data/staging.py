@@ -5,6 +5,7 @@
         tokenizer.json   the tokenizer in use, copied or trained
         parts/           one file a finished unit
         journal.jsonl    one line a finished unit, forced to disk after its part
+        backend.json     the proof of the fast backend that made parts, if one did
         shards/          the merge, renamed into the output folder at the end
 
 Parts of another plan cannot mix in, since another plan has another folder.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_dist.data.durable import quick_hash, write_durably
-from mamba_dist.data.manifest import MANIFEST_NAME, BuildSettings, Manifest
+from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
 from mamba_dist.data.parts import PartRecord, part_path
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.sources import InputFile
@@ -59,6 +60,7 @@ class Staging:
         self.parts = folder / "parts"
         self.shards = folder / "shards"
         self._journal = folder / "journal.jsonl"
+        self._backend = folder / "backend.json"
 
     def finished(self) -> dict[int, PartRecord]:
         """The committed parts by unit; a line that a crash cut short is dropped."""
@@ -77,6 +79,16 @@ class Staging:
             stream.write(json.dumps(record.to_json()).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
+
+    def note_backend(self, proof: BackendProof) -> None:
+        """Remembers that a fast backend makes parts from now on."""
+        write_durably(self._backend, json.dumps(asdict(proof)).encode())
+
+    def backend(self) -> BackendProof | None:
+        """The last fast backend that made parts, in this run or an earlier one."""
+        if not self._backend.exists():
+            return None
+        return BackendProof(**json.loads(self._backend.read_bytes()))
 
     def discard(self) -> None:
         """Removes the folder."""

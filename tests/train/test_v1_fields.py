@@ -222,14 +222,14 @@ from mamba_dist.data.tokenization import load_tokenizer
 # Worker processes import this file under this name.
 if __name__ == "__mp_main__":
     used = type(load_tokenizer("words.json"))
-    plain = used.encode_batch
+    plain = used.encode_flat
 
     def counted(self, texts):
         with open("calls", "a") as file:
             print(len(texts), file=file)
         return plain(self, texts)
 
-    used.encode_batch = counted
+    used.encode_flat = counted
 
 if __name__ == "__main__":
     raise SystemExit(main())
@@ -238,7 +238,7 @@ if __name__ == "__main__":
 
 def test_preprocessing_batch_size_is_the_documents_of_a_tokenizer_call(made: Made) -> None:
     (made.folder / "counting.py").write_text(COUNTING)
-    words = ["corpus", "--config", "old.yaml", "--output", "again", "--workers", "1"]
+    words = ["corpus", "--config", "old.yaml", "--output", "again", "--workers", "2"]
     result = subprocess.run(
         [sys.executable, "counting.py", *words],
         cwd=made.folder,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench import ops, train
+from mamba_dist.commands.bench import data, ops, train
 from mamba_dist.commands.bench.child import ChildWorker
 from mamba_dist.commands.bench.gpu import decode as gpu_decode
 from mamba_dist.commands.bench.gpu import ops as gpu_ops
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(problem)
     found: list[Figures] = []
     try:
+        if arguments.command == "data":
+            return 0 if data.run(words, arguments) else EXIT_WRONG
         if arguments.command == "gpu-ops":
             return 0 if gpu_ops.run(words, arguments) else EXIT_WRONG
         if arguments.command == "gpu-decode":
@@ -161,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     of_train.add_argument(
         "--length", type=_numbers, help="instead of the preset's, or several as 512,1024"
     )
+    data.add_arguments(
+        commands.add_parser("data", help="tokenising, beside the libraries alone and other ways")
+    )
     gpu_decode.add_arguments(
         commands.add_parser("gpu-decode", help="tokens per second of greedy decoding on one GPU")
     )
@@ -210,6 +215,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return f"--json: folder {arguments.json.parent} does not exist"
     if arguments.json is not None and arguments.json.is_dir():
         return f"--json: {arguments.json} is a folder, expected a file to write"
+    if arguments.command == "data":
+        return data.problem(arguments)
     if arguments.command == "gpu-ops":
         return gpu_ops.problem(arguments)
     if arguments.command == "gpu-decode":
