@@ -273,6 +273,15 @@ def _parser() -> argparse.ArgumentParser:
         help="what encodes; never changes an id. auto, the default: a fast one if it is installed "
         f"({INSTALL}) and proven equal to the reference on this corpus and on adversarial texts",
     )
+    _add_reading(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what the output folder holds"
+    )
+    return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """What of the corpus is read, and how."""
     parser.add_argument(
         "--text-field", default="text", help="field or column that holds the text; default text"
     )
@@ -296,10 +305,6 @@ def _parser() -> argparse.ArgumentParser:
         help="stop after more than N bad documents (not UTF-8, broken JSON, no text field); default"
         f" {DEFAULT_MAX_BAD}",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what the output folder holds"
-    )
-    return parser
 
 
 def _processors() -> int:

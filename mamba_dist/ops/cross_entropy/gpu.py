@@ -22,8 +22,9 @@ from mamba_dist.ops.cross_entropy.torch_chunked import (
     matmul_dtype,
 )
 from mamba_dist.ops.nvrtc.compiler import USE_TORCH
-from mamba_dist.ops.nvrtc.kernel import Kernel, call_fields, launch
+from mamba_dist.ops.nvrtc.kernel import call_fields, launch, specialised
 
+_SOURCE: Final = Path(__file__).with_name("gpu_softmax.cu")
 # Columns of the products: their tiles are whole, and the kernel's rows aligned.
 _COLUMN_STEP: Final = 64
 # 5,000 tokens of a vocabulary of 50,000 in bf16; with thousands of rows a product is at its best.
@@ -117,13 +118,14 @@ def _softmax_loss(
     held = _HELD_BYTES // (4 * logits.element_size())
     warps = -(-columns // (4 * held * _WARP))
     threads = min(_MOST_THREADS, _WARP * warps)
-    macros = {"HELD": held, "STORAGE_BF16": logits.dtype == torch.bfloat16, "GRADIENT": wanted}
-    kernel = Kernel(
-        source=Path(__file__).with_name("gpu_softmax.cu"),
-        name="softmax_loss",
-        macros=tuple((name, int(value)) for name, value in macros.items()),
+    kernel = specialised(
+        _SOURCE,
+        "softmax_loss",
         threads=threads,
         blocks_per_sm=max(1, _THREADS_PER_MULTIPROCESSOR // threads),
+        HELD=held,
+        STORAGE_BF16=logits.dtype == torch.bfloat16,
+        GRADIENT=wanted,
     )
     call = _Call(
         *(logits.data_ptr(), targets.data_ptr(), losses.data_ptr()), rows, columns, vocab_size

@@ -24,14 +24,10 @@ from mamba_dist.ops.first_order import first_order
 from mamba_dist.ops.joint_gradient import GradientPart, empty_gradient
 from mamba_dist.ops.kept_scan import KeptScan
 from mamba_dist.ops.native.call import refuse_tangents, unit_stride
-from mamba_dist.ops.nvrtc.state_step import (
-    MOST_STATES,
-    StepInputs,
-    is_plain_step,
-    state_step,
-)
+from mamba_dist.ops.nvrtc.state_step import MOST_STATES, is_plain_step
 from mamba_dist.ops.precision import autocast_disabled
 from mamba_dist.ops.ssd import torch_chunked
+from mamba_dist.ops.ssd.gpu_step import ssd_step
 from mamba_dist.ops.triton_package import USE_TORCH, import_triton_module
 
 # A chunk's tiles of a larger one would not fit in shared memory.
@@ -90,7 +86,9 @@ def ssd(
     if x.dtype == torch.float64:
         raise BackendError(f"ops backend 'gpu' has no float64 kernel for ssd; {USE_TORCH}")
     if B.shape[3] <= MOST_STATES and is_plain_step(x.shape[1], *tensors):
-        return _step(*tensors, softplus=dt_softplus, A_is_log=A_is_log, donate_state=donate_state)
+        return ssd_step(
+            *tensors, softplus=dt_softplus, A_is_log=A_is_log, donate_state=donate_state
+        )
     if A_is_log:
         A = -torch.exp(A)
     if x.shape[1] == 1 or B.shape[3] > _LARGEST_D_STATE:
@@ -149,28 +147,6 @@ def _scanned(
         if z is not None:
             y = y * F.silu(z.float())
         return y.to(x.dtype), final_state
-
-
-def _step(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    **options: bool,
-) -> tuple[Tensor, Tensor]:
-    # (B, H P, N), a view of what is contiguous.
-    before = None if initial_state is None else initial_state.flatten(1, 2)
-    gate = None if z is None else z[:, 0].flatten(1)
-    inputs = StepInputs(x[:, 0].flatten(1), dt[:, 0], A, B[:, 0], C[:, 0], D, gate, dt_bias, before)
-    y, after = state_step(inputs, **options)
-    if initial_state is not None and after.data_ptr() == initial_state.data_ptr():
-        return y.view(x.shape), initial_state
-    return y.view(x.shape), after.view(*x.shape[:1], *x.shape[2:], B.shape[3])
 
 
 # Not of device type "cuda" only: Triton's interpreter, as the tests use it, takes CPU tensors.
