@@ -20,8 +20,8 @@ from pathlib import Path
 import zstandard
 
 from mamba_dist.data.durable import FileHashes, RunningHashes, new_folder, write_durably
+from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from mamba_dist.data.staging import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.errors import DataError
 
 PACKED_NAME = "packed.json"

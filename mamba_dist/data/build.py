@@ -1,6 +1,5 @@
 """From a corpus to a data set: plan, tokenise units in workers, merge the parts, publish."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -11,9 +10,15 @@ from typing import Protocol
 
 import xxhash
 
-from mamba_dist.data.documents import BadDocument, read_documents
+from mamba_dist.data.documents import (
+    BadDocument,
+    Reading,
+    lines_before,
+    read_documents,
+)
 from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, write_durably
 from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
+from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME, write_lists
 from mamba_dist.data.manifest import (
     MANIFEST_NAME,
     SPLITS,
@@ -27,10 +32,15 @@ from mamba_dist.data.merge import write_shards
 from mamba_dist.data.parity import BackendChoice, choose_backend
 from mamba_dist.data.parts import PartRecord, PartSettings, make_part, tokenize_units
 from mamba_dist.data.shard import token_dtype
-from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
+from mamba_dist.data.sources import (
+    DEFAULT_MAX_RECORD_BYTES,
+    Corpus,
+    InputFile,
+    InputSlice,
+    Unit,
+    cut_units,
+)
 from mamba_dist.data.staging import (
-    BAD_DOCUMENTS_NAME,
-    INPUTS_NAME,
     BuildPlan,
     Staging,
     check_same_build,
@@ -57,7 +67,8 @@ class BuildRequest:
 
     Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
     `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
-    only counted, since source trees are full of empty files. `backend` is as in `choose_backend`.
+    only counted, since source trees are full of empty files. A JSON line or a table's cell longer
+    than `max_record_bytes` is a bad document. `backend` is as in `choose_backend`.
     """
 
     output: Path
@@ -77,6 +88,7 @@ class BuildRequest:
     shard_bytes: int = 512 << 20
     batch_tokens: int = 8 << 20
     backend: str = REFERENCE
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -149,8 +161,9 @@ def sample_texts(
         for document in read_documents(file, text_field):
             if isinstance(document, BadDocument):
                 continue
-            if limit == 2**64 or xxhash.xxh3_64_intdigest(document.text.encode()) < limit:
-                yield document.text
+            for text in document.texts():
+                if limit == 2**64 or xxhash.xxh3_64_intdigest(text.encode()) < limit:
+                    yield text
 
 
 def _load(request: BuildRequest, path: Path) -> Tokenizer:
@@ -170,6 +183,7 @@ def _plan(request: BuildRequest) -> BuildPlan:
         val_split=request.val_split,
         shard_bytes=request.shard_bytes,
         batch_tokens=request.batch_tokens,
+        max_record_bytes=request.max_record_bytes,
     )
     return BuildPlan(settings, request.unit_bytes, request.corpus.files)
 
@@ -217,20 +231,20 @@ def _make_parts(
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         dtype=token_dtype(tokenizer.vocab_size).name,
-        text_field=request.text_field,
+        reading=Reading(request.text_field, None, request.max_record_bytes),
         train_split=request.train_split,
         batch_documents=request.batch_documents,
         backend=choice.name,
     )
     done_bytes = sum(unit.bytes for unit in units if unit.index in finished)
     listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
-    bad = [document for record in finished.values() for document in _bad_of(record)]
+    bad = [found for index in finished for found in _bad_of(units[index], finished[index])]
     _check_bad(bad, request.max_bad)
     for record in _records(request.workers, todo, settings, encoder=choice.encoder):
         staging.commit(record)
         finished[record.unit] = record
         listener.advanced(units[record.unit], record)
-        bad += _bad_of(record)
+        bad += _bad_of(units[record.unit], record)
         _check_bad(bad, request.max_bad)
     return [finished[unit.index] for unit in units]
 
@@ -266,13 +280,24 @@ def _choose(
     return choice
 
 
-def _bad_of(record: PartRecord) -> list[BadDocument]:
-    return [document for document in record.bad if document.fault != "empty"]
+def _bad_of(unit: Unit, record: PartRecord) -> list[tuple[InputSlice, BadDocument]]:
+    """The bad documents that count, each with the slice from whose beginning its line counts."""
+    slices = (
+        piece
+        for piece, file in zip(unit.slices, record.files, strict=True)
+        for _ in range(file.bad)
+    )
+    found = zip(slices, record.bad, strict=True)
+    return [(piece, document) for piece, document in found if document.fault != "empty"]
 
 
-def _check_bad(bad: list[BadDocument], max_bad: int) -> None:
+def _check_bad(bad: list[tuple[InputSlice, BadDocument]], max_bad: int) -> None:
     if len(bad) > max_bad:
-        listed = "".join(f"\n  {document}" for document in bad[:_NAMED_BAD])
+        named = [
+            replace(document, line=document.line + lines_before(piece))
+            for piece, document in bad[:_NAMED_BAD]
+        ]
+        listed = "".join(f"\n  {document}" for document in named)
         raise DataError(
             f"{len(bad)} bad documents, more than --max-bad {max_bad}; among them:{listed}\n"
             "mend or --exclude these files, check --text-field, or allow more by --max-bad"
@@ -292,10 +317,10 @@ def _merge(
     if staging.shards.exists():
         shutil.rmtree(staging.shards)
     staging.shards.mkdir()
-    inputs, bad = _write_lists(staging.shards, records)
+    lists = write_lists(staging.shards, records)
     if sum(record.documents for record in records) == 0:
         staging.discard()
-        raise DataError(_no_documents(records, bad))
+        raise DataError(_no_documents(records, lists.bad))
     dtype = token_dtype(identity.vocab_size).name
     shards = write_shards(staging, records, settings=plan.settings, identity=identity, dtype=dtype)
     counts = {split: sum(s.documents for s in shards if s.split == split) for split in SPLITS}
@@ -317,37 +342,17 @@ def _merge(
             files=len(request.corpus.files),
             bytes=request.corpus.bytes,
             documents=sum(record.documents for record in records),
-            bad_documents=len(bad),
+            bad_documents=len(lists.bad),
             text_bytes=sum(record.text_bytes for record in records),
-            sha256=inputs,
+            sha256=lists.inputs_sha256,
         ),
         shards=tuple(shards),
         backend=staging.backend(),
     )
 
 
-def _write_lists(folder: Path, records: list[PartRecord]) -> tuple[str, list[BadDocument]]:
-    lines, first = [], 0
-    for record in records:
-        for file in record.files:
-            line = {
-                "name": file.name,
-                "bytes": file.bytes,
-                "xxh3": file.xxh3,
-                "documents": file.documents,
-                "first_doc_id": first,
-            }
-            lines.append(json.dumps(line))
-            first += file.documents
-    write_durably(folder / INPUTS_NAME, "".join(line + "\n" for line in lines).encode())
-    bad = [document for record in records for document in record.bad]
-    listed = [json.dumps(vars(document)) + "\n" for document in bad]
-    write_durably(folder / BAD_DOCUMENTS_NAME, "".join(listed).encode())
-    return hash_file(folder / INPUTS_NAME).sha256, bad
-
-
 def _no_documents(records: list[PartRecord], bad: list[BadDocument]) -> str:
-    files = sum(len(record.files) for record in records)
+    files = sum(file.xxh3 is not None for record in records for file in record.files)
     faults = ", ".join(f"{count} {fault}" for fault, count in Counter(b.fault for b in bad).items())
     return (
         f"no usable document in {files} files ({faults or 'all files are empty'}); the first: "

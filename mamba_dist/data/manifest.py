@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_dist.data.durable import write_durably
+from mamba_dist.data.sources import DEFAULT_MAX_RECORD_BYTES
 from mamba_dist.errors import DataError
 
 FORMAT_VERSION = 1
@@ -88,7 +89,7 @@ class BuildSettings:
     """Everything besides the inputs that determines the bytes of the shards.
 
     `tokenizer` is the sha256 of the file given, or "trained: N" for one trained on the corpus
-    itself.
+    itself. What has its default is not written, so that an older program reads the manifest.
     """
 
     tokenizer: str
@@ -98,6 +99,7 @@ class BuildSettings:
     val_split: float
     shard_bytes: int
     batch_tokens: int
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     if manifest.backend is None:
         del content["backend"]
+    for field in dataclasses.fields(BuildSettings):
+        if content["settings"][field.name] == field.default:
+            del content["settings"][field.name]
     for shard in content["shards"]:
         hashes = [batch.pop("xxh3") for batch in shard["batches"]]
         if None not in hashes:

@@ -3,10 +3,12 @@
 A part is the unit's ids end to end (little-endian, EOS after each document), then one int64 length
 and one uint8 split (0 train, 1 val) for each document. Its counts and hash stand in the journal.
 The bytes depend only on the unit and the settings, so a part that is made twice is the same part.
+Nothing that grows with the unit is held in memory.
 """
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,15 +19,31 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from mamba_dist.data.documents import BadDocument, Document, read_documents
+from mamba_dist.data.documents import (
+    BadDocument,
+    Document,
+    LongDocument,
+    Reading,
+    SliceReader,
+    has_changed,
+)
 from mamba_dist.data.durable import quick_hash, sync_folder
 from mamba_dist.data.fast_backends import Encoder, load_encoder, use_one_thread
-from mamba_dist.data.sources import InputFile, Unit
+from mamba_dist.data.long_texts import (
+    LONG_CHARACTERS,
+    UncuttableError,
+    cut_text,
+    exact_cuts,
+)
+from mamba_dist.data.sources import InputSlice, Unit
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 
 # Documents go to the tokenizer in groups, of at most so much text.
-_GROUP_CHARACTERS = 4 << 20
+_GROUP_CHARACTERS = 1 << 20
+# What has no place to be cut is encoded at once, at some hundred bytes of memory a character.
+_UNCUT_SHARE = 16
+_COPIED_BYTES = 1 << 20
 _SPLIT_SEED = 0x6D616D6261
 
 
@@ -39,7 +57,7 @@ class PartSettings:
     eos_id: int
     vocab_size: int
     dtype: str
-    text_field: str
+    reading: Reading
     train_split: float
     batch_documents: int
     backend: str
@@ -47,17 +65,24 @@ class PartSettings:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one input file gave."""
+    """What one slice of an input file gave; `name`, `bytes` and `xxh3` are the file's.
+
+    `xxh3` stands with the file's first slice alone. `bad` of the unit's bad documents are this
+    slice's, and `lines` is how many lines (rows) begin in it.
+    """
 
     name: str
     bytes: int
-    xxh3: str
+    xxh3: str | None
     documents: int
+    lines: int
+    bad: int
 
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A committed part; one journal line."""
+    """A committed part; one journal line. Lines of bad documents are counted from their slice's
+    beginning."""
 
     unit: int
     documents: int
@@ -85,9 +110,9 @@ def part_path(folder: Path, unit: int) -> Path:
     return folder / f"unit-{unit:08d}.part"
 
 
-def is_training_document(text: bytes, train_split: float) -> bool:
-    """Whether a document is for training: told by its content, so equal texts never part."""
-    return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED) < int(train_split * 2**64)
+def split_digest(text: bytes) -> int:
+    """What tells a document's split: its content alone, so equal texts never part."""
+    return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED)
 
 
 def tokenize_units(connection: Connection, settings: PartSettings) -> None:
@@ -134,6 +159,15 @@ def make_part(unit: Unit, settings: PartSettings, *, encoder: Encoder) -> PartRe
     return writer.record()
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A document's text, or a piece of it: `is_last` if the document ends here."""
+
+    text: str
+    line: int
+    is_last: bool
+
+
 class _PartWriter:
     def __init__(self, unit: Unit, settings: PartSettings, encoder: Encoder) -> None:
         self._unit = unit
@@ -143,26 +177,31 @@ class _PartWriter:
         self._hash = xxhash.xxh3_64()
         self._bytes = 0
         self._text_bytes = 0
-        self._lengths: list[npt.NDArray[np.int64]] = []
-        self._splits: list[int] = []
+        self._documents = 0
+        self._tokens = 0
+        # Tokens of the document whose pieces are in work.
+        self._open_tokens = 0
         self._files: list[FileRecord] = []
         self._bad: list[BadDocument] = []
 
     def write(self, stream: BinaryIO) -> None:
-        for group in self._groups():
-            ids, lengths = self._encoder.encode_flat(group)
-            self._check_ids(ids)
-            self._lengths.append(lengths + 1)
-            self._put(stream, self._with_eos(ids, lengths))
-        for lengths in self._lengths:
-            self._put(stream, lengths.astype("<i8"))
-        self._put(stream, np.array(self._splits, dtype=np.uint8))
+        with self._spool() as self._lengths, self._spool() as self._splits:
+            for group in self._groups():
+                ids, lengths = self._encoder.encode_flat([piece.text for piece in group])
+                self._check_ids(ids)
+                is_last = np.array([piece.is_last for piece in group])
+                self._put(stream, self._with_eos(ids, lengths, is_last))
+                self._put_lengths(lengths + is_last, is_last)
+            for spool in (self._lengths, self._splits):
+                spool.seek(0)
+                while block := spool.read(_COPIED_BYTES):
+                    self._put(stream, np.frombuffer(block, dtype=np.uint8))
 
     def record(self) -> PartRecord:
         return PartRecord(
             unit=self._unit.index,
-            documents=len(self._splits),
-            tokens=sum(int(lengths.sum()) for lengths in self._lengths),
+            documents=self._documents,
+            tokens=self._tokens,
             text_bytes=self._text_bytes,
             bytes=self._bytes,
             xxh3=self._hash.hexdigest(),
@@ -170,18 +209,32 @@ class _PartWriter:
             bad=tuple(self._bad),
         )
 
+    def _spool(self) -> "tempfile.SpooledTemporaryFile[bytes]":
+        return tempfile.SpooledTemporaryFile(_COPIED_BYTES, dir=self._settings.folder)
+
     def _put(self, stream: BinaryIO, values: npt.NDArray[Any]) -> None:
         data = values.data
         stream.write(data)
         self._hash.update(data)
         self._bytes += values.nbytes
 
+    def _put_lengths(self, tokens: npt.NDArray[np.int64], is_last: npt.NDArray[np.bool_]) -> None:
+        """Adds up the tokens of the pieces to those of the documents that end with them."""
+        ends = np.cumsum(tokens) + self._open_tokens
+        lengths = np.diff(ends[is_last], prepend=0)
+        self._open_tokens = int(ends[-1] - lengths.sum())
+        self._lengths.write(lengths.astype("<i8").tobytes())
+        self._tokens += int(tokens.sum())
+
     def _with_eos(
-        self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]
+        self,
+        ids: npt.NDArray[np.uint32],
+        lengths: npt.NDArray[np.int64],
+        is_last: npt.NDArray[np.bool_],
     ) -> npt.NDArray[np.unsignedinteger]:
-        """The part's ids of a group: the texts' own, each text's end marked."""
-        is_eos = np.zeros(ids.size + lengths.size, dtype=np.bool_)
-        is_eos[np.cumsum(lengths + 1) - 1] = True
+        """The part's ids of a group: the texts' own, each document's end marked."""
+        is_eos = np.zeros(ids.size + int(is_last.sum()), dtype=np.bool_)
+        is_eos[(np.cumsum(lengths + is_last) - 1)[is_last]] = True
         marked = np.full(is_eos.size, self._settings.eos_id, dtype=self._dtype)
         marked[~is_eos] = ids
         return marked
@@ -196,43 +249,102 @@ class _PartWriter:
                 f"tokenizer file"
             )
 
-    def _groups(self) -> Iterator[list[str]]:
-        group: list[str] = []
+    def _groups(self) -> Iterator[list[_Piece]]:
+        group: list[_Piece] = []
         characters = 0
-        for document in self._documents():
+        for piece in self._pieces():
             full = len(group) >= self._settings.batch_documents
-            if group and (full or characters + len(document.text) > _GROUP_CHARACTERS):
+            if group and (full or characters + len(piece.text) > _GROUP_CHARACTERS):
                 yield group
                 group, characters = [], 0
-            group.append(document.text)
-            characters += len(document.text)
+            group.append(piece)
+            characters += len(piece.text)
         if group:
             yield group
 
-    def _documents(self) -> Iterator[Document]:
-        for piece in self._unit.slices:
-            documents = 0
-            for document in read_documents(piece.file, self._settings.text_field):
+    def _pieces(self) -> Iterator[_Piece]:
+        for source in self._unit.slices:
+            reader = SliceReader(source, self._settings.reading)
+            documents, bad = self._documents, len(self._bad)
+            for document in reader:
                 if isinstance(document, BadDocument):
                     self._bad.append(document)
-                    continue
-                text = document.text.encode()
-                self._splits.append(
-                    0 if is_training_document(text, self._settings.train_split) else 1
+                elif isinstance(document, Document) and len(document.text) <= LONG_CHARACTERS:
+                    text = document.text.encode()
+                    self._keep(split_digest(text), len(text))
+                    yield _Piece(document.text, document.line, is_last=True)
+                else:
+                    yield from self._long(source, document)
+            self._files.append(
+                _describe(
+                    source, reader, documents=self._documents - documents, bad=len(self._bad) - bad
                 )
-                self._text_bytes += len(text)
-                documents += 1
-                yield document
-            self._files.append(_describe(piece.file, documents))
+            )
+
+    def _long(self, source: InputSlice, document: Document | LongDocument) -> Iterator[_Piece]:
+        """The pieces of a long document; nothing, and a bad document, if it cannot be cut."""
+        settings = self._settings
+        most = settings.reading.max_record_bytes // _UNCUT_SHARE
+        cuts = exact_cuts(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
+        passing = _PassingText(document)
+        try:
+            for _ in cut_text(passing, cuts, most_characters=most):
+                pass
+        except UncuttableError:
+            detail = (
+                f"{most:,} characters without a place where this tokenizer's ids allow a cut; see "
+                "--max-record-bytes"
+            )
+            self._bad.append(BadDocument(source.file.name, document.line, "too long", detail))
+            return
+        self._keep(passing.digest, passing.bytes)
+        # One piece is held back, since the last is to be known.
+        held: str | None = None
+        for text in cut_text(document.texts(), cuts, most_characters=most):
+            if held is not None:
+                yield _Piece(held, document.line, is_last=False)
+            held = text
+        assert held is not None
+        yield _Piece(held, document.line, is_last=True)
+
+    def _keep(self, digest: int, text_bytes: int) -> None:
+        is_training = digest < int(self._settings.train_split * 2**64)
+        self._splits.write(b"\0" if is_training else b"\1")
+        self._text_bytes += text_bytes
+        self._documents += 1
 
 
-def _describe(file: InputFile, documents: int) -> FileRecord:
-    path = Path(file.path)
-    if path.stat().st_size != file.bytes:
-        raise DataError(
-            f"{path} changed while it was read; let it rest, and run again with --overwrite"
-        )
-    return FileRecord(file.name, file.bytes, quick_hash(path), documents)
+class _PassingText:
+    """A text's strings, hashed as they pass by."""
+
+    def __init__(self, document: Document | LongDocument) -> None:
+        self._document = document
+        self._hash = xxhash.xxh3_64(seed=_SPLIT_SEED)
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._document.texts():
+            encoded = text.encode()
+            self._hash.update(encoded)
+            self.bytes += len(encoded)
+            yield text
+
+    @property
+    def digest(self) -> int:
+        """Of the text so far."""
+        return self._hash.intdigest()
+
+
+def _describe(source: InputSlice, reader: SliceReader, *, documents: int, bad: int) -> FileRecord:
+    file, path = source.file, Path(source.file.path)
+    status = path.stat()
+    if (status.st_size, status.st_mtime_ns) != (file.bytes, file.changed_at_ns):
+        raise has_changed(file)
+    xxh3 = None
+    if source.start_bytes == 0:
+        # A file of several slices is read once more by the first.
+        xxh3 = reader.xxh3 or quick_hash(path)
+    return FileRecord(file.name, file.bytes, xxh3, documents, reader.lines, bad)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from mamba_dist.errors import DataError
 
-FileFormat = Literal["text", "jsonl", "parquet", "arrow"]
+FileFormat = Literal["text", "jsonl", "parquet", "arrow", "arrow_stream"]
 Compression = Literal["none", "gzip", "zstd", "xz"]
 
 JSON_LINES_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json"})
@@ -27,6 +28,11 @@ _TEXT = """
 """
 TEXT_EXTENSIONS = frozenset(_TEXT.split())
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
+
+DEFAULT_MAX_RECORD_BYTES = 16 << 20
+"""The longest JSON line or table cell that is read, for it has to be in memory at once."""
+
+_ARROW_FILE = b"ARROW1"  # an Arrow stream, without an index, begins otherwise
 
 # Device and inode: the same file under whatever path.
 _FileId = tuple[int, int]
@@ -60,11 +66,29 @@ class InputFile:
 
 @dataclass(frozen=True)
 class InputSlice:
-    """A byte range of a file; `stop_bytes` None reads to its end. For now always the whole file."""
+    """The lines, row groups or record batches that begin in a range of a file's bytes.
+
+    Text, compressed files and Arrow streams have no such pieces: one slice is the whole file.
+    """
 
     file: InputFile
-    start_bytes: int = 0
-    stop_bytes: int | None = None
+    start_bytes: int
+    stop_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Length of the range."""
+        return self.stop_bytes - self.start_bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file has no other slice."""
+        return self.bytes == self.file.bytes
+
+
+def whole(file: InputFile) -> InputSlice:
+    """The slice that is all of a file."""
+    return InputSlice(file, 0, file.bytes)
 
 
 @dataclass(frozen=True)
@@ -77,11 +101,14 @@ class Unit:
     @property
     def bytes(self) -> int:
         """Input bytes of the unit, compressed ones where the file is compressed."""
-        return sum(piece.file.bytes for piece in self.slices)
+        return sum(piece.bytes for piece in self.slices)
 
     def __str__(self) -> str:
-        first, last = self.slices[0].file.path, self.slices[-1].file.path
-        return first if len(self.slices) == 1 else f"the {len(self.slices)} files {first} … {last}"
+        first, last = self.slices[0], self.slices[-1]
+        if len(self.slices) > 1:
+            return f"the {len(self.slices)} files {first.file.path} … {last.file.path}"
+        where = "" if first.is_whole else f" (bytes {first.start_bytes} to {first.stop_bytes - 1})"
+        return f"{first.file.path}{where}"
 
 
 @dataclass(frozen=True)
@@ -127,22 +154,30 @@ def discover(roots: Sequence[Path], options: DiscoveryOptions) -> Corpus:
 
 
 def cut_units(files: Iterable[InputFile], *, unit_bytes: int) -> list[Unit]:
-    """The files as units of work: neighbours are bundled up to `unit_bytes`.
+    """The files as units of work: large ones are cut, neighbours are bundled, to `unit_bytes`.
 
     Bundling, since each unit costs an fsync or two (a source tree has thousands of small files).
     """
     units: list[Unit] = []
     pending: list[InputSlice] = []
     pending_bytes = 0
-    for file in files:
-        if pending and pending_bytes + file.bytes > unit_bytes:
+    for piece in (piece for file in files for piece in _slices(file, unit_bytes)):
+        if pending and pending_bytes + piece.bytes > unit_bytes:
             units.append(Unit(len(units), tuple(pending)))
             pending, pending_bytes = [], 0
-        pending.append(InputSlice(file))
-        pending_bytes += file.bytes
+        pending.append(piece)
+        pending_bytes += piece.bytes
     if pending:
         units.append(Unit(len(units), tuple(pending)))
     return units
+
+
+def _slices(file: InputFile, unit_bytes: int) -> list[InputSlice]:
+    if file.compression != "none" or file.format in ("text", "arrow_stream"):
+        return [whole(file)]
+    count = max(1, -(-file.bytes // unit_bytes))
+    cuts = [file.bytes * number // count for number in range(count + 1)]
+    return [InputSlice(file, start, stop) for start, stop in pairwise(cuts)]
 
 
 def _file_id(status: os.stat_result) -> _FileId:
@@ -213,12 +248,27 @@ def _kind(
         return None
     if extension in JSON_LINES_EXTENSIONS:
         return "jsonl", compression
-    if extension in (".parquet", ".arrow") and compression == "none":
-        return ("parquet" if extension == ".parquet" else "arrow"), compression
+    if extension == ".parquet" and compression == "none":
+        return "parquet", compression
+    if extension == ".arrow" and compression == "none":
+        return ("arrow" if _begins_with(path, _ARROW_FILE) else "arrow_stream"), compression
     # A file that the user named, or an extension he asked for, is text unless known better.
     if extension in TEXT_EXTENSIONS or extensions is not None or named:
         return "text", compression
     return None
+
+
+def _begins_with(path: str, magic: bytes) -> bool:
+    try:
+        with Path(path).open("rb") as stream:
+            return stream.read(len(magic)) == magic
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    """What to say of an input that the system refuses to read."""
+    return DataError(f"cannot read {path}: {error.strerror or error}; fix or --exclude it")
 
 
 def _nothing_found(roots: Sequence[Path], corpus: Corpus) -> str:

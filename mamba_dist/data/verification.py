@@ -19,9 +19,9 @@ import xxhash
 
 from mamba_dist.data.batch_check import batch_faults
 from mamba_dist.data.durable import hash_file
+from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.data.manifest import MANIFEST_NAME, BatchRecord, Manifest, ShardRecord
 from mamba_dist.data.shard import batch_end, header_faults
-from mamba_dist.data.staging import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.errors import DataError
 
 Depth = Literal["quick", "xxh3", "sha256"]

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.durable import quick_hash
 from mamba_dist.data.tokenization import load_tokenizer
 from mamba_dist.errors import DataError
 
@@ -210,3 +211,46 @@ def test_large_vocabularies_are_stored_in_four_bytes(corpus_path: Path, tmp_path
     ids, begins = dataset.train.read(0, dataset.train.tokens)
     assert set(ids.tolist()) == {0, 65_535, 65_536, 70_000}
     assert (ids[np.flatnonzero(begins)[1:] - 1] == 70_000).all()
+
+
+def write_cuttable(path: Path, rows: list[str | None]) -> None:
+    """A file that units can share, over several row groups or record batches."""
+    table = pa.table({"text": rows})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=7)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    else:
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.parquet", "b.arrow"])
+def test_a_file_that_several_units_share_gives_what_one_unit_gives(
+    tokenizer_path: Path, tmp_path: Path, name: str
+) -> None:
+    texts: list[str | None] = [*made_texts(150, seed=6)]
+    for bad in (3, 70, 71, 149):
+        texts[bad] = None
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, text in enumerate(made_texts(10, seed=7)):
+        (corpus / f"{'ac'[number % 2]}{number}.txt").write_text(text, encoding="utf-8")
+    write_cuttable(corpus / name, texts)
+    listener = SilentListener()
+    build(corpus, tmp_path / "cut", tokenizer_path, workers=3, listener=listener)
+    assert listener.units >= 4
+    whole = SilentListener()
+    build(corpus, tmp_path / "whole", tokenizer_path, unit_bytes=1 << 20, listener=whole)
+    assert whole.units == 1
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(tmp_path / "whole")
+    listed = (tmp_path / "cut" / "bad_documents.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in listed] == [4, 71, 72, 150]
+    inputs = [
+        json.loads(line) for line in (tmp_path / "cut" / "inputs.jsonl").read_text().splitlines()
+    ]
+    assert [line["documents"] for line in inputs] == [1] * 5 + [146] + [1] * 5
+    assert inputs[5]["xxh3"] == quick_hash(corpus / name)
+    with pytest.raises(DataError, match=rf"(?s)corpus/{name}:71: no text field"):
+        build(corpus, tmp_path / "strict", tokenizer_path, max_bad=1)
+    assert build(corpus, tmp_path / "cut", tokenizer_path).was_complete

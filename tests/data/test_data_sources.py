@@ -29,7 +29,9 @@ def test_files_come_in_the_order_of_their_names_wherever_the_corpus_lies(tmp_pat
 
 def test_the_format_is_told_by_the_extension(tmp_path: Path) -> None:
     listed = ("a.jsonl", "b.jsonl.zst", "c.json.gz", "d.parquet", "e.arrow", "f.PY", "g.txt.xz")
-    corpus = discover([write(tmp_path, *listed)], DiscoveryOptions())
+    write(tmp_path, *listed, "h.arrow")
+    (tmp_path / "e.arrow").write_bytes(b"ARROW1\0\0")
+    corpus = discover([tmp_path], DiscoveryOptions())
     assert [(file.format, file.compression) for file in corpus.files] == [
         ("jsonl", "none"),
         ("jsonl", "zstd"),
@@ -38,6 +40,7 @@ def test_the_format_is_told_by_the_extension(tmp_path: Path) -> None:
         ("arrow", "none"),
         ("text", "none"),
         ("text", "xz"),
+        ("arrow_stream", "none"),
     ]
 
 
@@ -124,3 +127,27 @@ def test_units_bundle_small_files_and_keep_the_order(tmp_path: Path) -> None:
     assert [unit.bytes for unit in units] == [60, 500, 20]
     assert [unit.index for unit in units] == [0, 1, 2]
     assert tuple(piece.file for unit in units for piece in unit.slices) == files
+
+
+def test_large_files_are_cut_where_a_part_can_be_read_alone(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.arrow", "e.parquet"):
+        (tmp_path / name).write_bytes(bytes(100))
+    (tmp_path / "f.jsonl").write_bytes(bytes(60))
+    files = discover([tmp_path], DiscoveryOptions()).files
+    units = cut_units(files, unit_bytes=60)
+    cut = [
+        (Path(piece.file.path).name, piece.start_bytes, piece.stop_bytes)
+        for unit in units
+        for piece in unit.slices
+    ]
+    assert cut == [
+        ("a.jsonl", 0, 50),
+        ("a.jsonl", 50, 100),
+        ("b.jsonl.gz", 0, 100),
+        ("c.txt", 0, 100),
+        ("d.arrow", 0, 100),
+        ("e.parquet", 0, 50),
+        ("e.parquet", 50, 100),
+        ("f.jsonl", 0, 60),
+    ]
+    assert str(units[1]) == f"{tmp_path}/a.jsonl (bytes 50 to 99)"
