@@ -13,8 +13,8 @@ from mamba_dist.data.sources import Compression, InputFile
 from mamba_dist.errors import DataError
 
 BLOCK_BYTES = 1 << 16
-# A kibibyte of zeros, compressed by zstd, may be 32 MiB.
-_FED_BYTES = 1 << 10
+# So few, since they may be 16 MiB of zeros, compressed by zstd.
+_FED_BYTES = 1 << 9
 _GZIP_WINDOW_BITS = 31  # zlib: 15 bits of window, +16 for the gzip header
 
 

@@ -4,17 +4,13 @@ The order of the units is that of the corpus, so the bytes do not depend on the 
 on where an earlier run was killed.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from mamba_dist.data.manifest import SPLITS, BuildSettings, ShardRecord, TokenizerIdentity
-from mamba_dist.data.parts import Part, PartRecord, read_part
+from mamba_dist.data.parts import PartBlock, PartRecord, read_part
 from mamba_dist.data.shard import schema_metadata
 from mamba_dist.data.shard_writer import Documents, ShardWriter
 from mamba_dist.data.staging import Staging
-
-_MERGE_TOKENS = 4 << 20
 
 
 def write_shards(
@@ -48,26 +44,21 @@ def write_shards(
     ]
     first_doc_id = 0
     for record in records:
-        part = read_part(staging.parts, record, dtype=dtype)
-        for number, writer in enumerate(writers):
-            for documents in _documents_of(part, number, first_doc_id):
-                writer.add(documents)
-        first_doc_id += record.documents
+        for block in read_part(staging.parts, record, dtype=dtype):
+            for number, writer in enumerate(writers):
+                writer.add(_documents_of(block, number, first_doc_id))
+            first_doc_id += len(block.lengths)
     return [shard for writer in writers for shard in writer.finish()]
 
 
-def _documents_of(part: Part, split: int, first_doc_id: int) -> Iterator[Documents]:
-    ends = np.cumsum(part.lengths)
-    start = 0
-    while start < len(ends):
-        begin = int(ends[start] - part.lengths[start])
-        stop = max(start + 1, int(np.searchsorted(ends, begin + _MERGE_TOKENS, side="right")))
-        chosen = part.splits[start:stop] == split
-        lengths = part.lengths[start:stop]
-        ids = np.asarray(part.ids[begin : int(ends[stop - 1])])
-        yield Documents(
-            ids=ids[np.repeat(chosen, lengths)],
-            lengths=lengths[chosen],
-            doc_ids=(first_doc_id + start + np.flatnonzero(chosen)).astype(np.uint64),
-        )
-        start = stop
+def _documents_of(block: PartBlock, split: int, first_doc_id: int) -> Documents:
+    chosen = block.splits == split
+    if chosen.all() or not chosen.any():  # so that a mapped document is not copied
+        ids = block.ids[: block.ids.size if chosen.all() else 0]
+    else:
+        ids = block.ids[np.repeat(chosen, block.lengths)]
+    return Documents(
+        ids=ids,
+        lengths=block.lengths[chosen],
+        doc_ids=(first_doc_id + np.flatnonzero(chosen)).astype(np.uint64),
+    )

@@ -44,6 +44,8 @@ _GROUP_CHARACTERS = 1 << 20
 # What has no place to be cut is encoded at once, at some hundred bytes of memory a character.
 _UNCUT_SHARE = 16
 _COPIED_BYTES = 1 << 20
+_BLOCK_DOCUMENTS = 1 << 16
+_BLOCK_TOKENS = 4 << 20
 _SPLIT_SEED = 0x6D616D6261
 
 
@@ -348,16 +350,16 @@ def _describe(source: InputSlice, reader: SliceReader, *, documents: int, bad: i
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part read back: `ids` (tokens,) mapped, `lengths` and `splits` (documents,)."""
+class PartBlock:
+    """Some documents of a part: `ids` (tokens,), `lengths` and `splits` (documents,)."""
 
     ids: npt.NDArray[np.unsignedinteger]
     lengths: npt.NDArray[np.int64]
     splits: npt.NDArray[np.uint8]
 
 
-def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
-    """The part of a journal line.
+def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Iterator[PartBlock]:
+    """The part of a journal line, some megabytes at a time; a longer document is mapped, alone.
 
     Raises:
         DataError: the file is not the one that was journalled.
@@ -367,15 +369,27 @@ def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
         raise DataError(
             f"{path} changed since it was written; start over with --overwrite, and check the disk"
         )
-    if record.documents == 0:
-        empty = np.zeros(0, dtype=np.uint8)
-        return Part(empty.astype(dtype), empty.astype(np.int64), empty)
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    ids_end = record.tokens * np.dtype(dtype).itemsize
-    lengths_end = ids_end + 8 * record.documents
-    return Part(
-        ids=data[:ids_end].view(np.dtype(dtype).newbyteorder("<")),
-        # A copy, since the lengths need not begin at a multiple of eight.
-        lengths=np.frombuffer(data[ids_end:lengths_end].tobytes(), dtype="<i8"),
-        splits=np.asarray(data[lengths_end:]),
-    )
+    item = np.dtype(dtype).newbyteorder("<")
+    lengths_at = record.tokens * item.itemsize
+    splits_at = lengths_at + 8 * record.documents
+    token = 0
+    for document in range(0, record.documents, _BLOCK_DOCUMENTS):
+        count = min(_BLOCK_DOCUMENTS, record.documents - document)
+        lengths = np.fromfile(path, "<i8", count, offset=lengths_at + 8 * document)
+        splits = np.fromfile(path, np.uint8, count, offset=splits_at + document)
+        ends = np.cumsum(lengths)
+        start = 0
+        while start < count:
+            begin = int(ends[start] - lengths[start])
+            stop = max(start + 1, int(np.searchsorted(ends, begin + _BLOCK_TOKENS, side="right")))
+            tokens = int(ends[stop - 1]) - begin
+            at = (token + begin) * item.itemsize
+            yield PartBlock(
+                np.fromfile(path, item, tokens, offset=at)
+                if tokens <= _BLOCK_TOKENS
+                else np.memmap(path, item, "r", at, tokens),
+                lengths[start:stop],
+                splits[start:stop],
+            )
+            start = stop
+        token += int(ends[-1])

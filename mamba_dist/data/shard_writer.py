@@ -100,7 +100,9 @@ class ShardWriter:
             self._close()
         lengths = np.concatenate([part.lengths for part in self._pending])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        ids = np.concatenate([part.ids for part in self._pending])
+        # A document longer than a batch is alone here, and may be mapped: it is not copied.
+        is_one = len(self._pending) == 1
+        ids = self._pending[0].ids if is_one else np.concatenate([p.ids for p in self._pending])
         doc_ids = np.concatenate([part.doc_ids for part in self._pending])
         rows = pa.LargeListArray.from_arrays(
             pa.array(offsets), pa.array(ids), type=self._schema.field("tokens").type

@@ -68,7 +68,10 @@ class TableSlice:
         return sum(reader.get_batch(batch).num_rows for batch in batches)
 
     def _parquet(self) -> Iterator[tuple[Any, ...]]:
-        with pq.ParquetFile(self._piece.file.path, buffer_size=_PAGE_BYTES) as table:
+        # Otherwise the whole column of a row group is read at once.
+        with pq.ParquetFile(
+            self._piece.file.path, pre_buffer=False, buffer_size=_PAGE_BYTES
+        ) as table:
             self._require_columns(table.schema_arrow.names)
             for group in _members(self._piece, table.metadata.num_row_groups):
                 metadata = table.metadata.row_group(group)
