@@ -10,6 +10,7 @@ from typing import Protocol
 
 import xxhash
 
+from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME, write_document_ids
 from mamba_dist.data.documents import (
     BadDocument,
     Reading,
@@ -30,7 +31,8 @@ from mamba_dist.data.manifest import (
 )
 from mamba_dist.data.merge import write_shards
 from mamba_dist.data.parity import BackendChoice, choose_backend
-from mamba_dist.data.parts import PartRecord, PartSettings, make_part, tokenize_units
+from mamba_dist.data.part_records import PartRecord
+from mamba_dist.data.parts import PartSettings, make_part, tokenize_units
 from mamba_dist.data.shard import token_dtype
 from mamba_dist.data.sources import (
     DEFAULT_MAX_RECORD_BYTES,
@@ -68,7 +70,8 @@ class BuildRequest:
     Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
     `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
     only counted, since source trees are full of empty files. A JSON line or a table's cell longer
-    than `max_record_bytes` is a bad document. `backend` is as in `choose_backend`.
+    than `max_record_bytes` is a bad document. `id_field` holds a document's id in its source, which
+    is kept beside the shards. `backend` is as in `choose_backend`.
     """
 
     output: Path
@@ -89,6 +92,7 @@ class BuildRequest:
     batch_tokens: int = 8 << 20
     backend: str = REFERENCE
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    id_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
         manifest = _merge(request, plan, staging, path, records=records, tokenizer=tokenizer)
         names = [shard.file for shard in manifest.shards]
         names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, path.name]
+        names += [DOCUMENT_IDS_NAME] if request.id_field is not None else []
         publish(request.output, staging, names=names)
         sync_folder(request.output)
         write_manifest(request.output, manifest)
@@ -184,6 +189,7 @@ def _plan(request: BuildRequest) -> BuildPlan:
         shard_bytes=request.shard_bytes,
         batch_tokens=request.batch_tokens,
         max_record_bytes=request.max_record_bytes,
+        id_field=request.id_field,
     )
     return BuildPlan(settings, request.unit_bytes, request.corpus.files)
 
@@ -231,7 +237,7 @@ def _make_parts(
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         dtype=token_dtype(tokenizer.vocab_size).name,
-        reading=Reading(request.text_field, None, request.max_record_bytes),
+        reading=Reading(request.text_field, request.id_field, request.max_record_bytes),
         train_split=request.train_split,
         batch_documents=request.batch_documents,
         backend=choice.name,
@@ -333,6 +339,7 @@ def _merge(
             "--train-split"
         )
     write_durably(staging.shards / path.name, path.read_bytes())
+    ids_sha256 = _write_ids(request, staging, records)
     return Manifest(
         tool_version=version("mamba-dist"),
         dtype=dtype,
@@ -345,10 +352,23 @@ def _merge(
             bad_documents=len(lists.bad),
             text_bytes=sum(record.text_bytes for record in records),
             sha256=lists.inputs_sha256,
+            ids_sha256=ids_sha256,
         ),
         shards=tuple(shards),
         backend=staging.backend(),
     )
+
+
+def _write_ids(request: BuildRequest, staging: Staging, records: list[PartRecord]) -> str | None:
+    if request.id_field is None:
+        return None
+    notes = [(record.unit, record.ids_xxh3) for record in records]
+    try:
+        write_document_ids(staging.shards, staging.parts, notes, id_field=request.id_field)
+    except DataError:
+        staging.discard()
+        raise
+    return hash_file(staging.shards / DOCUMENT_IDS_NAME).sha256
 
 
 def _no_documents(records: list[PartRecord], bad: list[BadDocument]) -> str:

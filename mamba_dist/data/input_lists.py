@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mamba_dist.data.documents import BadDocument
 from mamba_dist.data.durable import hash_file, write_durably
-from mamba_dist.data.parts import PartRecord
+from mamba_dist.data.part_records import PartRecord
 
 INPUTS_NAME = "inputs.jsonl"
 BAD_DOCUMENTS_NAME = "bad_documents.jsonl"

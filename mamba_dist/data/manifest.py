@@ -8,6 +8,7 @@ set.
         tokenizer.json|.model    copy of the tokenizer that made the ids
         inputs.jsonl             one line an input file: name, bytes, xxh3, documents, first doc_id
         bad_documents.jsonl      one line a document passed over: file, line, fault
+        document_ids.arrow       the documents' ids in the source, if they are kept
 
 Nothing here depends on the time or the number of workers; on the machine only which backend was
 proven (`backend`, absent for the reference).
@@ -100,11 +101,15 @@ class BuildSettings:
     shard_bytes: int
     batch_tokens: int
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    id_field: str | None = None
 
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What went in; the single files stand in inputs.jsonl."""
+    """What went in; the single files stand in inputs.jsonl, `sha256` is that list's.
+
+    `ids_sha256` is of document_ids.arrow, None if the ids of the source are not kept.
+    """
 
     files: int
     bytes: int
@@ -112,6 +117,7 @@ class InputSummary:
     bad_documents: int
     text_bytes: int
     sha256: str
+    ids_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     if manifest.backend is None:
         del content["backend"]
+    if manifest.inputs.ids_sha256 is None:
+        del content["inputs"]["ids_sha256"]
     for field in dataclasses.fields(BuildSettings):
         if content["settings"][field.name] == field.default:
             del content["settings"][field.name]

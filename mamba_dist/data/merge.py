@@ -7,7 +7,7 @@ on where an earlier run was killed.
 import numpy as np
 
 from mamba_dist.data.manifest import SPLITS, BuildSettings, ShardRecord, TokenizerIdentity
-from mamba_dist.data.parts import PartBlock, PartRecord, read_part
+from mamba_dist.data.part_records import PartBlock, PartRecord, read_part
 from mamba_dist.data.shard import schema_metadata
 from mamba_dist.data.shard_writer import Documents, ShardWriter
 from mamba_dist.data.staging import Staging

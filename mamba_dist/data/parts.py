@@ -1,12 +1,9 @@
 """The work on one unit: its documents are tokenised into one part file, committed by rename.
 
-A part is the unit's ids end to end (little-endian, EOS after each document), then one int64 length
-and one uint8 split (0 train, 1 val) for each document. Its counts and hash stand in the journal.
 The bytes depend only on the unit and the settings, so a part that is made twice is the same part.
 Nothing that grows with the unit is held in memory.
 """
 
-import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from mamba_dist.data.document_ids import IdNote
 from mamba_dist.data.documents import (
     BadDocument,
     Document,
@@ -35,6 +33,7 @@ from mamba_dist.data.long_texts import (
     cut_text,
     exact_cuts,
 )
+from mamba_dist.data.part_records import FileRecord, PartRecord, part_path
 from mamba_dist.data.sources import InputSlice, Unit
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
@@ -44,8 +43,6 @@ _GROUP_CHARACTERS = 1 << 20
 # What has no place to be cut is encoded at once, at some hundred bytes of memory a character.
 _UNCUT_SHARE = 16
 _COPIED_BYTES = 1 << 20
-_BLOCK_DOCUMENTS = 1 << 16
-_BLOCK_TOKENS = 4 << 20
 _SPLIT_SEED = 0x6D616D6261
 
 
@@ -63,53 +60,6 @@ class PartSettings:
     train_split: float
     batch_documents: int
     backend: str
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What one slice of an input file gave; `name`, `bytes` and `xxh3` are the file's.
-
-    `xxh3` stands with the file's first slice alone. `bad` of the unit's bad documents are this
-    slice's, and `lines` is how many lines (rows) begin in it.
-    """
-
-    name: str
-    bytes: int
-    xxh3: str | None
-    documents: int
-    lines: int
-    bad: int
-
-
-@dataclass(frozen=True)
-class PartRecord:
-    """A committed part; one journal line. Lines of bad documents are counted from their slice's
-    beginning."""
-
-    unit: int
-    documents: int
-    tokens: int
-    text_bytes: int
-    bytes: int
-    xxh3: str
-    files: tuple[FileRecord, ...]
-    bad: tuple[BadDocument, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The journal line."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(line: dict[str, Any]) -> "PartRecord":
-        """The record of a journal line."""
-        files = tuple(FileRecord(**file) for file in line["files"])
-        bad = tuple(BadDocument(**document) for document in line["bad"])
-        return PartRecord(**{**line, "files": files, "bad": bad})
-
-
-def part_path(folder: Path, unit: int) -> Path:
-    """Where the part of a unit lies."""
-    return folder / f"unit-{unit:08d}.part"
 
 
 def split_digest(text: bytes) -> int:
@@ -149,6 +99,7 @@ def make_part(unit: Unit, settings: PartSettings, *, encoder: Encoder) -> PartRe
             writer.write(stream)
             stream.flush()
             os.fsync(stream.fileno())
+        record = writer.commit()
         staged.replace(final)
         sync_folder(final.parent)
     except OSError as error:
@@ -158,7 +109,8 @@ def make_part(unit: Unit, settings: PartSettings, *, encoder: Encoder) -> PartRe
         ) from error
     finally:
         staged.unlink(missing_ok=True)
-    return writer.record()
+        writer.close()
+    return record
 
 
 @dataclass(frozen=True)
@@ -185,8 +137,11 @@ class _PartWriter:
         self._open_tokens = 0
         self._files: list[FileRecord] = []
         self._bad: list[BadDocument] = []
+        self._ids: IdNote | None = None
 
     def write(self, stream: BinaryIO) -> None:
+        if self._settings.reading.id_field is not None:
+            self._ids = IdNote(Path(self._settings.folder), self._unit.index)
         with self._spool() as self._lengths, self._spool() as self._splits:
             for group in self._groups():
                 ids, lengths = self._encoder.encode_flat([piece.text for piece in group])
@@ -199,8 +154,10 @@ class _PartWriter:
                 while block := spool.read(_COPIED_BYTES):
                     self._put(stream, np.frombuffer(block, dtype=np.uint8))
 
-    def record(self) -> PartRecord:
+    def commit(self) -> PartRecord:
+        """Commits what goes beside the part; its record."""
         return PartRecord(
+            ids_xxh3=self._ids.commit() if self._ids is not None else None,
             unit=self._unit.index,
             documents=self._documents,
             tokens=self._tokens,
@@ -210,6 +167,11 @@ class _PartWriter:
             files=tuple(self._files),
             bad=tuple(self._bad),
         )
+
+    def close(self) -> None:
+        """Leaves nothing that was not committed."""
+        if self._ids is not None:
+            self._ids.discard()
 
     def _spool(self) -> "tempfile.SpooledTemporaryFile[bytes]":
         return tempfile.SpooledTemporaryFile(_COPIED_BYTES, dir=self._settings.folder)
@@ -273,7 +235,7 @@ class _PartWriter:
                     self._bad.append(document)
                 elif isinstance(document, Document) and len(document.text) <= LONG_CHARACTERS:
                     text = document.text.encode()
-                    self._keep(split_digest(text), len(text))
+                    self._keep(document, split_digest(text), len(text))
                     yield _Piece(document.text, document.line, is_last=True)
                 else:
                     yield from self._long(source, document)
@@ -299,7 +261,7 @@ class _PartWriter:
             )
             self._bad.append(BadDocument(source.file.name, document.line, "too long", detail))
             return
-        self._keep(passing.digest, passing.bytes)
+        self._keep(document, passing.digest, passing.bytes)
         # One piece is held back, since the last is to be known.
         held: str | None = None
         for text in cut_text(document.texts(), cuts, most_characters=most):
@@ -309,11 +271,13 @@ class _PartWriter:
         assert held is not None
         yield _Piece(held, document.line, is_last=True)
 
-    def _keep(self, digest: int, text_bytes: int) -> None:
+    def _keep(self, document: Document | LongDocument, digest: int, text_bytes: int) -> None:
         is_training = digest < int(self._settings.train_split * 2**64)
         self._splits.write(b"\0" if is_training else b"\1")
         self._text_bytes += text_bytes
         self._documents += 1
+        if self._ids is not None:
+            self._ids.add(document.source_id)
 
 
 class _PassingText:
@@ -347,49 +311,3 @@ def _describe(source: InputSlice, reader: SliceReader, *, documents: int, bad: i
         # A file of several slices is read once more by the first.
         xxh3 = reader.xxh3 or quick_hash(path)
     return FileRecord(file.name, file.bytes, xxh3, documents, reader.lines, bad)
-
-
-@dataclass(frozen=True)
-class PartBlock:
-    """Some documents of a part: `ids` (tokens,), `lengths` and `splits` (documents,)."""
-
-    ids: npt.NDArray[np.unsignedinteger]
-    lengths: npt.NDArray[np.int64]
-    splits: npt.NDArray[np.uint8]
-
-
-def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Iterator[PartBlock]:
-    """The part of a journal line, some megabytes at a time; a longer document is mapped, alone.
-
-    Raises:
-        DataError: the file is not the one that was journalled.
-    """
-    path = part_path(folder, record.unit)
-    if not path.is_file() or quick_hash(path) != record.xxh3:
-        raise DataError(
-            f"{path} changed since it was written; start over with --overwrite, and check the disk"
-        )
-    item = np.dtype(dtype).newbyteorder("<")
-    lengths_at = record.tokens * item.itemsize
-    splits_at = lengths_at + 8 * record.documents
-    token = 0
-    for document in range(0, record.documents, _BLOCK_DOCUMENTS):
-        count = min(_BLOCK_DOCUMENTS, record.documents - document)
-        lengths = np.fromfile(path, "<i8", count, offset=lengths_at + 8 * document)
-        splits = np.fromfile(path, np.uint8, count, offset=splits_at + document)
-        ends = np.cumsum(lengths)
-        start = 0
-        while start < count:
-            begin = int(ends[start] - lengths[start])
-            stop = max(start + 1, int(np.searchsorted(ends, begin + _BLOCK_TOKENS, side="right")))
-            tokens = int(ends[stop - 1]) - begin
-            at = (token + begin) * item.itemsize
-            yield PartBlock(
-                np.fromfile(path, item, tokens, offset=at)
-                if tokens <= _BLOCK_TOKENS
-                else np.memmap(path, item, "r", at, tokens),
-                lengths[start:stop],
-                splits[start:stop],
-            )
-            start = stop
-        token += int(ends[-1])

@@ -1,16 +1,17 @@
 """Which files a corpus consists of, in a fixed order, and how they are cut into units of work.
 
-A corpus is a list of files and folders. Folders are walked recursively in sorted order; hidden
-entries are passed over, and what is reachable by several paths (symbolic links) is taken once, at
-its first.
+A corpus is a list of files, folders and globs (`**` for folders of any depth). Folders are walked
+recursively in sorted order; hidden entries are passed over, and what is reachable by several paths
+(symbolic links, a glob and a name) is taken once, at its first.
 """
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -112,6 +113,15 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class _Found:
+    """A file that may be input; `is_named`: the user gave it, or its extension."""
+
+    path: str
+    name: str
+    is_named: bool
+
+
+@dataclass(frozen=True)
 class Corpus:
     """The files found, in order, and what was passed over."""
 
@@ -125,8 +135,10 @@ class Corpus:
         return sum(file.bytes for file in self.files)
 
 
-def discover(roots: Sequence[Path], options: DiscoveryOptions) -> Corpus:
+def discover(roots: Sequence[Path | InputFile], options: DiscoveryOptions) -> Corpus:
     """The corpus below `roots`, in an order that depends only on names.
+
+    A root that is an InputFile is taken as it is.
 
     Raises:
         DataError: a root does not exist, or no readable input was found.
@@ -136,21 +148,36 @@ def discover(roots: Sequence[Path], options: DiscoveryOptions) -> Corpus:
     seen: set[_FileId] = set()
     duplicates = 0
     for root in roots:
-        for path, name in _candidates(root, options):
-            kind = _kind(path, options.extensions, named=path == str(root))
+        if isinstance(root, InputFile):
+            files.append(root)
+            continue
+        for found in _candidates(root, options):
+            kind = _kind(found.path, options.extensions, named=found.is_named)
             if kind is None:
-                ignored[os.path.splitext(path)[1].lower() or "(none)"] += 1
+                ignored[os.path.splitext(found.path)[1].lower() or "(none)"] += 1
                 continue
-            status = os.stat(path)
+            try:
+                status = os.stat(found.path)
+            except FileNotFoundError:
+                ignored["(broken link)"] += 1
+                continue
             if _file_id(status) in seen:
                 duplicates += 1
                 continue
             seen.add(_file_id(status))
-            files.append(InputFile(path, name, status.st_size, status.st_mtime_ns, *kind))
+            files.append(
+                InputFile(found.path, found.name, status.st_size, status.st_mtime_ns, *kind)
+            )
     corpus = Corpus(tuple(files), duplicates, tuple(ignored.most_common()))
     if not files:
         raise DataError(_nothing_found(roots, corpus))
     return corpus
+
+
+def glob_folder(pattern: Path) -> Path:
+    """The folder below which a glob finds things: all of its path that is no pattern."""
+    parts = list(takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1]))
+    return Path(*parts)
 
 
 def cut_units(files: Iterable[InputFile], *, unit_bytes: int) -> list[Unit]:
@@ -184,19 +211,48 @@ def _file_id(status: os.stat_result) -> _FileId:
     return status.st_dev, status.st_ino
 
 
-def _candidates(root: Path, options: DiscoveryOptions) -> Iterator[tuple[str, str]]:
-    if not root.exists():
-        raise DataError(f"corpus {root} does not exist; give files or folders of text")
+def _candidates(root: Path, options: DiscoveryOptions) -> Iterator[_Found]:
     skip = {_file_id(path.stat()) for path in options.skip if path.exists()}
-    if not root.is_dir():
-        if _file_id(root.stat()) not in skip:
-            yield str(root), root.name
-        return
-    root_name = os.path.basename(os.path.realpath(root))
+    if not root.exists():
+        if not glob.has_magic(str(root)):
+            raise DataError(f"corpus {root} does not exist; give files or folders of text")
+        yield from _matches(root, options, skip)
+    elif root.is_dir():
+        yield from _below(root, options, skip)
+    elif _file_id(root.stat()) not in skip:
+        yield _Found(str(root), root.name, is_named=True)
+
+
+def _below(root: Path, options: DiscoveryOptions, skip: set[_FileId]) -> Iterator[_Found]:
     # Folders that were walked, like those to skip, are not entered (again): links may form circles.
     closed = {*skip, _file_id(root.stat())}
+    root_name = _folder_name(root)
     for path, below in _walk(str(root), "", exclude=options.exclude, closed=closed):
-        yield path, f"{root_name}/{below}"
+        yield _Found(path, f"{root_name}/{below}", is_named=False)
+
+
+def _matches(pattern: Path, options: DiscoveryOptions, skip: set[_FileId]) -> Iterator[_Found]:
+    folder = glob_folder(pattern)
+    matched = sorted(glob.iglob(str(pattern), recursive=True), key=os.fsencode)
+    if not matched:
+        raise DataError(f"corpus {pattern} matches no file or folder; check the pattern")
+    for path in map(Path, matched):
+        below = path.relative_to(folder)
+        if any(
+            _is_excluded(part.name, str(part), options.exclude) for part in (below, *below.parents)
+        ):
+            continue
+        if path.is_dir():
+            # Below `**` all that lies in a folder is matched by itself.
+            if "**" not in pattern.parts:
+                yield from _below(path, options, skip)
+        elif path.is_file() and _file_id(path.stat()) not in skip:
+            is_named = pattern.suffix == path.suffix != ""
+            yield _Found(str(path), f"{_folder_name(folder)}/{below}", is_named=is_named)
+
+
+def _folder_name(folder: Path) -> str:
+    return os.path.basename(os.path.realpath(folder))
 
 
 def _walk(
@@ -217,8 +273,11 @@ def _walk(
             if folder_id not in closed:
                 closed.add(folder_id)
                 yield from _walk(entry.path, inner, exclude=exclude, closed=closed)
-        elif entry.is_file() and _file_id(entry.stat()) not in closed:
-            yield entry.path, inner
+        elif entry.is_file():
+            if _file_id(entry.stat()) not in closed:
+                yield entry.path, inner
+        elif not os.path.exists(entry.path):
+            yield entry.path, inner  # a link that leads nowhere is counted
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -271,7 +330,7 @@ def unreadable(path: str, error: OSError) -> DataError:
     return DataError(f"cannot read {path}: {error.strerror or error}; fix or --exclude it")
 
 
-def _nothing_found(roots: Sequence[Path], corpus: Corpus) -> str:
+def _nothing_found(roots: Sequence[Path | InputFile], corpus: Corpus) -> str:
     where = ", ".join(str(root) for root in roots)
     if corpus.ignored_extensions:
         other = ", ".join(f"{count} {name}" for name, count in corpus.ignored_extensions[:5])

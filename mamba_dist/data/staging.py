@@ -20,16 +20,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import quick_hash, write_durably
 from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
-from mamba_dist.data.parts import PartRecord, part_path
+from mamba_dist.data.part_records import PartRecord, part_path
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.sources import InputFile
 from mamba_dist.errors import DataError
 
 _PREFIX = ".partial-"
-_OURS = ("train-*.arrow", "val-*.arrow", INPUTS_NAME, BAD_DOCUMENTS_NAME, "tokenizer.*")
+_OURS = (
+    "train-*.arrow",
+    "val-*.arrow",
+    INPUTS_NAME,
+    BAD_DOCUMENTS_NAME,
+    DOCUMENT_IDS_NAME,
+    "tokenizer.*",
+)
 _NAMED_DIFFERENCES = 3
 
 

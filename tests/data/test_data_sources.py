@@ -151,3 +151,36 @@ def test_large_files_are_cut_where_a_part_can_be_read_alone(tmp_path: Path) -> N
         ("f.jsonl", 0, 60),
     ]
     assert str(units[1]) == f"{tmp_path}/a.jsonl (bytes 50 to 99)"
+
+
+def test_a_glob_finds_what_its_folder_would_under_the_same_names(tmp_path: Path) -> None:
+    corpus = write(
+        tmp_path / "c", "a.jsonl", "x/b.jsonl", "x/y/c.jsonl", "x/y/d.txt", ".git/e.jsonl", "f.odd"
+    )
+    assert names(corpus / "**" / "*.jsonl") == ["c/a.jsonl", "c/x/b.jsonl", "c/x/y/c.jsonl"]
+    assert names(corpus / "**") == [name for name in names(corpus) if name != "c/f.odd"]
+    assert names(corpus / "*.odd") == ["c/f.odd"]
+    assert names(corpus / "x*") == ["x/b.jsonl", "x/y/c.jsonl", "x/y/d.txt"]
+    assert names(corpus / "x" / "y" / "[cd].*") == ["y/c.jsonl", "y/d.txt"]
+    assert names(corpus / "**" / "*.jsonl", exclude=("y",)) == ["c/a.jsonl", "c/x/b.jsonl"]
+    assert names(corpus / "**" / "*.jsonl", skip=(corpus / "a.jsonl",)) == [
+        "c/x/b.jsonl",
+        "c/x/y/c.jsonl",
+    ]
+
+
+def test_what_two_globs_match_is_seen_once(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c", "a.jsonl", "b.txt")
+    (corpus / "c.jsonl").symlink_to(corpus / "a.jsonl")
+    found = discover([corpus / "*.jsonl", corpus / "a*", corpus], DiscoveryOptions())
+    assert [file.name for file in found.files] == ["c/a.jsonl", "c/b.txt"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
+    write(tmp_path, "a[1].txt", "a1.txt")
+    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
+
+
+def test_a_glob_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\*\.jsonl matches no file or folder"):
+        discover([tmp_path / "*.jsonl"], DiscoveryOptions())
