@@ -111,7 +111,10 @@ class ShardWriter:
         try:
             self._writer().write_batch(batch)
         except OSError as error:
-            raise DataError(f"cannot write a shard in {self._folder}: {error}") from error
+            raise DataError(
+                f"cannot write a shard in {self._folder}: {error.strerror or error}; free some "
+                "space and run the same command again"
+            ) from error
         self._open_tokens += self._pending_tokens
         self._pending, self._pending_tokens = [], 0
 
@@ -132,7 +135,10 @@ class ShardWriter:
             sink.close()
             sync_file(path)
         except OSError as error:
-            raise DataError(f"cannot finish shard {path}: {error}") from error
+            raise DataError(
+                f"cannot finish shard {path}: {error.strerror or error}; free some space and run "
+                "the same command again"
+            ) from error
         self._open = None
         self._finished.append(path)
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.documents import Reading
 from mamba_dist.data.durable import quick_hash
-from mamba_dist.data.tokenization import load_tokenizer
+from mamba_dist.data.fast_backends import REFERENCE
+from mamba_dist.data.parts import PartSettings, make_part
+from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.tokenization import FlatIds, load_tokenizer
 from mamba_dist.errors import DataError
 
 
@@ -254,3 +259,33 @@ def test_a_file_that_several_units_share_gives_what_one_unit_gives(
     with pytest.raises(DataError, match=rf"(?s)corpus/{name}:71: no text field"):
         build(corpus, tmp_path / "strict", tokenizer_path, max_bad=1)
     assert build(corpus, tmp_path / "cut", tokenizer_path).was_complete
+
+
+class Beyond:
+    """Gives one id a text, which the vocabulary does not have."""
+
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        return np.full(len(texts), 350, dtype=np.uint32), np.ones(len(texts), dtype=np.int64)
+
+
+def test_an_id_outside_the_vocabulary_names_the_input_and_leaves_no_part(
+    corpus_path: Path, tmp_path: Path
+) -> None:
+    files = discover([corpus_path], DiscoveryOptions()).files
+    [unit] = cut_units(files, unit_bytes=1 << 20)
+    settings = PartSettings(
+        folder=str(tmp_path),
+        tokenizer="",
+        eos_token="",
+        eos_id=0,
+        vocab_size=350,
+        dtype="uint16",
+        reading=Reading("text", id_field="id"),
+        train_split=0.5,
+        batch_documents=10,
+        backend=REFERENCE,
+    )
+    between = r"id 350, outside its vocabulary of 350, between corpus/a/00.txt and corpus/b/59.txt"
+    with pytest.raises(DataError, match=between):
+        make_part(unit, settings, encoder=Beyond())
+    assert list(tmp_path.iterdir()) == []
