@@ -16,6 +16,7 @@ text, so that of a long one, cut or whole, splits of nearly equal score are take
 import functools
 import itertools
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 
@@ -62,17 +63,30 @@ def cut_text(texts: Iterable[str], cuts: Sequence[Cut], *, most_characters: int)
         UncuttableError: a piece would be longer than `most_characters`.
     """
     place = re.compile("|".join(cut.value for cut in cuts) or _NOWHERE)
-    pending, searched = "", PIECE_CHARACTERS
+    most = max(most_characters, LONG_CHARACTERS)
+    pending, start, searched = "", 0, PIECE_CHARACTERS
     for text in texts:
-        pending += text
-        while found := place.search(pending, searched):
-            yield pending[: found.start()]
-            pending, searched = pending[found.end() :], PIECE_CHARACTERS
+        pending, start, searched = pending[start:] + text, 0, searched - start
+        while True:
+            found = place.search(pending, searched)
+            if found is None or found.start() - start > most:
+                if len(pending) - start <= most:
+                    break
+                found = _last_place(place, pending, start)
+            yield pending[start : found.start()]
+            start = found.end()
+            searched = start + PIECE_CHARACTERS
         # A place needs its neighbours, which may come with the next string.
-        searched = max(PIECE_CHARACTERS, len(pending) - 2)
-        if len(pending) > max(most_characters, LONG_CHARACTERS):
-            raise UncuttableError
-    yield pending
+        searched = max(searched, len(pending) - 2)
+    yield pending[start:]
+
+
+def _last_place(place: re.Pattern[str], text: str, start: int) -> re.Match[str]:
+    """The last place that makes a piece shorter than the usual."""
+    found = deque(place.finditer(text, start + 1, start + PIECE_CHARACTERS), maxlen=1)
+    if not found:
+        raise UncuttableError
+    return found[0]
 
 
 @functools.lru_cache(maxsize=1)

@@ -142,6 +142,17 @@ def test_a_text_without_a_place_to_cut_is_refused_beyond_the_limit() -> None:
         list(cut_text([text], LINES, most_characters=LONG_CHARACTERS))
 
 
+@pytest.mark.parametrize("block", [1 << 16, 1 << 30])
+def test_a_stretch_without_a_place_takes_nothing_before_it_along(block: int) -> None:
+    words, blob = "some words " * 15_000, "x" * (LONG_CHARACTERS - 10)
+    text = f"{words}{blob} {words}{blob} {words}"
+    strings = [text[at : at + block] for at in range(0, len(text), block)]
+    pieces = list(cut_text(strings, LINES, most_characters=LONG_CHARACTERS))
+    assert "".join(pieces) == text
+    assert f" {blob}" in pieces
+    assert max(map(len, pieces)) <= LONG_CHARACTERS
+
+
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is long is short enough for a quick test."""
