@@ -1,4 +1,4 @@
-"""What of a corpus is read, and how, on the command line of data_prep/tokenize.py."""
+"""What of a corpus is read, and how, on a command line."""
 
 import argparse
 import sys
@@ -50,13 +50,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--train-split", type=_share, help="share of documents for training; the others validate"
     )
     parser.add_argument("--extensions", help="read only these, as in .txt,.log")
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="leave out files and folders of this name or path below the corpus; may be repeated",
-    )
+    add_exclude(parser)
     parser.add_argument("--eos", metavar="TOKEN", help="token that ends a document")
     parser.add_argument(
         "--max-bad",
@@ -65,6 +59,17 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop after more than N bad documents (not UTF-8, broken JSON, no text field, too "
         f"long); default {DEFAULT_MAX_BAD}",
+    )
+
+
+def add_exclude(parser: argparse.ArgumentParser) -> None:
+    """What of a corpus is left out."""
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="leave out files and folders of this name or path below the corpus; may be repeated",
     )
 
 

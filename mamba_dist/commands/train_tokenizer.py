@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mamba_dist.commands.arguments import positive_int
+from mamba_dist.commands.corpus_arguments import add_exclude
 from mamba_dist.data.build import sample_texts
 from mamba_dist.data.sources import DiscoveryOptions, discover
 from mamba_dist.data.tokenization import (
@@ -98,13 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"a control token beside {END_OF_TEXT}, which is always id 0; may be repeated, and "
         "the ids are in the order given",
     )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="leave out files and folders of this name or path below the corpus; may be repeated",
-    )
+    add_exclude(parser)
     parser.add_argument(
         "--text-field", default="text", help="field or column that holds the text; default text"
     )

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -259,6 +260,28 @@ def test_a_file_that_several_units_share_gives_what_one_unit_gives(
     with pytest.raises(DataError, match=rf"(?s)corpus/{name}:71: no text field"):
         build(corpus, tmp_path / "strict", tokenizer_path, max_bad=1)
     assert build(corpus, tmp_path / "cut", tokenizer_path).was_complete
+
+
+class Rewriter(SilentListener):
+    """Writes to a file once the build has begun, its size as it was."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def started(self, *, total_bytes: int, done_bytes: int) -> None:
+        self._path.write_bytes(self._path.read_bytes().replace(b"state", b"STATE"))
+        os.utime(self._path, ns=(1, 1))
+
+
+def test_an_input_that_changes_during_the_build_is_named(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, made_texts(40))
+    with pytest.raises(DataError, match=r"a.jsonl changed while it was read"):
+        build(path, tmp_path / "set", tokenizer_path, listener=Rewriter(path))
+    assert not (tmp_path / "set" / "manifest.json").exists()
 
 
 class Beyond:

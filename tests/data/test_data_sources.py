@@ -159,6 +159,7 @@ def test_a_glob_finds_what_its_folder_would_under_the_same_names(tmp_path: Path)
     )
     assert names(corpus / "**" / "*.jsonl") == ["c/a.jsonl", "c/x/b.jsonl", "c/x/y/c.jsonl"]
     assert names(corpus / "**") == [name for name in names(corpus) if name != "c/f.odd"]
+    assert discover([corpus / "**"], DiscoveryOptions()).duplicates == 0
     assert names(corpus / "*.odd") == ["c/f.odd"]
     assert names(corpus / "x*") == ["x/b.jsonl", "x/y/c.jsonl", "x/y/d.txt"]
     assert names(corpus / "x" / "y" / "[cd].*") == ["y/c.jsonl", "y/d.txt"]
