@@ -1,9 +1,10 @@
 """From a corpus to a data set: plan, tokenise units in workers, merge the parts, publish."""
 
+import contextlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import xxhash
 
+from mamba_dist.data.crew import Crew
 from mamba_dist.data.documents import BadDocument, read_documents
 from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, write_durably
 from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
@@ -25,7 +27,7 @@ from mamba_dist.data.manifest import (
 )
 from mamba_dist.data.merge import write_shards
 from mamba_dist.data.parity import BackendChoice, choose_backend
-from mamba_dist.data.parts import PartRecord, PartSettings, make_part, tokenize_units
+from mamba_dist.data.parts import PartRecord, PartSettings, make_part, place_in_unit, tokenize_units
 from mamba_dist.data.shard import token_dtype
 from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
 from mamba_dist.data.staging import (
@@ -44,7 +46,6 @@ from mamba_dist.data.tokenization import (
     save_tokenizer,
     train_bpe,
 )
-from mamba_dist.data.workers import distribute, start_workers, stop_workers
 from mamba_dist.errors import DataError
 
 DEFAULT_MAX_BAD = 100
@@ -226,29 +227,47 @@ def _make_parts(
     listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
     bad = [document for record in finished.values() for document in _bad_of(record)]
     _check_bad(bad, request.max_bad)
-    for record in _records(request.workers, todo, settings, encoder=choice.encoder):
-        staging.commit(record)
-        finished[record.unit] = record
-        listener.advanced(units[record.unit], record)
-        bad += _bad_of(record)
-        _check_bad(bad, request.max_bad)
+    records = _records(
+        request.workers,
+        todo,
+        settings,
+        encoder=choice.encoder,
+        staging=staging,
+        notice=listener.notice,
+    )
+    with contextlib.closing(records):
+        for together in records:
+            staging.commit(together)
+            for record in together:
+                finished[record.unit] = record
+                listener.advanced(units[record.unit], record)
+                bad += _bad_of(record)
+            _check_bad(bad, request.max_bad)
     return [finished[unit.index] for unit in units]
 
 
 def _records(
-    workers: int, todo: list[Unit], settings: PartSettings, *, encoder: Encoder
-) -> Iterator[PartRecord]:
-    """Makes the parts, in any order."""
-    if workers == 1:
-        # Here, since a process more would import and load everything again: half a second.
-        for unit in todo:
-            yield make_part(unit, settings, encoder=encoder)
+    workers: int,
+    todo: list[Unit],
+    settings: PartSettings,
+    *,
+    encoder: Encoder,
+    staging: Staging,
+    notice: Callable[[str], None],
+) -> Generator[list[PartRecord]]:
+    """Makes the parts, in any order; those that come together are to be committed together.
+
+    One worker is this process, since a process more would import and load everything again: half a
+    second. If this process dies of a document, the next run has a crew, which says which it was.
+    """
+    if workers == 1 and not staging.died_at_work():
+        with staging.at_work():
+            for unit in todo:
+                yield [make_part(unit, settings, encoder=encoder)]
         return
-    started = start_workers(tokenize_units, [settings] * min(workers, len(todo)))
-    try:
-        yield from distribute(started, todo)
-    finally:
-        stop_workers(started)
+    count = min(workers, len(todo))
+    with Crew(tokenize_units, settings, count=count, place=place_in_unit, notice=notice) as crew:
+        yield from crew.answers(todo)
 
 
 def _choose(

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,9 +110,14 @@ def sync_folder(path: Path) -> None:
     sync_file(path)
 
 
+def unique_sibling(path: Path) -> Path:
+    """A name beside `path` for what is to become it, that no other process on any machine takes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Writes a file so that, after a crash at any moment, it is whole, or as it was before."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    staged = unique_sibling(path)
     with staged.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -6,21 +6,23 @@
         parts/           one file a finished unit
         journal.jsonl    one line a finished unit, forced to disk after its part
         backend.json     the proof of the fast backend that made parts, if one did
+        at_work          a process is making parts itself, or died of it
         shards/          the merge, renamed into the output folder at the end
 
 Parts of another plan cannot mix in, since another plan has another folder.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mamba_dist.data.durable import quick_hash, write_durably
+from mamba_dist.data.durable import quick_hash, sync_folder, write_durably
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
 from mamba_dist.data.parts import PartRecord, part_path
 from mamba_dist.data.shard import check_size
@@ -61,24 +63,41 @@ class Staging:
         self.shards = folder / "shards"
         self._journal = folder / "journal.jsonl"
         self._backend = folder / "backend.json"
+        self._at_work = folder / "at_work"
 
     def finished(self) -> dict[int, PartRecord]:
-        """The committed parts by unit; a line that a crash cut short is dropped."""
+        """The committed parts by unit. What cannot be read was cut short by a crash, and is made
+        again.
+        """
         if not self._journal.exists():
             return {}
-        content = self._journal.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            write_durably(self._journal, whole)
-        records = [PartRecord.from_json(json.loads(line)) for line in whole.splitlines()]
+        lines = self._journal.read_bytes().split(b"\n")
+        records = [record for line in lines if (record := _read_line(line)) is not None]
         return {record.unit: record for record in records if self._has_part(record)}
 
-    def commit(self, record: PartRecord) -> None:
-        """Notes a finished part; after this it is never made again."""
-        with self._journal.open("ab") as stream:
-            stream.write(json.dumps(record.to_json()).encode() + b"\n")
+    def commit(self, records: Sequence[PartRecord]) -> None:
+        """Notes finished parts; after this they are never made again."""
+        is_new = not self._journal.exists()
+        with self._journal.open("ab+") as stream:
+            lines = [json.dumps(record.to_json()).encode() + b"\n" for record in records]
+            stream.write(_line_break_before(stream) + b"".join(lines))
             stream.flush()
             os.fsync(stream.fileno())
+        if is_new:
+            sync_folder(self.folder)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Leaves a mark while parts are made in this very process, which a sudden death leaves."""
+        self._at_work.touch()
+        try:
+            yield
+        finally:
+            self._at_work.unlink()
+
+    def died_at_work(self) -> bool:
+        """Whether an earlier process died while it made parts itself."""
+        return self._at_work.exists()
 
     def note_backend(self, proof: BackendProof) -> None:
         """Remembers that a fast backend makes parts from now on."""
@@ -97,6 +116,21 @@ class Staging:
     def _has_part(self, record: PartRecord) -> bool:
         path = part_path(self.parts, record.unit)
         return path.is_file() and path.stat().st_size == record.bytes
+
+
+def _read_line(line: bytes) -> PartRecord | None:
+    try:
+        return PartRecord.from_json(json.loads(line))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _line_break_before(stream: BinaryIO) -> bytes:
+    """Ends the line that a crash cut short, if the journal ends in one."""
+    if not stream.tell():
+        return b""
+    stream.seek(-1, os.SEEK_END)
+    return b"" if stream.read() == b"\n" else b"\n"
 
 
 def open_staging(output: Path, plan: BuildPlan, *, overwrite: bool) -> Staging:

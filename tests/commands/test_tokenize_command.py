@@ -246,6 +246,7 @@ def test_the_real_message_of_a_failing_worker_reaches_stderr(
     done = run(*script, corpus, *options, cwd=cwd)
     assert done.returncode == 2
     assert "SpawnProcess" in done.stderr
-    assert "error: a worker died (exit code 1, its own message is above)" in done.stderr
+    assert "error: two workers died on " in done.stderr
+    assert "(exit code 1, its own message is above)" in done.stderr
     assert "WordLevel error: Missing [UNK] token from the vocabulary" in done.stderr
     assert "AttributeError" not in done.stderr
