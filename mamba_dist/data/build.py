@@ -36,6 +36,7 @@ from mamba_dist.data.staging import (
     BuildPlan,
     Staging,
     check_same_build,
+    clear_remains,
     open_staging,
     publish,
 )
@@ -126,6 +127,7 @@ def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
         if (request.output / MANIFEST_NAME).exists() and not request.overwrite:
             manifest = read_manifest(request.output)
             check_same_build(request.output, manifest, plan=plan)
+            clear_remains(request.output, plan)
             return BuildResult(manifest, was_complete=True)
         staging = open_staging(request.output, plan, overwrite=request.overwrite)
         path = _stage_tokenizer(request, staging, listener)

@@ -142,8 +142,7 @@ def open_staging(output: Path, plan: BuildPlan, *, overwrite: bool) -> Staging:
             files that are not ours.
     """
     content = plan.to_json()
-    encoded = json.dumps(content, indent=1).encode()
-    folder = output / (_PREFIX + hashlib.sha256(encoded).hexdigest()[:16])
+    folder = _folder_of(output, plan)
     _refuse_foreign_files(output)
     for other in sorted(output.glob(_PREFIX + "*")):
         if other == folder:
@@ -158,8 +157,23 @@ def open_staging(output: Path, plan: BuildPlan, *, overwrite: bool) -> Staging:
         shutil.rmtree(other)
     staging = Staging(folder)
     staging.parts.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / "plan.json", encoded)
+    write_durably(folder / "plan.json", _encoded(plan))
+    sync_folder(output)
     return staging
+
+
+def clear_remains(output: Path, plan: BuildPlan) -> None:
+    """Removes what a run left that was killed after it had finished the data set of `plan`."""
+    with contextlib.suppress(FileNotFoundError):
+        Staging(_folder_of(output, plan)).discard()
+
+
+def _folder_of(output: Path, plan: BuildPlan) -> Path:
+    return output / (_PREFIX + hashlib.sha256(_encoded(plan)).hexdigest()[:16])
+
+
+def _encoded(plan: BuildPlan) -> bytes:
+    return json.dumps(plan.to_json(), indent=1).encode()
 
 
 def check_same_build(output: Path, manifest: Manifest, *, plan: BuildPlan) -> None:
@@ -193,7 +207,9 @@ def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
     data set.
     """
     (output / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in _OURS:
+    # Or a power cut might keep the manifest and lose its shards.
+    sync_folder(output)
+    for pattern in (*_OURS, f".{MANIFEST_NAME}.*.partial"):
         for old in output.glob(pattern):
             old.unlink()
     for name in names:
