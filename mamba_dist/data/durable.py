@@ -126,6 +126,12 @@ def write_durably(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """As `write_durably`, unless the file is there with that content: others may be reading it."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_durably(path, data)
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder that becomes `path`, whole, by one rename when the block ends without error.
@@ -159,14 +165,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
+def exclusive_lock(
+    folder: Path, *, name: str = ".lock", wait: bool = False, busy: str = ""
+) -> Iterator[None]:
     """Holds the folder for this process alone; the kernel releases it however the process ends.
 
+    On a shared disk it holds for all machines, if the file system passes locks on. `busy` says
+    what a process does that holds it.
+
     Raises:
-        DataError: another process holds it.
+        DataError: another process holds it (and not `wait`), or the disk has no locks.
     """
-    path = folder / ".lock"
-    descriptor = _lock(path)
+    path = folder / name
+    descriptor = _lock(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), busy=busy)
     try:
         yield
     finally:
@@ -176,16 +187,36 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int:
+@contextlib.contextmanager
+def shared_lock(folder: Path) -> Iterator[None]:
+    """Holds the folder together with others who share it, against `exclusive_lock`.
+
+    Raises:
+        DataError: a process holds it for itself, or the disk has no locks.
+    """
+    descriptor = _lock(folder / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
+    try:
+        yield
+    finally:
+        os.close(descriptor)  # the file stays: others may hold it
+
+
+def _lock(path: Path, operation: int, *, busy: str = "") -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, operation)
         except BlockingIOError as error:
             os.close(descriptor)
             raise DataError(
-                f"another process is writing into {path.parent}; wait for it to end, or give "
-                "another --output"
+                f"another process is {busy or f'writing into {path.parent}'}; wait for it to end, "
+                "or give another --output"
+            ) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise DataError(
+                f"the file system of {path.parent} cannot lock files ({error.strerror}); mount it "
+                "with locks (Lustre: -o flock), or give an --output elsewhere"
             ) from error
         if _is_still_named(descriptor, path):
             return descriptor

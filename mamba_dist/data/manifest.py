@@ -10,7 +10,8 @@ set.
         bad_documents.jsonl      one line a document passed over: file, line, fault
 
 Nothing here depends on the time or the number of workers; on the machine only which backend was
-proven (`backend`, absent for the reference).
+proven (`backend`, absent for the reference; where several machines had several, the others stand
+in `more_backends`).
 
 The hashes of single batches stand beside the shards, under `batch_xxh3`: a program that does not
 know them passes over them, and a data set written before them is read without. They tell where a
@@ -139,6 +140,7 @@ class Manifest:
     inputs: InputSummary
     shards: tuple[ShardRecord, ...]
     backend: BackendProof | None = None
+    more_backends: tuple[BackendProof, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -176,6 +178,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     if manifest.backend is None:
         del content["backend"]
+    if not manifest.more_backends:
+        del content["more_backends"]
     for shard in content["shards"]:
         hashes = [batch.pop("xxh3") for batch in shard["batches"]]
         if None not in hashes:
@@ -263,6 +267,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
             _parse_shard(shard, batch_hashes.get(shard["file"])) for shard in content["shards"]
         ),
         backend=BackendProof(**content["backend"]) if "backend" in content else None,
+        more_backends=tuple(BackendProof(**proof) for proof in content.get("more_backends", [])),
     )
 
 

@@ -5,7 +5,8 @@
         tokenizer.json   the tokenizer in use, copied or trained
         parts/           one file a finished unit
         journal.jsonl    one line a finished unit, forced to disk after its part
-        backend.json     the proof of the fast backend that made parts, if one did
+        journal-I-of-N.jsonl    the same of task I of N
+        backend-….json   the proof of a fast backend that made parts
         at_work          a process is making parts itself, or died of it
         shards/          the merge, renamed into the output folder at the end
 
@@ -18,14 +19,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mamba_dist.data.durable import quick_hash, sync_folder, write_durably
+from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder, write_once
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
 from mamba_dist.data.parts import PartRecord, part_path
 from mamba_dist.data.shard import check_size
+from mamba_dist.data.share import Share
 from mamba_dist.data.sources import InputFile
 from mamba_dist.errors import DataError
 
@@ -57,21 +59,20 @@ class BuildPlan:
 class Staging:
     """The folder of one unfinished build, and its journal."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, share: Share | None = None) -> None:
         self.folder = folder
         self.parts = folder / "parts"
         self.shards = folder / "shards"
-        self._journal = folder / "journal.jsonl"
-        self._backend = folder / "backend.json"
-        self._at_work = folder / "at_work"
+        whose = "" if share is None else f"-{share.index}-of-{share.count}"
+        self._journal = folder / f"journal{whose}.jsonl"
+        self._at_work = folder / f"at_work{whose}"
 
     def finished(self) -> dict[int, PartRecord]:
-        """The committed parts by unit. What cannot be read was cut short by a crash, and is made
-        again.
+        """The committed parts by unit, whoever made them. What cannot be read was cut short by a
+        crash, or is being written, and counts as not made.
         """
-        if not self._journal.exists():
-            return {}
-        lines = self._journal.read_bytes().split(b"\n")
+        journals = sorted(self.folder.glob("journal*.jsonl"))
+        lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")]
         records = [record for line in lines if (record := _read_line(line)) is not None]
         return {record.unit: record for record in records if self._has_part(record)}
 
@@ -85,6 +86,11 @@ class Staging:
             os.fsync(stream.fileno())
         if is_new:
             sync_folder(self.folder)
+
+    def task_counts(self) -> set[int]:
+        """The numbers of tasks that builds of this folder were shared among."""
+        names = [path.stem for path in self.folder.glob("journal-*-of-*.jsonl")]
+        return {int(name.rpartition("-")[2]) for name in names}
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -101,13 +107,16 @@ class Staging:
 
     def note_backend(self, proof: BackendProof) -> None:
         """Remembers that a fast backend makes parts from now on."""
-        write_durably(self._backend, json.dumps(asdict(proof)).encode())
+        content = json.dumps(asdict(proof)).encode()
+        # A name for each proof, since tasks on other machines may have other versions.
+        path = self.folder / f"backend-{hashlib.sha256(content).hexdigest()[:16]}.json"
+        write_once(path, content)
 
-    def backend(self) -> BackendProof | None:
-        """The last fast backend that made parts, in this run or an earlier one."""
-        if not self._backend.exists():
-            return None
-        return BackendProof(**json.loads(self._backend.read_bytes()))
+    def backends(self) -> tuple[BackendProof, ...]:
+        """The fast backends that made parts, in this run, earlier ones or other tasks."""
+        paths = self.folder.glob("backend-*.json")
+        proofs = [BackendProof(**json.loads(path.read_bytes())) for path in paths]
+        return tuple(sorted(proofs, key=astuple))
 
     def discard(self) -> None:
         """Removes the folder."""
@@ -133,32 +142,33 @@ def _line_break_before(stream: BinaryIO) -> bytes:
     return b"" if stream.read() == b"\n" else b"\n"
 
 
-def open_staging(output: Path, plan: BuildPlan, *, overwrite: bool) -> Staging:
-    """The staging folder of a plan, new or as an interrupted run left it.
+def open_staging(
+    output: Path, plan: BuildPlan, *, overwrite: bool, share: Share | None = None
+) -> Staging:
+    """The staging folder of a plan, new or as others left it.
 
     Raises:
         DataError: the output folder holds an unfinished build of another plan (and not
-        `overwrite`), or
-            files that are not ours.
+        `overwrite`), or files that are not ours.
     """
-    content = plan.to_json()
     folder = _folder_of(output, plan)
-    _refuse_foreign_files(output)
-    for other in sorted(output.glob(_PREFIX + "*")):
-        if other == folder:
-            continue
-        if not overwrite:
-            raise DataError(
-                f"{output} holds an unfinished data set made with other settings or inputs "
-                f"({_differences_from(other, content)}); run the earlier command again to finish "
-                f"it, or "
-                "add --overwrite to start over"
-            )
-        shutil.rmtree(other)
-    staging = Staging(folder)
-    staging.parts.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / "plan.json", _encoded(plan))
-    sync_folder(output)
+    # One after the other, or two tasks with different plans would not see each other.
+    with exclusive_lock(output, name=".opening.lock", wait=True):
+        _refuse_foreign_files(output)
+        for other in sorted(output.glob(_PREFIX + "*")):
+            if other == folder:
+                continue
+            if not overwrite:
+                raise DataError(
+                    f"{output} holds an unfinished data set made with other settings or inputs "
+                    f"({_differences_from(other, plan)}); run the earlier command again to finish "
+                    "it, or start over with --overwrite and without --task"
+                )
+            shutil.rmtree(other)
+        staging = Staging(folder, share)
+        staging.parts.mkdir(parents=True, exist_ok=True)
+        write_once(folder / "plan.json", _encoded(plan))
+        sync_folder(output)
     return staging
 
 
@@ -244,7 +254,8 @@ def _refuse_foreign_files(output: Path) -> None:
         )
 
 
-def _differences_from(folder: Path, content: dict[str, Any]) -> str:
+def _differences_from(folder: Path, plan: BuildPlan) -> str:
+    content = plan.to_json()
     try:
         other = json.loads((folder / "plan.json").read_bytes())
     except (OSError, ValueError):
