@@ -1,8 +1,6 @@
 """The tokenize command as a user runs it, killed at will: `kill -9` of all of it or of a worker."""
 
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -11,13 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tokenizers
 from processes import ROOT, clean_environment
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from word_corpus import folder_contents, write_corpus, write_tokenizer
 
 SCRIPT = ROOT / "data_prep" / "tokenize.py"
-_WORDS = "state space model scans the long text and forgets nothing".split()  # noqa: SIM905
 
 # Comes before the command by PYTHONPATH: the tokenizer dies of one text, as of a library's bug.
 FATAL = """
@@ -39,27 +34,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    vocabulary = {word: number for number, word in enumerate(["?", "<eos>", *_WORDS])}
-    words = tokenizers.Tokenizer(WordLevel(vocabulary, unk_token="?"))
-    words.pre_tokenizer = Whitespace()
-    words.save(str(path))
-    return path
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six files of 1.5 MB: as many units at least."""
-    folder = tmp_path_factory.mktemp("corpus") / "corpus"
-    folder.mkdir()
-    rng = random.Random(0)
-    for number in range(6):
-        lines = [
-            json.dumps({"text": f"{number} {line} " + " ".join(rng.choices(_WORDS, k=100))})
-            for line in range(2500)
-        ]
-        (folder / f"{number}.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus", files=6)
 
 
 def start(corpus: Path, tokenizer: Path, output: Path, *, workers: int, first_on_path: str = ""):
@@ -84,14 +64,6 @@ def run(*arguments: Path, **options: object) -> str:
     return out
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
     while not condition():
         if process.poll() is not None:
@@ -105,7 +77,7 @@ def undisturbed(
 ) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("undisturbed") / "set"
     run(corpus, tokenizer, output, workers=1)
-    return contents(output)
+    return folder_contents(output)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -139,7 +111,7 @@ def test_the_command_killed_at_any_stage_goes_on_and_gives_the_same_bytes(
     if not any(output.glob("manifest.json")):
         assert parts - lines <= workers
     run(corpus, tokenizer, output, workers=3 - workers % 3)
-    assert contents(output) == undisturbed
+    assert folder_contents(output) == undisturbed
 
 
 def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
@@ -158,7 +130,7 @@ def test_a_killed_worker_is_replaced_and_the_bytes_are_the_same(
     assert "a worker died " in out
     assert "killed by SIGKILL (out of memory?)" in out
     assert "once more" in out
-    assert contents(output) == undisturbed
+    assert folder_contents(output) == undisturbed
 
 
 @pytest.mark.parametrize("workers", [1, 2])

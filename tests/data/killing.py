@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from made_data import SilentListener, build
+from made_data import SilentListener, make_request
+
+from mamba_dist.data.build import build_dataset, build_share
+from mamba_dist.data.share import parse_share
 
 _CHANGES = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir"})
 
@@ -69,11 +72,16 @@ class BuildServer:
         self._corpus = corpus
         self._tokenizer = tokenizer
 
-    def build(self, output: Path, *, kill_at: int | None = None, **options: object) -> Outcome:
-        """A build into `output`, killed at its change number `kill_at`, from 1."""
+    def build(
+        self, output: Path, *, kill_at: int | None = None, share: str = "", **options: object
+    ) -> Outcome:
+        """A build into `output` (of one share, if given), killed at its change number `kill_at`,
+        from 1.
+        """
         order = {
             "arguments": [str(self._corpus), str(output), str(self._tokenizer)],
             "kill_at": kill_at,
+            "share": share,
             "options": options,
         }
         assert self._process.stdin is not None
@@ -118,7 +126,11 @@ def _build(order: dict[str, Any], writer: int) -> None:
     corpus, output, tokenizer = map(Path, order["arguments"])
     listener = SilentListener()
     counter = _Counter(str(output), order["kill_at"])
-    build(corpus, output, tokenizer, listener=listener, **order["options"])
+    request = make_request(corpus, output, tokenizer, **order["options"])
+    if order["share"]:
+        build_share(request, parse_share(order["share"]), listener)
+    else:
+        build_dataset(request, listener)
     os.write(writer, json.dumps({"units": listener.units, "changes": counter.changes}).encode())
     os._exit(0)
 

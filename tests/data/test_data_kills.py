@@ -73,6 +73,21 @@ def test_a_build_killed_at_each_change_goes_on_and_leaves_the_same_folder(
 
 
 @pytest.mark.slow
+def test_a_task_killed_at_each_change_goes_on_and_the_merge_gives_the_same_folder(
+    server: BuildServer, finished: Path, tmp_path: Path
+) -> None:
+    whole = server.build(tmp_path / "whole", share="0/2")
+    assert whole.changes is not None
+    for change in range(1, whole.changes + 1):
+        output = tmp_path / f"at-{change}"
+        assert server.build(output, share="0/2", kill_at=change).killed
+        server.build(output, share="1/2")
+        server.build(output, share="0/2")
+        assert server.build(output, merge_only=True).units == 0
+        assert folder_bytes(output) == folder_bytes(finished), change
+
+
+@pytest.mark.slow
 def test_a_build_killed_again_and_again_gets_done(
     server: BuildServer, finished: Path, tmp_path: Path
 ) -> None:
