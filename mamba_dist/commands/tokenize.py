@@ -153,6 +153,7 @@ def _request(
         max_bad=arguments.max_bad,
         overwrite=arguments.overwrite,
         merge_only=arguments.merge,
+        deduplicate=arguments.deduplicate,
         backend=arguments.backend,
     )
 
@@ -244,6 +245,11 @@ def _print_result(request: BuildRequest, result: BuildResult, console: _Console)
             f"{split:<5}  {manifest.documents(split):>12,} documents {manifest.tokens(split):>16,} "
             f"tokens {len(shards):>5} shards {sum(s.bytes for s in shards) / 1e6:>10.1f} MB"
         )
+    if manifest.duplicates is not None:
+        print(
+            f"{manifest.duplicates.documents:,} duplicates left out, "
+            f"{manifest.duplicates.text_bytes / 1e6:.1f} MB of text"
+        )
     bad = manifest.inputs.bad_documents
     if bad:
         print(
@@ -313,6 +319,12 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="GLOB",
         help="leave out files and folders of this name or path below the corpus; may be repeated",
+    )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="of documents with the very same text take the first; needs 20 bytes of memory a "
+        "document",
     )
     parser.add_argument("--eos", metavar="TOKEN", help="token that ends a document")
     parser.add_argument(

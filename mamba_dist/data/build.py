@@ -55,7 +55,8 @@ class BuildRequest:
     Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
     `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
     only counted, since source trees are full of empty files. `backend` is as in `choose_backend`.
-    With `merge_only`, parts that are not made yet are an error.
+    With `merge_only`, parts that are not made yet are an error. With `deduplicate` only the first
+    document of each text is taken.
     """
 
     output: Path
@@ -71,6 +72,7 @@ class BuildRequest:
     max_bad: int = DEFAULT_MAX_BAD
     overwrite: bool = False
     merge_only: bool = False
+    deduplicate: bool = False
     sample_bytes: int = 200 << 20
     unit_bytes: int = 2 << 20
     shard_bytes: int = 512 << 20
@@ -243,6 +245,7 @@ def _plan(request: BuildRequest) -> BuildPlan:
         val_split=request.val_split,
         shard_bytes=request.shard_bytes,
         batch_tokens=request.batch_tokens,
+        deduplicate=request.deduplicate,
     )
     return BuildPlan(settings, request.unit_bytes, request.corpus.files)
 
@@ -296,6 +299,7 @@ def _make_parts(
         train_split=request.train_split,
         batch_documents=request.batch_documents,
         backend=choice.name,
+        deduplicate=request.deduplicate,
     )
     listener.started(
         total_bytes=sum(unit.bytes for unit in units.values()),

@@ -1,12 +1,15 @@
 """The work on one unit: its documents are tokenised into one part file, committed by rename.
 
 A part is the unit's ids end to end (little-endian, EOS after each document), then one int64 length
-and one uint8 split (0 train, 1 val) for each document. Its counts and hash stand in the journal.
+and one uint8 split (0 train, 1 val) for each document; if duplicates are to go, then three uint64
+for each: both halves of its text's hash, and the text's bytes. Its counts and hash stand in the
+journal.
 The bytes depend only on the unit and the settings, so a part that is made twice is the same part.
 """
 
 import dataclasses
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,6 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from mamba_dist.data.crew import Attempt, Station
+from mamba_dist.data.deduplication import hash_text
 from mamba_dist.data.documents import BadDocument, Document, read_documents
 from mamba_dist.data.durable import quick_hash, sync_folder, unique_sibling
 from mamba_dist.data.fast_backends import Encoder, load_encoder, use_one_thread
@@ -28,6 +32,7 @@ from mamba_dist.errors import DataError
 # Documents go to the tokenizer in groups, of at most so much text.
 _GROUP_CHARACTERS = 4 << 20
 _SPLIT_SEED = 0x6D616D6261
+_KEY_BYTES = 24
 
 Note = Callable[[int, int, int, int], None]
 
@@ -46,6 +51,7 @@ class PartSettings:
     train_split: float
     batch_documents: int
     backend: str
+    deduplicate: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,7 @@ class _PartWriter:
         self._text_bytes = 0
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._splits: list[int] = []
+        self._keys = array("Q")
         self._files: list[FileRecord] = []
         self._bad: list[BadDocument] = []
 
@@ -195,6 +202,7 @@ class _PartWriter:
         for lengths in self._lengths:
             self._put(stream, lengths.astype("<i8"))
         self._put(stream, np.array(self._splits, dtype=np.uint8))
+        self._put(stream, np.array(self._keys, dtype="<u8"))
 
     def record(self) -> PartRecord:
         return PartRecord(
@@ -267,6 +275,8 @@ class _PartWriter:
                     0 if is_training_document(text, self._settings.train_split) else 1
                 )
                 self._text_bytes += len(text)
+                if self._settings.deduplicate:
+                    self._keys.extend((*hash_text(text), len(text)))
                 documents += 1
                 yield document
             self._files.append(_describe(piece.file, documents))
@@ -290,6 +300,16 @@ class Part:
     splits: npt.NDArray[np.uint8]
 
 
+def read_keys(folder: Path, record: PartRecord) -> npt.NDArray[np.uint64]:
+    """What the part of a journal line says of its texts, (documents, 3): the halves of their
+    hashes, and their bytes.
+    """
+    with part_path(folder, record.unit).open("rb") as stream:
+        stream.seek(record.bytes - record.documents * _KEY_BYTES)
+        data = stream.read()
+    return np.frombuffer(data, dtype="<u8").reshape(-1, 3)
+
+
 def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
     """The part of a journal line.
 
@@ -311,5 +331,5 @@ def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
         ids=data[:ids_end].view(np.dtype(dtype).newbyteorder("<")),
         # A copy, since the lengths need not begin at a multiple of eight.
         lengths=np.frombuffer(data[ids_end:lengths_end].tobytes(), dtype="<i8"),
-        splits=np.asarray(data[lengths_end:]),
+        splits=np.asarray(data[lengths_end : lengths_end + record.documents]),
     )

@@ -50,7 +50,7 @@ class BuildPlan:
         """The content of plan.json; a file is known by name, size and time of change."""
         inputs = [[file.name, file.bytes, file.changed_at_ns] for file in self.files]
         return {
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_json(),
             "unit_bytes": self.unit_bytes,
             "inputs": inputs,
         }
@@ -258,9 +258,10 @@ def _differences_from(folder: Path, plan: BuildPlan) -> str:
     content = plan.to_json()
     try:
         other = json.loads((folder / "plan.json").read_bytes())
-    except (OSError, ValueError):
+        settings = BuildSettings(**other["settings"])
+    except (OSError, ValueError, TypeError, KeyError):
         return f"{folder.name} has no readable plan"
-    differences = _setting_differences(other["settings"], content["settings"])
+    differences = _setting_differences(asdict(settings), asdict(plan.settings))
     differences += _input_differences(other["inputs"], content["inputs"])
     if other["unit_bytes"] != content["unit_bytes"]:
         differences.append(f"unit_bytes was {other['unit_bytes']}, is {content['unit_bytes']}")
