@@ -345,6 +345,8 @@ def _records(
             for unit in todo:
                 yield [make_part(unit, settings, encoder=encoder)]
         return
+    if workers == 1:
+        notice("an earlier run died at its work, so this one does it in a process of its own")
     count = min(workers, len(todo))
     with Crew(tokenize_units, settings, count=count, place=place_in_unit, notice=notice) as crew:
         yield from crew.answers(todo)

@@ -99,7 +99,7 @@ class Staging:
         try:
             yield
         finally:
-            self._at_work.unlink()
+            self._at_work.unlink(missing_ok=True)
 
     def died_at_work(self) -> bool:
         """Whether an earlier process died while it made parts itself."""
@@ -114,7 +114,7 @@ class Staging:
 
     def backends(self) -> tuple[BackendProof, ...]:
         """The fast backends that made parts, in this run, earlier ones or other tasks."""
-        paths = self.folder.glob("backend-*.json")
+        paths = self.folder.glob("backend*.json")
         proofs = [BackendProof(**json.loads(path.read_bytes())) for path in paths]
         return tuple(sorted(proofs, key=astuple))
 

@@ -156,6 +156,9 @@ def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
         daemons += [_start(cluster, "slurmd", "-D", "-N", name) for name in ("n1", "n2")]
         _wait_until(lambda: _idle_nodes(cluster) == 2, cluster)
         yield cluster
+        # What a failed test left running would outlive the daemons.
+        cluster.call("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
+        cluster.call("scancel", "--user", getpass.getuser())
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
