@@ -2,7 +2,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import pytest
@@ -81,6 +81,22 @@ def test_a_failure_that_is_explained_is_not_tried_again() -> None:
     with crew(notices, wrong=2) as team, pytest.raises(DataError, match=r"^2 is wrong$"):
         collect(team, range(9))
     assert notices == []
+
+
+def test_answers_that_came_together_with_a_failure_are_given_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def late(connections: list[Connection]) -> list[object]:
+        time.sleep(0.5)  # as long as both workers need
+        return wait(connections)
+
+    with crew([], wrong=2) as team:
+        assert collect(team, range(2)) == [0, 1]  # both have started
+        monkeypatch.setattr("mamba_dist.data.crew.wait", late)
+        given = team.answers([3, 2])
+        assert next(given) == [9]
+        with pytest.raises(DataError, match=r"^2 is wrong$"):
+            next(given)
 
 
 def test_a_worker_that_dies_at_its_start_is_replaced_and_blames_no_task(tmp_path: Path) -> None:
