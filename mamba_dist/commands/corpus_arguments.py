@@ -51,6 +51,12 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--extensions", help="read only these, as in .txt,.log")
     add_exclude(parser)
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="of documents with the very same text take the first; needs 20 bytes of memory a "
+        "document",
+    )
     parser.add_argument("--eos", metavar="TOKEN", help="token that ends a document")
     parser.add_argument(
         "--max-bad",

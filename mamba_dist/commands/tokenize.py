@@ -5,6 +5,7 @@ crash.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -19,11 +20,14 @@ from mamba_dist.config.schema import DataConfig, RunConfig
 from mamba_dist.data.build import (
     BuildRequest,
     BuildResult,
+    ShareResult,
     build_dataset,
+    build_share,
 )
 from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
 from mamba_dist.data.manifest import SPLITS
 from mamba_dist.data.part_records import PartRecord
+from mamba_dist.data.share import Share, parse_share
 from mamba_dist.data.sources import (
     Corpus,
     Unit,
@@ -103,16 +107,25 @@ def _run(arguments: argparse.Namespace) -> None:
     roots = [Path(root) for root in arguments.corpus if root != STANDARD_INPUT]
     output = _choose_output(arguments, config, roots)
     choice = _choose_tokenizer(arguments, config, roots)
+    if arguments.task is not None and STANDARD_INPUT in arguments.corpus:
+        raise DataError(
+            "several tasks cannot share one standard input; write it to a file that all see, and "
+            "give that"
+        )
     corpus = find_corpus(arguments, output=output, tokenizer=choice.path)
     request = _request(arguments, config, output=output, corpus=corpus, choice=choice)
     if config is not None:
         _check_model(arguments, config, choice)
     _print_choices(request, choice)
     console = _Console()
-    try:
+    if arguments.task is not None:
+        share = parse_share(arguments.task)
+        with contextlib.closing(console):
+            made = build_share(request, share, console)
+        _print_share(request, share, made, console)
+        return
+    with contextlib.closing(console):
         result = build_dataset(request, console)
-    finally:
-        console.close()
     discard_standard_input(output)
     _print_result(request, result, console)
 
@@ -167,6 +180,8 @@ def _request(
         batch_documents=data.tokenize_batch_documents,
         max_bad=arguments.max_bad,
         overwrite=arguments.overwrite,
+        merge_only=arguments.merge,
+        deduplicate=arguments.deduplicate,
         backend=arguments.backend,
         max_record_bytes=arguments.max_record_bytes,
         id_field=arguments.id_field,
@@ -237,6 +252,17 @@ def _print_choices(request: BuildRequest, choice: _TokenizerChoice) -> None:
     print(f"workers    {request.workers}", flush=True)
 
 
+def _print_share(request: BuildRequest, share: Share, made: ShareResult, console: _Console) -> None:
+    if made.was_complete:
+        print(f"{request.output} is already complete, made from the same inputs; nothing to do")
+        return
+    print(console.speed())
+    print(
+        f"task {share}: its {made.units:,} units are made; once those of all {share.count} tasks "
+        "are, the same command with --merge instead of --task makes the data set of them"
+    )
+
+
 def _print_result(request: BuildRequest, result: BuildResult, console: _Console) -> None:
     manifest = result.manifest
     if result.was_complete:
@@ -248,6 +274,11 @@ def _print_result(request: BuildRequest, result: BuildResult, console: _Console)
         print(
             f"{split:<5}  {manifest.documents(split):>12,} documents {manifest.tokens(split):>16,} "
             f"tokens {len(shards):>5} shards {sum(s.bytes for s in shards) / 1e6:>10.1f} MB"
+        )
+    if manifest.duplicates is not None:
+        print(
+            f"{manifest.duplicates.documents:,} duplicates left out, "
+            f"{manifest.duplicates.text_bytes / 1e6:.1f} MB of text"
         )
     bad = manifest.inputs.bad_documents
     if bad:
@@ -304,10 +335,27 @@ def _parser() -> argparse.ArgumentParser:
         f"({INSTALL}) and proven equal to the reference on this corpus and on adversarial texts",
     )
     add_reading(parser)
-    parser.add_argument(
+    _add_doing(parser)
+    return parser
+
+
+def _add_doing(parser: argparse.ArgumentParser) -> None:
+    """What is to be done, if not the whole."""
+    doing = parser.add_mutually_exclusive_group()
+    doing.add_argument(
+        "--task",
+        metavar="I/N",
+        help="make only every N-th piece of the data set, from the I-th (0 to N-1) on, beside "
+        "tasks on other machines that share the output folder; see launch/slurm/tokenize.sbatch",
+    )
+    doing.add_argument(
+        "--merge",
+        action="store_true",
+        help="make the data set of what tasks have made, or say which of them to run again",
+    )
+    doing.add_argument(
         "--overwrite", action="store_true", help="replace what the output folder holds"
     )
-    return parser
 
 
 def _processors() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import xxhash
 
-from mamba_dist.data.durable import quick_hash, sync_file, sync_folder
+from mamba_dist.data.durable import quick_hash, sync_file, sync_folder, unique_sibling
 from mamba_dist.errors import DataError
 
 DOCUMENT_IDS_NAME = "document_ids.arrow"
@@ -29,7 +29,7 @@ class IdNote:
 
     def __init__(self, folder: Path, unit: int) -> None:
         self._final = _note_path(folder, unit)
-        self._staged = self._final.with_suffix(f".ids.{os.getpid()}.partial")
+        self._staged = unique_sibling(self._final)
         self._stream = self._staged.open("wb")
         self._hash = xxhash.xxh3_64()
 

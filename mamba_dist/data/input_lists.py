@@ -1,4 +1,6 @@
-"""inputs.jsonl and bad_documents.jsonl: what each input file gave, by the records of its slices."""
+"""inputs.jsonl and bad_documents.jsonl: what each input file gave, by the records of its slices;
+and how many of its documents may be bad.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,12 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from mamba_dist.data.documents import BadDocument
+from mamba_dist.data.documents import BadDocument, lines_before
 from mamba_dist.data.durable import hash_file, write_durably
 from mamba_dist.data.part_records import PartRecord
+from mamba_dist.data.sources import InputSlice, Unit
+from mamba_dist.errors import DataError
 
 INPUTS_NAME = "inputs.jsonl"
 BAD_DOCUMENTS_NAME = "bad_documents.jsonl"
+_NAMED_BAD = 5
 
 
 @dataclass(frozen=True)
@@ -58,3 +63,32 @@ def _bad_documents(records: Sequence[PartRecord]) -> Iterator[BadDocument]:
             for document in islice(bad, file.bad):
                 yield replace(document, line=document.line + lines)
             lines += file.lines
+
+
+def counted_bad(unit: Unit, record: PartRecord) -> list[tuple[InputSlice, BadDocument]]:
+    """The bad documents that count, each with the slice from whose beginning its line counts."""
+    slices = (
+        piece
+        for piece, file in zip(unit.slices, record.files, strict=True)
+        for _ in range(file.bad)
+    )
+    found = zip(slices, record.bad, strict=True)
+    return [(piece, document) for piece, document in found if document.fault != "empty"]
+
+
+def check_bad(bad: Sequence[tuple[InputSlice, BadDocument]], max_bad: int) -> None:
+    """Nothing, if no more than `max_bad` documents are bad.
+
+    Raises:
+        DataError: there are more; some of them are named by file and line.
+    """
+    if len(bad) > max_bad:
+        named = [
+            replace(document, line=document.line + lines_before(piece))
+            for piece, document in bad[:_NAMED_BAD]
+        ]
+        listed = "".join(f"\n  {document}" for document in named)
+        raise DataError(
+            f"{len(bad)} bad documents, more than --max-bad {max_bad}; among them:{listed}\n"
+            "mend or --exclude these files, check --text-field, or allow more by --max-bad"
+        )

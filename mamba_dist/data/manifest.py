@@ -11,7 +11,9 @@ set.
         document_ids.arrow       the documents' ids in the source, if they are kept
 
 Nothing here depends on the time or the number of workers; on the machine only which backend was
-proven (`backend`, absent for the reference).
+proven (`backend`, absent for the reference; where several machines had several, the others stand
+in `more_backends`). With `deduplicate` in the settings (absent: no) a text's first document in the
+order of the corpus is there alone: doc_ids count the others too, and `duplicates` says how many.
 
 The hashes of single batches stand beside the shards, under `batch_xxh3`: a program that does not
 know them passes over them, and a data set written before them is read without. They tell where a
@@ -90,7 +92,7 @@ class BuildSettings:
     """Everything besides the inputs that determines the bytes of the shards.
 
     `tokenizer` is the sha256 of the file given, or "trained: N" for one trained on the corpus
-    itself. What has its default is not written, so that an older program reads the manifest.
+    itself.
     """
 
     tokenizer: str
@@ -102,13 +104,25 @@ class BuildSettings:
     batch_tokens: int
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
     id_field: str | None = None
+    deduplicate: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written. What has its default is absent, so that data sets and unfinished builds
+        of older versions are known again, and older programs read newer data sets.
+        """
+        content = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            if content[field.name] == field.default:
+                del content[field.name]
+        return content
 
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What went in; the single files stand in inputs.jsonl, `sha256` is that list's.
+    """What went in, duplicates included; the single files stand in inputs.jsonl.
 
-    `ids_sha256` is of document_ids.arrow, None if the ids of the source are not kept.
+    `sha256` is of that list, `ids_sha256` of document_ids.arrow, None if the source's ids are not
+    kept.
     """
 
     files: int
@@ -118,6 +132,14 @@ class InputSummary:
     text_bytes: int
     sha256: str
     ids_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class DuplicateSummary:
+    """What was left out since its text stands in the corpus before."""
+
+    documents: int
+    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +169,8 @@ class Manifest:
     inputs: InputSummary
     shards: tuple[ShardRecord, ...]
     backend: BackendProof | None = None
+    more_backends: tuple[BackendProof, ...] = ()
+    duplicates: DuplicateSummary | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -181,14 +205,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "format_version": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
         **dataclasses.asdict(manifest),
+        "settings": manifest.settings.to_json(),
     }
     if manifest.backend is None:
         del content["backend"]
     if manifest.inputs.ids_sha256 is None:
         del content["inputs"]["ids_sha256"]
-    for field in dataclasses.fields(BuildSettings):
-        if content["settings"][field.name] == field.default:
-            del content["settings"][field.name]
+    if manifest.duplicates is None:
+        del content["duplicates"]
+    if not manifest.more_backends:
+        del content["more_backends"]
     for shard in content["shards"]:
         hashes = [batch.pop("xxh3") for batch in shard["batches"]]
         if None not in hashes:
@@ -276,6 +302,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
             _parse_shard(shard, batch_hashes.get(shard["file"])) for shard in content["shards"]
         ),
         backend=BackendProof(**content["backend"]) if "backend" in content else None,
+        duplicates=DuplicateSummary(**content["duplicates"]) if "duplicates" in content else None,
+        more_backends=tuple(BackendProof(**proof) for proof in content.get("more_backends", [])),
     )
 
 

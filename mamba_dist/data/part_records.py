@@ -1,7 +1,8 @@
 """A part: what one unit became, and the journal line that vouches for it.
 
 The unit's ids end to end (little-endian, EOS after each document), then one int64 length and one
-uint8 split (0 train, 1 val) for each document. Its counts and hash stand in the journal.
+uint8 split (0 train, 1 val) for each document; if duplicates are to go, then three uint64 for each:
+both halves of its text's hash, and the text's bytes. Its counts and hash stand in the journal.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from mamba_dist.data.documents import BadDocument
 from mamba_dist.data.durable import quick_hash
 from mamba_dist.errors import DataError
 
+_KEY_BYTES = 24
 _BLOCK_DOCUMENTS = 1 << 16
 _BLOCK_TOKENS = 4 << 20
 
@@ -76,6 +78,16 @@ class PartBlock:
     ids: npt.NDArray[np.unsignedinteger]
     lengths: npt.NDArray[np.int64]
     splits: npt.NDArray[np.uint8]
+
+
+def read_keys(folder: Path, record: PartRecord) -> npt.NDArray[np.uint64]:
+    """What the part of a journal line says of its texts, (documents, 3): the halves of their
+    hashes, and their bytes.
+    """
+    with part_path(folder, record.unit).open("rb") as stream:
+        stream.seek(record.bytes - record.documents * _KEY_BYTES)
+        data = stream.read()
+    return np.frombuffer(data, dtype="<u8").reshape(-1, 3)
 
 
 def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Iterator[PartBlock]:

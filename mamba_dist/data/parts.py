@@ -4,9 +4,10 @@ The bytes depend only on the unit and the settings, so a part that is made twice
 Nothing that grows with the unit is held in memory.
 """
 
+import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from mamba_dist.data.crew import Attempt, Station
+from mamba_dist.data.deduplication import Halves, halves_of, hash_text
 from mamba_dist.data.document_ids import IdNote
 from mamba_dist.data.documents import (
     BadDocument,
@@ -24,8 +27,9 @@ from mamba_dist.data.documents import (
     Reading,
     SliceReader,
     has_changed,
+    lines_before,
 )
-from mamba_dist.data.durable import quick_hash, sync_folder
+from mamba_dist.data.durable import quick_hash, sync_folder, unique_sibling
 from mamba_dist.data.fast_backends import Encoder, load_encoder, use_one_thread
 from mamba_dist.data.long_texts import (
     LONG_CHARACTERS,
@@ -43,6 +47,8 @@ _GROUP_CHARACTERS = 1 << 20
 # What has no place to be cut is encoded at once, at some hundred bytes of memory a character.
 _UNCUT_SHARE = 16
 _COPIED_BYTES = 1 << 20
+
+Note = Callable[[int, int, int, int], None]
 _SPLIT_SEED = 0x6D616D6261
 
 
@@ -60,6 +66,7 @@ class PartSettings:
     train_split: float
     batch_documents: int
     backend: str
+    deduplicate: bool = False
 
 
 def split_digest(text: bytes) -> int:
@@ -67,33 +74,68 @@ def split_digest(text: bytes) -> int:
     return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED)
 
 
-def tokenize_units(connection: Connection, settings: PartSettings) -> None:
-    """A worker's life: units come in through the pipe, part records go out."""
+def tokenize_units(connection: Connection, station: Station) -> None:
+    """A crew worker's life: units come in through the pipe, part records go out."""
+    settings: PartSettings = station.payload
     use_one_thread()
     encoder = load_encoder(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
+    station.trace.set_ready()
+    # So that a second death shows the very document, and takes the least memory. The ids do not
+    # depend on the grouping.
+    singly = dataclasses.replace(settings, batch_documents=1)
     try:
         while True:
-            connection.send(_answer(connection.recv(), settings, encoder))
+            attempt: Attempt = connection.recv()
+            chosen = singly if attempt.is_second else settings
+            connection.send(_answer(attempt.task, chosen, encoder, note=station.trace.note))
     except (EOFError, ConnectionError):
         return  # nobody wants more
 
 
-def _answer(unit: Unit, settings: PartSettings, encoder: Encoder) -> PartRecord | WorkerFailure:
+def _answer(
+    unit: Unit, settings: PartSettings, encoder: Encoder, *, note: Note
+) -> PartRecord | WorkerFailure:
     try:
-        return make_part(unit, settings, encoder=encoder)
+        return make_part(unit, settings, encoder=encoder, note=note)
     except DataError as error:
         return WorkerFailure(str(error))
 
 
-def make_part(unit: Unit, settings: PartSettings, *, encoder: Encoder) -> PartRecord:
+def place_in_unit(unit: Unit, numbers: Sequence[int]) -> str:
+    """Where a worker was, by what `make_part` noted last."""
+    first, first_line, last, last_line = numbers
+    if not first:
+        return f"at the beginning of {unit}"
+    piece = unit.slices[first - 1]
+    # Lines are counted from the beginning of their slice.
+    begin_line = first_line + lines_before(piece)
+    if not last:
+        return f"reading {piece.file.path}" + f" after line {begin_line}" * bool(begin_line)
+    begin = f"{piece.file.path}:{begin_line}"
+    piece = unit.slices[last - 1]
+    end = f"{piece.file.path}:{last_line + lines_before(piece)}"
+    return f"at {end}" if begin == end else f"between {begin} and {end}"
+
+
+def _not_noted(*numbers: int) -> None:
+    """Nobody wants to know."""
+
+
+def make_part(
+    unit: Unit, settings: PartSettings, *, encoder: Encoder, note: Note = _not_noted
+) -> PartRecord:
     """Tokenises a unit and commits its part.
+
+    `note` hears where the work is, as (slice, line, last slice, last line) with slices from 1:
+    of a group that is encoded its first and last document, while a slice is read the last document
+    before (line 0: none yet), then the last two are 0.
 
     Raises:
         DataError: an input is damaged, the tokenizer gives impossible ids, or the disk is full.
     """
     final = part_path(Path(settings.folder), unit.index)
-    staged = final.with_suffix(f".{os.getpid()}.partial")
-    writer = _PartWriter(unit, settings, encoder)
+    staged = unique_sibling(final)
+    writer = _PartWriter(unit, settings, encoder, note=note)
     try:
         with staged.open("wb") as stream:
             writer.write(stream)
@@ -123,8 +165,10 @@ class _Piece:
 
 
 class _PartWriter:
-    def __init__(self, unit: Unit, settings: PartSettings, encoder: Encoder) -> None:
+    def __init__(self, unit: Unit, settings: PartSettings, encoder: Encoder, *, note: Note) -> None:
         self._unit = unit
+        self._slice = 0
+        self._note = note
         self._settings = settings
         self._encoder = encoder
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
@@ -142,14 +186,18 @@ class _PartWriter:
     def write(self, stream: BinaryIO) -> None:
         if self._settings.reading.id_field is not None:
             self._ids = IdNote(Path(self._settings.folder), self._unit.index)
-        with self._spool() as self._lengths, self._spool() as self._splits:
+        with (
+            self._spool() as self._lengths,
+            self._spool() as self._splits,
+            self._spool() as self._keys,
+        ):
             for group in self._groups():
                 ids, lengths = self._encoder.encode_flat([piece.text for piece in group])
                 self._check_ids(ids)
                 is_last = np.array([piece.is_last for piece in group])
                 self._put(stream, self._with_eos(ids, lengths, is_last))
                 self._put_lengths(lengths + is_last, is_last)
-            for spool in (self._lengths, self._splits):
+            for spool in (self._lengths, self._splits, self._keys):
                 spool.seek(0)
                 while block := spool.read(_COPIED_BYTES):
                     self._put(stream, np.frombuffer(block, dtype=np.uint8))
@@ -216,18 +264,26 @@ class _PartWriter:
     def _groups(self) -> Iterator[list[_Piece]]:
         group: list[_Piece] = []
         characters = 0
+        first = last = (0, 0)
         for piece in self._pieces():
             full = len(group) >= self._settings.batch_documents
             if group and (full or characters + len(piece.text) > _GROUP_CHARACTERS):
+                self._note(*first, *last)
                 yield group
+                self._note(*last, 0, 0)
                 group, characters = [], 0
+            last = (self._slice, piece.line)
+            first = first if group else last
             group.append(piece)
             characters += len(piece.text)
         if group:
+            self._note(*first, *last)
             yield group
 
     def _pieces(self) -> Iterator[_Piece]:
-        for source in self._unit.slices:
+        for number, source in enumerate(self._unit.slices, 1):
+            self._slice = number
+            self._note(number, 0, 0, 0)
             reader = SliceReader(source, self._settings.reading)
             documents, bad = self._documents, len(self._bad)
             for document in reader:
@@ -235,7 +291,8 @@ class _PartWriter:
                     self._bad.append(document)
                 elif isinstance(document, Document) and len(document.text) <= LONG_CHARACTERS:
                     text = document.text.encode()
-                    self._keep(document, split_digest(text), len(text))
+                    halves = hash_text(text) if self._settings.deduplicate else None
+                    self._keep(document, split_digest(text), halves, text_bytes=len(text))
                     yield _Piece(document.text, document.line, is_last=True)
                 else:
                     yield from self._long(source, document)
@@ -261,7 +318,8 @@ class _PartWriter:
             )
             self._bad.append(BadDocument(source.file.name, document.line, "too long", detail))
             return
-        self._keep(document, passing.digest, passing.bytes)
+        halves = passing.halves if settings.deduplicate else None
+        self._keep(document, passing.digest, halves, text_bytes=passing.bytes)
         # One piece is held back, since the last is to be known.
         held: str | None = None
         for text in cut_text(document.texts(), cuts, most_characters=most):
@@ -271,9 +329,18 @@ class _PartWriter:
         assert held is not None
         yield _Piece(held, document.line, is_last=True)
 
-    def _keep(self, document: Document | LongDocument, digest: int, text_bytes: int) -> None:
+    def _keep(
+        self,
+        document: Document | LongDocument,
+        digest: int,
+        halves: Halves | None,
+        *,
+        text_bytes: int,
+    ) -> None:
         is_training = digest < int(self._settings.train_split * 2**64)
         self._splits.write(b"\0" if is_training else b"\1")
+        if halves is not None:
+            self._keys.write(np.array([*halves, text_bytes], dtype="<u8").tobytes())
         self._text_bytes += text_bytes
         self._documents += 1
         if self._ids is not None:
@@ -285,20 +352,26 @@ class _PassingText:
 
     def __init__(self, document: Document | LongDocument) -> None:
         self._document = document
-        self._hash = xxhash.xxh3_64(seed=_SPLIT_SEED)
+        self._hash, self._long_hash = xxhash.xxh3_64(seed=_SPLIT_SEED), xxhash.xxh3_128()
         self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
         for text in self._document.texts():
             encoded = text.encode()
             self._hash.update(encoded)
+            self._long_hash.update(encoded)
             self.bytes += len(encoded)
             yield text
 
     @property
     def digest(self) -> int:
-        """Of the text so far."""
+        """Of the text so far: what tells its split."""
         return self._hash.intdigest()
+
+    @property
+    def halves(self) -> Halves:
+        """Of the text so far: what tells it from others."""
+        return halves_of(self._long_hash.intdigest())
 
 
 def _describe(source: InputSlice, reader: SliceReader, *, documents: int, bad: int) -> FileRecord:

@@ -118,6 +118,12 @@ def test_a_run_on_standard_input_that_failed_goes_on_without_it(command: Command
     assert command.documents() == 60
 
 
+def test_tasks_do_not_share_standard_input(command: Command) -> None:
+    message = command.failed("-", "--task", "0/2", stdin=CONTENT)
+    assert "several tasks cannot share one standard input; write it to a file" in message
+    assert not command.output.exists()
+
+
 def test_a_quoted_glob_is_expanded(command: Command, tmp_path: Path) -> None:
     (tmp_path / "data" / "deep").mkdir(parents=True)
     (tmp_path / "data" / "a.jsonl").write_bytes(CONTENT)

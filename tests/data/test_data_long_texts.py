@@ -22,6 +22,7 @@ from mamba_dist.data.long_texts import (
     cut_text,
     exact_cuts,
 )
+from mamba_dist.data.manifest import DuplicateSummary
 from mamba_dist.data.tokenization import END_OF_TEXT, load_tokenizer
 
 TEXTS = [" ".join(made_texts(20, seed=seed)) for seed in range(20)]
@@ -191,6 +192,21 @@ def test_long_documents_are_tokenised_as_the_whole_would_be(
         found += [part.tolist()[:-1] for part in np.split(ids, np.flatnonzero(begins)[1:])]
     assert found.count(expected[0]) == 2
     assert found.count(expected[1]) == 1
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_a_long_text_is_known_again_however_it_was_read(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    text = " ".join(made_texts(200))
+    assert len(text.encode()) > 30_000
+    (corpus / "a.txt").write_text(text, encoding="utf-8")
+    lines = (json.dumps({"text": one}) for one in (text, *made_texts(20, seed=1)))
+    (corpus / "b.jsonl").write_text("\n".join(lines))
+    result = build(corpus, tmp_path / "set", tokenizer_path, deduplicate=True)
+    assert result.manifest.duplicates == DuplicateSummary(1, len(text.encode()))
 
 
 @pytest.mark.usefixtures("small_limits")
