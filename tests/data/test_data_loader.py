@@ -199,7 +199,9 @@ from mamba_dist.data.prefetch import MicrostepPlan, PrefetchJob, read_ahead
 if __name__ == "__main__":
     dataset = open_dataset(sys.argv[1])
     plan = MicrostepPlan(SampleOrder(50, 0), 2, 1, 2, 0)
-    job = PrefetchJob(dataset.path, dataset.fingerprint, plan, 16, 0, first=0, stride=2, end=None)
+    job = PrefetchJob(
+        dataset.path, dataset.fingerprint, plan, "concat", 16, 0, first=0, stride=2, end=None
+    )
     rows = read_ahead([job, replace(job, first=1)])
     next(rows)
     print("reading, torch:", "torch" in sys.modules, flush=True)
