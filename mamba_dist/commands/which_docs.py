@@ -93,14 +93,13 @@ class _Answer:
                 f"there is no sample id {sample}: at a sequence length of {samples.length} the "
                 f"{self._arguments.split} split has {len(samples)}, from 0"
             )
-        for segment in samples.segments(sample):
+        for span in samples.spans(sample):
             # One token more than the inputs: the label of the last.
-            stop = min(segment.start + segment.length + 1, self._index.tokens)
+            stop = min(span.start + span.length + 1, self._index.tokens)
             print(
-                f"sample id {sample}: tokens {segment.start} to {stop - 1} of "
-                f"{self._arguments.split}"
+                f"sample id {sample}: tokens {span.start} to {stop - 1} of {self._arguments.split}"
             )
-            self._print_places(self._index.between(segment.start, stop))
+            self._print_places(self._index.between(span.start, stop))
 
     def _print_places(self, places: Iterable[DocumentPlace]) -> None:
         for place in places:

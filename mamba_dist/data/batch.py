@@ -70,14 +70,14 @@ def _fill(
     seq_idx: npt.NDArray[np.int32],
 ) -> None:
     stream, at, documents = samples.stream, 0, 0
-    for segment in samples.segments(number):
-        start, end = segment.start, at + segment.length
+    for span in samples.spans(number):
+        start, end = span.start, at + span.length
         # The last label is the token after the last input, if the split has one more.
-        ids, begins = stream.read(start, min(start + segment.length + 1, stream.tokens))
+        ids, begins = stream.read(start, min(start + span.length + 1, stream.tokens))
         following = len(ids) - 1
-        input_ids[at:end] = ids[: segment.length]
+        input_ids[at:end] = ids[: span.length]
         labels[at : at + following] = np.where(begins[1:], IGNORED_LABEL, ids[1:])
-        begun = np.cumsum(begins[: segment.length], dtype=np.int32)
+        begun = np.cumsum(begins[: span.length], dtype=np.int32)
         seq_idx[at:end] = documents + begun - begun[0]
         documents += int(begun[-1] - begun[0]) + 1
         at = end

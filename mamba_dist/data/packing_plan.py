@@ -4,8 +4,8 @@
 
     page 0     "mamba-dist packing plan", the xxh3 of the next line, and that line: PlanHeader as
                JSON; spaces up to 4096 bytes
-    segments   {start: uint64, length: uint32}, the segments of sample 0, of sample 1, and so on
-    ends       uint64, for each sample the number of segments up to its last
+    spans      {start: uint64, length: uint32}, the spans of sample 0, of sample 1, and so on
+    ends       uint64, for each sample the number of spans up to its last
     hashes     uint64, the xxh3 of each 4096-byte page of the two tables, which are padded to pages
 
 Little endian. A sample is read by the pages that hold it, each compared with its hash: opening
@@ -34,7 +34,7 @@ PLAN_FORMAT_VERSION = 1
 _MAGIC = "mamba-dist packing plan"
 _PAGE_BYTES = 4096
 _PAGES_AT_ONCE = 256
-_SEGMENT = np.dtype([("start", "<u8"), ("length", "<u4")])
+_SPAN = np.dtype([("start", "<u8"), ("length", "<u4")])
 _END = np.dtype("<u8")
 _HASH = np.dtype("<u8")
 
@@ -57,7 +57,7 @@ class PlanTotals:
     """
 
     samples: int
-    segments: int
+    spans: int
     labels: int
     documents: int
     cut_documents: int
@@ -82,7 +82,7 @@ class PlanHeader:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Span:
     """Positions of a sample that read on in the split: `length` inputs from token `start` on, the
     label of each being the token after it."""
 
@@ -105,7 +105,7 @@ class PlanWriter:
 
     def __init__(self, stream: BinaryIO, ends: BinaryIO) -> None:
         self._stream, self._ends = stream, ends
-        self._segments = 0
+        self._spans = 0
         stream.write(b" " * _PAGE_BYTES)
 
     def add(
@@ -114,15 +114,15 @@ class PlanWriter:
         lengths: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
     ) -> None:
-        """Appends samples by their segments, (segments,); `counts` (samples,) of these in each."""
-        table = np.empty(len(starts), dtype=_SEGMENT)
+        """Appends samples by their spans, (spans,); `counts` (samples,) of these in each."""
+        table = np.empty(len(starts), dtype=_SPAN)
         table["start"], table["length"] = starts, lengths
         self._stream.write(table.tobytes())
-        self._ends.write((self._segments + np.cumsum(counts)).astype(_END).tobytes())
-        self._segments += len(starts)
+        self._ends.write((self._spans + np.cumsum(counts)).astype(_END).tobytes())
+        self._spans += len(starts)
 
     def finish(self, key: PlanKey, totals: PlanTotals) -> None:
-        """Writes what stands before and after the segments."""
+        """Writes what stands before and after the spans."""
         _fill_page(self._stream)
         self._ends.seek(0)
         while block := self._ends.read(_PAGE_BYTES * _PAGES_AT_ONCE):
@@ -173,8 +173,8 @@ class PackingPlan:
     def __len__(self) -> int:
         return self.totals.samples
 
-    def segments(self, sample: int) -> list[Segment]:
-        """The segments of a sample, in the order of their places in the split.
+    def spans(self, sample: int) -> list[Span]:
+        """The spans of a sample, in the order of their places in the split.
 
         Raises:
             DataError: the file is damaged there.
@@ -184,9 +184,9 @@ class PackingPlan:
         before = max(sample - 1, 0)
         ends = self._table(self._layout.ends_at, _END, before, sample + 1)
         begin, end = int(ends[0]) if sample else 0, int(ends[-1])
-        table = self._table(self._layout.segments_at, _SEGMENT, begin, end)
+        table = self._table(self._layout.spans_at, _SPAN, begin, end)
         starts, lengths = table["start"].tolist(), table["length"].tolist()
-        return [Segment(*pair) for pair in zip(starts, lengths, strict=True)]
+        return [Span(*pair) for pair in zip(starts, lengths, strict=True)]
 
     def _table(self, at: int, dtype: np.dtype[Any], begin: int, end: int) -> npt.NDArray[Any]:
         """Rows of a table, every page that they touch compared with its hash."""
@@ -259,8 +259,8 @@ class _Layout:
     """Where the parts of a plan begin, in bytes; all but the last are whole pages."""
 
     def __init__(self, totals: PlanTotals) -> None:
-        self.segments_at = _PAGE_BYTES
-        self.ends_at = self.segments_at + _pages(totals.segments * _SEGMENT.itemsize)
+        self.spans_at = _PAGE_BYTES
+        self.ends_at = self.spans_at + _pages(totals.spans * _SPAN.itemsize)
         self.hashes_at = self.ends_at + _pages(totals.samples * _END.itemsize)
         self.end = self.hashes_at + (self.hashes_at // _PAGE_BYTES - 1) * _HASH.itemsize
 

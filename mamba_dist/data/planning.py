@@ -45,9 +45,9 @@ class Pieces:
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """Samples, as their segments one after another, and `counts` (samples,) of these in each."""
+    """Samples, as their spans one after another, and `counts` (samples,) of these in each."""
 
-    segments: Pieces
+    spans: Pieces
     counts: Ints
 
 
@@ -65,7 +65,7 @@ def make_plan(
     tally = _Tally(length)
     with new_plan(plan_path(folder, key)) as writer:
         for group in _sample_groups(folder, manifest, packing, tally, advance):
-            writer.add(group.segments.starts, group.segments.lengths, group.counts)
+            writer.add(group.spans.starts, group.spans.lengths, group.counts)
         writer.finish(key, tally.totals())
     return tally.totals()
 
@@ -80,7 +80,7 @@ def packing_totals(
     """
     tally = _Tally(length)
     if packing == "concat":
-        tally.samples = tally.segments = count_windows(
+        tally.samples = tally.spans = count_windows(
             manifest.tokens("train"), length, pad_tail=False
         )
         for starts, tokens in _documents(folder, manifest, advance):
@@ -96,7 +96,7 @@ class _Tally:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.samples = self.segments = self._labels = self._documents = self._cut = 0
+        self.samples = self.spans = self._labels = self._documents = self._cut = 0
 
     def count_documents(self, tokens: Ints) -> None:
         self._documents += len(tokens)
@@ -104,8 +104,8 @@ class _Tally:
 
     def count_samples(self, group: SampleGroup) -> None:
         self.samples += len(group.counts)
-        self.segments += len(group.segments.starts)
-        self._labels += int(group.segments.lengths.sum())
+        self.spans += len(group.spans.starts)
+        self._labels += int(group.spans.lengths.sum())
 
     def count_windowed(self, starts: Ints, tokens: Ints) -> None:
         """Counts documents where the stream of all of them is cut every `length` tokens."""
@@ -116,7 +116,7 @@ class _Tally:
         self._labels += int((np.minimum(ends, total) - np.minimum(starts, total)).sum())
 
     def totals(self) -> PlanTotals:
-        return PlanTotals(self.samples, self.segments, self._labels, self._documents, self._cut)
+        return PlanTotals(self.samples, self.spans, self._labels, self._documents, self._cut)
 
 
 def _sample_groups(

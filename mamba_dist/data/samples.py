@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mamba_dist.data.dataset import TokenDataset, TokenStream
-from mamba_dist.data.packing_plan import PackingPlan, Segment, open_plan, plan_key
+from mamba_dist.data.packing_plan import PackingPlan, Span, open_plan, plan_key
 from mamba_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def segments(self, sample: int) -> Sequence[Segment]:
+    def spans(self, sample: int) -> Sequence[Span]:
         """What a sample holds, from its first position on; what it leaves of L is padding.
 
         Raises:
@@ -54,9 +54,9 @@ class ConcatSamples:
     def __len__(self) -> int:
         return count_windows(self.stream.tokens, self.length, pad_tail=self.pad_tail)
 
-    def segments(self, sample: int) -> Sequence[Segment]:
+    def spans(self, sample: int) -> Sequence[Span]:
         start = sample * self.length
-        return (Segment(start, min(self.length, self.stream.tokens - start)),)
+        return (Span(start, min(self.length, self.stream.tokens - start)),)
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class PlannedSamples:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def segments(self, sample: int) -> Sequence[Segment]:
-        return self.plan.segments(sample)
+    def spans(self, sample: int) -> Sequence[Span]:
+        return self.plan.spans(sample)
 
 
 def count_windows(tokens: int, length: int, *, pad_tail: bool) -> int:
