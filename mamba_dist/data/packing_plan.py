@@ -31,6 +31,7 @@ from mamba_dist.errors import DataError
 
 PLAN_FORMAT_VERSION = 1
 """Raised when the file's layout changes, or what planning.py answers for the same data set."""
+PLAN_PATTERN = "train-*.plan"
 _MAGIC = "mamba-dist packing plan"
 _PAGE_BYTES = 4096
 _PAGES_AT_ONCE = 256

@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +14,13 @@ from mamba_dist.config.schema import Packing
 from mamba_dist.data import planning
 from mamba_dist.data.batch import IGNORED_LABEL, PackedRows, pack
 from mamba_dist.data.dataset import TokenDataset
-from mamba_dist.data.packing_plan import plan_key, plan_path
+from mamba_dist.data.packing_plan import PLAN_FORMAT_VERSION, plan_key, plan_path
 from mamba_dist.data.planning import cut_documents, make_plan, packing_totals, regroup
 from mamba_dist.data.samples import training_samples
 from mamba_dist.errors import DataError
 
 PAD = 7
+PINNED = "94b6e0a5c99637b0"
 PLANNED: tuple[Packing, ...] = ("best_fit", "pad")
 MODES: tuple[Packing, ...] = ("concat", "best_fit", "pad")
 
@@ -170,6 +172,15 @@ def test_the_totals_are_those_of_the_rows(
         cut = [d for d in documents if len(d) > length]
     assert totals.cut_documents == len(cut)
     assert bool(cut) == (length < 10_000)
+
+
+def test_a_plan_is_what_it_was_when_runs_began_with_it(dataset: TokenDataset) -> None:
+    # Another answer would change the samples of runs that go on: it needs another plan version.
+    plan(dataset, "best_fit", 64)
+    samples = training_samples(dataset, packing="best_fit", length=64)
+    spans = [[(s.start, s.length) for s in samples.spans(n)] for n in range(len(samples))]
+    digest = hashlib.sha256(repr(spans).encode()).hexdigest()
+    assert (PLAN_FORMAT_VERSION, digest[:16]) == (1, PINNED)
 
 
 def test_best_fit_pads_less_than_pad_and_cuts_less_than_concat(dataset: TokenDataset) -> None:
