@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -157,16 +156,17 @@ def new_plan(path: Path) -> Iterator[PlanWriter]:
             yield PlanWriter(stream, ends)
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error.strerror or error}; make room or give the right to write "
-            "there, and plan again"
+            f"cannot make {path}: {error.filename or path}: {error.strerror or error}; mend that "
+            "and plan again"
         ) from error
 
 
 class PackingPlan:
-    """An open plan; the tables are mapped when the first sample is asked for."""
+    """An open plan, as its whole file mapped; a page is read when a sample wants it."""
 
-    def __init__(self, path: Path, header: PlanHeader) -> None:
+    def __init__(self, path: Path, header: PlanHeader, mapped: mmap.mmap) -> None:
         self.path = path
+        self._map = mapped
         self.key = header.key
         self.totals = header.totals
         self._layout = _Layout(header.totals)
@@ -206,13 +206,6 @@ class PackingPlan:
                 f"{(page + 1) * _PAGE_BYTES - 1}; {advice(self.path.parent, self.key)}"
             )
 
-    @cached_property
-    def _map(self) -> mmap.mmap:
-        with self.path.open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        mapped.madvise(mmap.MADV_RANDOM)
-        return mapped
-
 
 def open_plan(folder: Path, key: PlanKey) -> PackingPlan:
     """The plan of a data set's folder; only its first page is read.
@@ -224,15 +217,15 @@ def open_plan(folder: Path, key: PlanKey) -> PackingPlan:
     how = advice(folder, key)
     try:
         with path.open("rb") as stream:
-            head = stream.read(_PAGE_BYTES)
-            size = stream.seek(0, 2)
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise DataError(
             f"data.packing {key.packing} needs the plan {path}, which does not exist; {how}"
         ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; {how}") from error
-    header = _parse_header(head, path, how=how)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise DataError(f"cannot read {path}: {error}; {how}") from error
+    mapped.madvise(mmap.MADV_RANDOM)
+    header = _parse_header(mapped[:_PAGE_BYTES], path, how=how)
     if header.key != key:
         other = next(
             f.name for f in fields(PlanKey) if getattr(header.key, f.name) != getattr(key, f.name)
@@ -242,10 +235,10 @@ def open_plan(folder: Path, key: PlanKey) -> PackingPlan:
             f"this one's {getattr(key, other)}; {how}"
         )
     expected = _Layout(header.totals).end
-    if size != expected:
+    if (size := len(mapped)) != expected:
         what = "cut short" if size < expected else "too long"
         raise DataError(f"packing plan {path} is {what}: {size} bytes, not {expected}; {how}")
-    return PackingPlan(path, header)
+    return PackingPlan(path, header, mapped)
 
 
 def advice(folder: Path, key: PlanKey) -> str:

@@ -89,7 +89,10 @@ def test_a_plan_cut_short_is_refused_at_the_start(tmp_path: Path, lost: int) -> 
     with pytest.raises(DataError) as caught:
         open_plan(tmp_path, KEY)
     assert f"{path} is cut short: {size - lost} bytes, not {size}; make it by" in str(caught.value)
-    os.truncate(path, 100)
+    os.truncate(path, 0)
+    with pytest.raises(DataError, match=f"cannot read {path}: .* empty file; make it by"):
+        open_plan(tmp_path, KEY)
+    path.write_bytes(b"mamba")
     with pytest.raises(DataError, match="is damaged: its first page is not a plan's; make it by"):
         open_plan(tmp_path, KEY)
 
@@ -172,7 +175,7 @@ def test_two_processes_do_not_make_the_same_plan_at_once(tmp_path: Path) -> None
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot write .*/none/train-best_fit-2048.plan: No such"):
+    with pytest.raises(DataError, match=r"cannot make .*\.plan: .*partial: No such file"):
         write_plan(tmp_path / "none", made_spans(3))
 
 
