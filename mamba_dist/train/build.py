@@ -17,8 +17,9 @@ from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.batch import Batch
 from mamba_dist.data.dataset import TokenDataset, open_dataset
-from mamba_dist.data.loader import TrainLoader, ValidationLoader, training_windows
+from mamba_dist.data.loader import TrainLoader, ValidationLoader
 from mamba_dist.data.manifest import check_splits, check_vocabulary
+from mamba_dist.data.samples import training_samples
 from mamba_dist.data.tokenization import check_tokenizer
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
@@ -137,10 +138,15 @@ def planned_steps(config: RunConfig, *, plan: BatchPlan, dataset: TokenDataset) 
 
     Raises:
         ConfigError: the run is not longer than its warm-up.
+        DataError: the training split has nothing to predict, or needs a plan that is not there.
     """
     return total_steps(
         config.training,
-        epoch_sequences=training_windows(dataset, config.data.sequence_length),
+        epoch_sequences=len(
+            training_samples(
+                dataset, packing=config.data.packing, length=config.data.sequence_length
+            )
+        ),
         global_batch_size=plan.global_batch_size,
         sequence_length=config.data.sequence_length,
     )
@@ -267,6 +273,7 @@ def _build_metrics(
         metrics,
         log_steps=config.telemetry.log_steps,
         world_size=world.size,
+        step_positions=start.global_batch_size * config.data.sequence_length,
         flops_per_token=cost.total_flops,
         advance_to=bar.advance_to,
     )
