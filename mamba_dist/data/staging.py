@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 
 from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder, write_once
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
+from mamba_dist.data.packing_plan import PLAN_PATTERN
 from mamba_dist.data.parts import PartRecord, part_path
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.share import Share
@@ -34,7 +35,14 @@ from mamba_dist.errors import DataError
 INPUTS_NAME = "inputs.jsonl"
 BAD_DOCUMENTS_NAME = "bad_documents.jsonl"
 _PREFIX = ".partial-"
-_OURS = ("train-*.arrow", "val-*.arrow", INPUTS_NAME, BAD_DOCUMENTS_NAME, "tokenizer.*")
+_OURS = (
+    "train-*.arrow",
+    "val-*.arrow",
+    INPUTS_NAME,
+    BAD_DOCUMENTS_NAME,
+    "tokenizer.*",
+    PLAN_PATTERN,
+)
 _NAMED_DIFFERENCES = 3
 
 
