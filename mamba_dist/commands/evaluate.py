@@ -25,8 +25,9 @@ from mamba_dist.config.schema import RunConfig
 from mamba_dist.config.text import write_text
 from mamba_dist.data.batch import IGNORED_LABEL, Batch, pack
 from mamba_dist.data.dataset import TokenDataset
-from mamba_dist.data.loader import TrainLoader, ValidationLoader, training_windows
+from mamba_dist.data.loader import TrainLoader, ValidationLoader
 from mamba_dist.data.ngram import NgramCounts, baseline_losses, count_ngrams
+from mamba_dist.data.samples import Samples, training_samples
 from mamba_dist.errors import CheckpointError, MambaDistError
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.weights import load_parameters
@@ -156,14 +157,15 @@ def _summary(
     val_loss: float,
 ) -> Summary:
     config, vocab_size = reader.config, reader.config.model.vocab_size
-    length = config.data.sequence_length
-    trained = _trained_windows(reader, dataset)
-    everything = range(training_windows(dataset, length))
+    samples = training_samples(
+        dataset, packing=config.data.packing, length=config.data.sequence_length
+    )
+    trained = _trained_samples(reader, dataset)
+    everything = range(len(samples))
     val_pairs = [(b.input_ids.numpy(), b.labels.numpy()) for b in batches]
 
-    def counts(windows: Iterable[int]) -> NgramCounts:
-        pairs = _pairs(dataset, iter(windows), length=length)
-        return count_ngrams(pairs, vocab_size=vocab_size)
+    def counts(numbers: Iterable[int]) -> NgramCounts:
+        return count_ngrams(_pairs(samples, iter(numbers)), vocab_size=vocab_size)
 
     fitted = baseline_losses(counts(trained), val_pairs)
     full = baseline_losses(counts(everything), val_pairs)
@@ -180,8 +182,8 @@ def _summary(
     )
 
 
-def _trained_windows(reader: CheckpointReader, dataset: TokenDataset) -> Iterator[int]:
-    """The window of every sample that the run has read, those of skipped steps included."""
+def _trained_samples(reader: CheckpointReader, dataset: TokenDataset) -> Iterator[int]:
+    """The number of every sample that the run has read, those of skipped steps included."""
     samples = reader.manifest.progress.global_batch_size
     loader = TrainLoader(
         dataset,
@@ -190,17 +192,12 @@ def _trained_windows(reader: CheckpointReader, dataset: TokenDataset) -> Iterato
         rank=0,
         world_size=1,
     )
-    return (window for step in range(reader.step) for window in loader.sample_ids(step))
+    return (number for step in range(reader.step) for number in loader.sample_ids(step))
 
 
-def _pairs(dataset: TokenDataset, windows: Iterator[int], *, length: int) -> Pairs:
-    while some := list(islice(windows, _ROWS_PER_READ)):
-        rows = pack(
-            dataset.train,
-            some,
-            length=length,
-            pad_token_id=IGNORED_LABEL,
-        )
+def _pairs(samples: Samples, numbers: Iterator[int]) -> Pairs:
+    while some := list(islice(numbers, _ROWS_PER_READ)):
+        rows = pack(samples, some, pad_token_id=IGNORED_LABEL)
         yield rows.input_ids, rows.labels
 
 

@@ -1,8 +1,8 @@
 """tools/which_docs.py: which documents stand at a place of a data set, and where they came from.
 
 The samples that a training log names ("samples 128 to 191") are positions in the run's order, from
-its first sample; a sample id (`Batch.sample_ids`) is a window of the split. The first needs the
-run's config, which has the seed.
+its first sample; a sample id (`Batch.sample_ids`) is a sample of the split under the run's packing.
+The first needs the run's config, which has the seed.
 
 Exit codes: 0 done; 2 a mistake that the message explains; anything else is a crash.
 """
@@ -11,16 +11,17 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from mamba_dist.commands.arguments import not_negative_int, positive_int
 from mamba_dist.config.load import load_config
-from mamba_dist.config.schema import DataConfig
-from mamba_dist.data.batch import count_windows
+from mamba_dist.config.schema import DataConfig, Packing
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.document_ids import find_document_id
 from mamba_dist.data.lookup import DocumentPlace, InputIndex, SplitIndex, find_document
 from mamba_dist.data.manifest import SPLITS, Manifest
 from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.samples import Samples, training_samples, validation_samples
 from mamba_dist.data.tokenization import Tokenizer, check_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
 
@@ -47,7 +48,8 @@ class _Answer:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._folder: Path = arguments.dataset
-        self._manifest: Manifest = open_dataset(self._folder).manifest
+        self._dataset = open_dataset(self._folder)
+        self._manifest: Manifest = self._dataset.manifest
         self._index = SplitIndex(self._folder, self._manifest, arguments.split)
         self._inputs = InputIndex(self._folder)
         self._tokenizer: Tokenizer = check_tokenizer(
@@ -63,40 +65,42 @@ class _Answer:
         elif asked.position is not None:
             self._print_places(self._index.between(asked.position, asked.position + 1))
         elif asked.sample_id is not None:
-            self._print_window(asked.sample_id, self._length())
+            self._print_sample(self._samples(), asked.sample_id)
         else:
             self._print_samples(asked.samples)
-
-    def _length(self) -> int:
-        given: int | None = self._arguments.sequence_length
-        return given if given is not None else self._data_config().sequence_length
 
     def _data_config(self) -> DataConfig:
         return load_config(self._arguments.config).config.data
 
-    def _windows(self, length: int) -> int:
-        return count_windows(self._index.tokens, length, pad_tail=self._arguments.split != "train")
+    def _samples(self) -> Samples:
+        asked = self._arguments
+        data = DataConfig() if asked.config is None else self._data_config()
+        length = asked.sequence_length or data.sequence_length
+        if asked.split != "train":
+            return validation_samples(self._dataset, length)
+        return training_samples(self._dataset, packing=asked.packing or data.packing, length=length)
 
-    def _print_samples(self, samples: range) -> None:
-        data, length = self._data_config(), self._length()
-        order = SampleOrder(self._windows(length), data.seed, data.shuffle)
-        for sample in samples:
-            epoch, window = order.locate(sample)
-            print(f"sample {sample} of the run: epoch {epoch}, sample id {window}")
-            self._print_window(window, length)
+    def _print_samples(self, numbers: range) -> None:
+        data, samples = self._data_config(), self._samples()
+        order = SampleOrder(len(samples), data.seed, data.shuffle)
+        for number in numbers:
+            epoch, sample = order.locate(number)
+            print(f"sample {number} of the run: epoch {epoch}, sample id {sample}")
+            self._print_sample(samples, sample)
 
-    def _print_window(self, window: int, length: int) -> None:
-        windows = self._windows(length)
-        if not 0 <= window < windows:
+    def _print_sample(self, samples: Samples, sample: int) -> None:
+        if not 0 <= sample < len(samples):
             raise DataError(
-                f"there is no sample id {window}: at a sequence length of {length} the "
-                f"{self._arguments.split} split has {windows}, from 0"
+                f"there is no sample id {sample}: at a sequence length of {samples.length} the "
+                f"{self._arguments.split} split has {len(samples)}, from 0"
             )
-        start = window * length
-        # One token more than the length: the label of the last input.
-        stop = min(start + length + 1, self._index.tokens)
-        print(f"sample id {window}: tokens {start} to {stop - 1} of {self._arguments.split}")
-        self._print_places(self._index.between(start, stop))
+        for span in samples.spans(sample):
+            # One token more than the inputs: the label of the last.
+            stop = min(span.start + span.length + 1, self._index.tokens)
+            print(
+                f"sample id {sample}: tokens {span.start} to {stop - 1} of {self._arguments.split}"
+            )
+            self._print_places(self._index.between(span.start, stop))
 
     def _print_places(self, places: Iterable[DocumentPlace]) -> None:
         for place in places:
@@ -139,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--position", type=not_negative_int, metavar="P", help="a token of the split, from 0"
     )
     place.add_argument(
-        "--sample-id", type=not_negative_int, metavar="W", help="a window of the split, from 0"
+        "--sample-id", type=not_negative_int, metavar="W", help="a sample of the split, from 0"
     )
     place.add_argument(
         "--samples",
@@ -150,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
     parser.add_argument(
         "--sequence-length", type=positive_int, metavar="L", help="default: the config's"
+    )
+    parser.add_argument(
+        "--packing", choices=get_args(Packing), help="default: the config's, or concat"
     )
     parser.add_argument("--config", type=Path, help="the run's config.yaml")
     parser.add_argument(

@@ -199,7 +199,8 @@ def _build_share(request: BuildRequest, share: Share, listener: BuildListener) -
             return ShareResult(0, was_complete=True)
         staging = open_staging(request.output, plan, overwrite=False, share=share)
         name = f".task-{share.index}-of-{share.count}.lock"
-        with exclusive_lock(staging.folder, name=name, busy=f"doing task {share}"):
+        busy = f"another process is doing task {share}; wait for it to end"
+        with exclusive_lock(staging.folder, name=name, busy=busy):
             path = _stage_tokenizer(request, staging, listener)
             records = _make_parts(
                 request, staging, path, tokenizer=tokenizer, listener=listener, share=share

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -133,6 +134,34 @@ def write_once(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """An empty file that becomes `path`, whole, by one rename when the block ends without error.
+
+    What a killed process left of it is taken over by the next one.
+
+    Raises:
+        DataError: another process is making it.
+    """
+    staged = path.with_name(f".{path.name}.partial")
+    descriptor = _lock(
+        staged,
+        fcntl.LOCK_EX | fcntl.LOCK_NB,
+        busy=f"another process is making {path}; wait for it to end",
+    )
+    with os.fdopen(descriptor, "r+b") as stream:
+        try:
+            stream.truncate(0)
+            yield stream
+            stream.flush()
+            os.fsync(descriptor)
+            staged.replace(path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder that becomes `path`, whole, by one rename when the block ends without error.
 
@@ -166,18 +195,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive_lock(
-    folder: Path, *, name: str = ".lock", wait: bool = False, busy: str = ""
+    folder: Path, *, name: str = ".lock", wait: bool = False, busy: str | None = None
 ) -> Iterator[None]:
     """Holds the folder for this process alone; the kernel releases it however the process ends.
 
-    On a shared disk it holds for all machines, if the file system passes locks on. `busy` says
-    what a process does that holds it.
+    On a shared disk it holds for all machines, if the file system passes locks on. `busy` is said
+    while another process holds it.
 
     Raises:
         DataError: another process holds it (and not `wait`), or the disk has no locks.
     """
     path = folder / name
-    descriptor = _lock(path, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), busy=busy)
+    operation = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    descriptor = _lock(path, operation, busy=busy or _is_written(folder))
     try:
         yield
     finally:
@@ -194,24 +224,26 @@ def shared_lock(folder: Path) -> Iterator[None]:
     Raises:
         DataError: a process holds it for itself, or the disk has no locks.
     """
-    descriptor = _lock(folder / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
+    operation = fcntl.LOCK_SH | fcntl.LOCK_NB
+    descriptor = _lock(folder / ".lock", operation, busy=_is_written(folder))
     try:
         yield
     finally:
         os.close(descriptor)  # the file stays: others may hold it
 
 
-def _lock(path: Path, operation: int, *, busy: str = "") -> int:
+def _is_written(folder: Path) -> str:
+    return f"another process is writing into {folder}; wait for it to end, or give another --output"
+
+
+def _lock(path: Path, operation: int, *, busy: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, operation)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise DataError(
-                f"another process is {busy or f'writing into {path.parent}'}; wait for it to end, "
-                "or give another --output"
-            ) from error
+            raise DataError(busy) from error
         except OSError as error:
             os.close(descriptor)
             raise DataError(

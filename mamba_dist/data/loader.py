@@ -13,11 +13,11 @@ import torch
 
 from mamba_dist.config.batch import BatchPlan
 from mamba_dist.config.schema import DataConfig
-from mamba_dist.data.batch import NO_SAMPLE, Batch, PackedRows, count_windows, pack
+from mamba_dist.data.batch import NO_SAMPLE, Batch, PackedRows, pack
 from mamba_dist.data.dataset import TokenDataset
 from mamba_dist.data.order import SampleOrder
 from mamba_dist.data.prefetch import MicrostepPlan, PrefetchJob, read_ahead, read_here
-from mamba_dist.errors import DataError
+from mamba_dist.data.samples import training_samples, validation_samples
 
 
 class TrainLoader:
@@ -44,11 +44,13 @@ class TrainLoader:
             raise ValueError(f"{plan} does not fit {world_size} ranks")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
-        self._dataset = dataset
+        self._samples = training_samples(
+            dataset, packing=config.packing, length=config.sequence_length
+        )
         self._workers = config.num_workers
         self._accumulation_steps = plan.accumulation_steps
         self._global_batch_size = plan.global_batch_size
-        self.total_windows = training_windows(dataset, config.sequence_length)
+        self.total_windows = len(self._samples)
         order = SampleOrder(self.total_windows, config.seed, config.shuffle)
         self._job = PrefetchJob(
             path=dataset.path,
@@ -56,6 +58,7 @@ class TrainLoader:
             plan=MicrostepPlan(
                 order, plan.micro_batch_size, plan.accumulation_steps, plan.global_batch_size, rank
             ),
+            packing=config.packing,
             sequence_length=config.sequence_length,
             pad_token_id=pad_token_id,
             first=start_step * plan.accumulation_steps,
@@ -84,7 +87,7 @@ class TrainLoader:
 
     def _rows(self) -> Iterator[PackedRows]:
         if self._workers == 0:
-            return read_here(self._dataset, self._job)
+            return read_here(self._samples, self._job)
         first = self._job.first
         return read_ahead(
             [
@@ -112,13 +115,10 @@ class ValidationLoader:
         world_size: int,
         pad_token_id: int = 0,
     ) -> None:
-        self._stream = dataset.val
-        self._length = config.sequence_length
+        self._samples = validation_samples(dataset, config.sequence_length)
         self._pad_token_id = pad_token_id
         self._micro_batch_size = micro_batch_size
-        self.total_windows = count_windows(self._stream.tokens, self._length, pad_tail=True)
-        if self.total_windows == 0:
-            raise DataError(_no_windows(dataset, "val"))
+        self.total_windows = len(self._samples)
         self._rank = rank
         self._world_size = world_size
         self._max_sequences = max_sequences
@@ -132,34 +132,12 @@ class ValidationLoader:
             first = index * rows_per_batch + self._rank * self._micro_batch_size
             windows = self._windows[first : first + self._micro_batch_size]
             filled = [*windows, *[NO_SAMPLE] * (self._micro_batch_size - len(windows))]
-            yield _to_torch(
-                pack(self._stream, filled, length=self._length, pad_token_id=self._pad_token_id)
-            )
+            yield _to_torch(pack(self._samples, filled, pad_token_id=self._pad_token_id))
 
     @cached_property
     def _windows(self) -> list[int]:
         chosen = min(self._max_sequences, self.total_windows)
         return [index * self.total_windows // chosen for index in range(chosen)]
-
-
-def training_windows(dataset: TokenDataset, sequence_length: int) -> int:
-    """Samples in one epoch of the training split.
-
-    Raises:
-        DataError: there is none.
-    """
-    windows = count_windows(dataset.train.tokens, sequence_length, pad_tail=False)
-    if windows == 0:
-        raise DataError(_no_windows(dataset, "train"))
-    return windows
-
-
-def _no_windows(dataset: TokenDataset, split: str) -> str:
-    return (
-        f"{dataset.path} has {dataset.manifest.tokens(split)} {split} tokens, too few to predict "
-        f"any; "
-        "tokenize a larger corpus"
-    )
 
 
 def _to_torch(rows: PackedRows) -> Batch:

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamba_dist.data.batch import PackedRows, pack
-from mamba_dist.data.dataset import TokenDataset, open_dataset
+from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.samples import Samples, training_samples
 from mamba_dist.data.workers import Worker, WorkerFailure, start_workers, stop_workers
 from mamba_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from mamba_dist.config.schema import Packing
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class PrefetchJob:
     path: Path
     fingerprint: str
     plan: MicrostepPlan
+    packing: "Packing"
     sequence_length: int
     pad_token_id: int
     first: int
@@ -53,15 +59,10 @@ class PrefetchJob:
     end: int | None
 
 
-def read_here(dataset: TokenDataset, job: PrefetchJob) -> Iterator[PackedRows]:
+def read_here(samples: Samples, job: PrefetchJob) -> Iterator[PackedRows]:
     """The microbatches of a job, read when asked for."""
     for microstep in _microsteps(job):
-        yield pack(
-            dataset.train,
-            job.plan.windows(microstep),
-            length=job.sequence_length,
-            pad_token_id=job.pad_token_id,
-        )
+        yield pack(samples, job.plan.windows(microstep), pad_token_id=job.pad_token_id)
 
 
 def read_ahead(jobs: list[PrefetchJob]) -> Iterator[PackedRows]:
@@ -105,7 +106,8 @@ def _prefetch(connection: Connection, job: PrefetchJob) -> None:
         dataset = open_dataset(job.path)
         if dataset.fingerprint != job.fingerprint:
             raise DataError(f"{job.path} was replaced while it was read; start the run again")
-        for rows in read_here(dataset, job):
+        samples = training_samples(dataset, packing=job.packing, length=job.sequence_length)
+        for rows in read_here(samples, job):
             connection.send(rows)
     except DataError as error:
         connection.send(WorkerFailure(str(error)))

@@ -27,6 +27,7 @@ from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder, write_once
 from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
+from mamba_dist.data.packing_plan import PLAN_PATTERN
 from mamba_dist.data.part_records import PartRecord, part_path
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.share import Share
@@ -41,6 +42,7 @@ _OURS = (
     BAD_DOCUMENTS_NAME,
     DOCUMENT_IDS_NAME,
     "tokenizer.*",
+    PLAN_PATTERN,
 )
 _NAMED_DIFFERENCES = 3
 

@@ -17,8 +17,9 @@ from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.batch import Batch
 from mamba_dist.data.dataset import TokenDataset, open_dataset
-from mamba_dist.data.loader import TrainLoader, ValidationLoader, training_windows
+from mamba_dist.data.loader import TrainLoader, ValidationLoader
 from mamba_dist.data.manifest import check_splits, check_vocabulary
+from mamba_dist.data.samples import training_samples
 from mamba_dist.data.tokenization import check_tokenizer
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
@@ -137,10 +138,15 @@ def planned_steps(config: RunConfig, *, plan: BatchPlan, dataset: TokenDataset) 
 
     Raises:
         ConfigError: the run is not longer than its warm-up.
+        DataError: the training split has nothing to predict, or needs a plan that is not there.
     """
     return total_steps(
         config.training,
-        epoch_sequences=training_windows(dataset, config.data.sequence_length),
+        epoch_sequences=len(
+            training_samples(
+                dataset, packing=config.data.packing, length=config.data.sequence_length
+            )
+        ),
         global_batch_size=plan.global_batch_size,
         sequence_length=config.data.sequence_length,
     )
@@ -165,6 +171,9 @@ def _build_engine(
         accumulation_steps=plan.accumulation_steps,
     )
     backend = ops_backend(config, device_type=world.device.type)
+    cuda_graphs = stage == 0 and records_microsteps(config, backend=backend)
+    if cuda_graphs:
+        _log.info("each micro-batch runs as one CUDA graph (engine.cuda_graphs)")
     with zero.construction(settings):
         model = MambaLM(
             config.model,
@@ -181,10 +190,17 @@ def _build_engine(
         ),
         settings=settings,
         world=world,
+        cuda_graphs=cuda_graphs,
     )
     # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
     audit(model, config.model, gather=engine.gather)
     return engine, classes
+
+
+def records_microsteps(config: RunConfig, *, backend: str) -> bool:
+    """Whether forward and backward may be launched as CUDA graphs, see `engine.cuda_graphs`."""
+    # The other backends wait for the device, to read where documents begin.
+    return config.engine.cuda_graphs and backend == "gpu"
 
 
 def decay_groups(classes: Iterable[ParamClass], weight_decay: float) -> list[ParameterGroup]:
@@ -257,6 +273,7 @@ def _build_metrics(
         metrics,
         log_steps=config.telemetry.log_steps,
         world_size=world.size,
+        step_positions=start.global_batch_size * config.data.sequence_length,
         flops_per_token=cost.total_flops,
         advance_to=bar.advance_to,
     )

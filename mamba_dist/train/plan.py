@@ -2,7 +2,7 @@
 
 from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import RunConfig
-from mamba_dist.data.loader import training_windows
+from mamba_dist.data.samples import training_samples
 from mamba_dist.engine import zero
 from mamba_dist.model.flops import flops_per_token, parameter_count
 from mamba_dist.train.build import open_matching_dataset, planned_steps
@@ -22,8 +22,10 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
     step_tokens = plan.global_batch_size * config.data.sequence_length
     parameters = parameter_count(config.model)
     cost = flops_per_token(config.model, sequence_length=config.data.sequence_length)
-    windows = training_windows(dataset, config.data.sequence_length)
-    epochs = steps * plan.global_batch_size / windows
+    samples = len(
+        training_samples(dataset, packing=config.data.packing, length=config.data.sequence_length)
+    )
+    epochs = steps * plan.global_batch_size / samples
     model, training = config.model, config.training
     stage = zero.stage_for(config.engine, ranks=world_size)
     asked = config.engine.zero_stage
@@ -38,8 +40,8 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
         "training state": f"{state_gib:.3f} GiB a rank: parameters, gradients, AdamW's moments",
         "batch": f"{plan.micro_batch_size} x {plan.accumulation_steps} micro-batches x "
         f"{world_size} ranks = {plan.global_batch_size} sequences, {step_tokens:,} tokens per step",
-        "data": f"{config.data.dataset_path}: {windows:,} training sequences of "
-        f"{config.data.sequence_length} tokens",
+        "data": f"{config.data.dataset_path}: {samples:,} training sequences of "
+        f"{config.data.sequence_length} tokens, packing {config.data.packing}",
         "length": f"{steps:,} steps, {steps * step_tokens:,} tokens, {epochs:.2f} epochs",
         "learning rate": f"{training.learning_rate:g}, {training.lr_schedule}, "
         f"{training.warmup_steps} warm-up steps",

@@ -146,7 +146,7 @@ def _require_same_run(reader: CheckpointReader, config: RunConfig, fresh: Progre
             f"start would have {fresh.global_batch_size}; set training.global_batch_size="
             f"{saved.global_batch_size} (and remove gradient_accumulation_steps)"
         )
-    for field in ("sequence_length", "shuffle", "seed"):
+    for field in ("sequence_length", "packing", "shuffle", "seed"):
         theirs, ours = getattr(reader.config.data, field), getattr(config.data, field)
         if theirs != ours:
             raise CheckpointError(

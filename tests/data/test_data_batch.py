@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_data import EOS, made_documents, write_dataset
 
-from mamba_dist.data.batch import IGNORED_LABEL, NO_SAMPLE, count_windows, pack
+from mamba_dist.data.batch import IGNORED_LABEL, NO_SAMPLE, pack
 from mamba_dist.data.dataset import TokenDataset
+from mamba_dist.data.samples import ConcatSamples, count_windows
 
 PAD = 7
 
@@ -46,8 +47,9 @@ def test_rows_equal_the_naive_construction(
         dataset = write_dataset(
             Path(folder), documents, [[1, EOS]], shard_bytes=80, batch_tokens=batch_tokens
         )
-        windows = list(range(count_windows(dataset.train.tokens, length, pad_tail=True)))
-        rows = pack(dataset.train, windows, length=length, pad_token_id=PAD)
+        samples = ConcatSamples(dataset.train, length, pad_tail=True)
+        windows = list(range(len(samples)))
+        rows = pack(samples, windows, pad_token_id=PAD)
     assert rows.sample_ids == tuple(windows)
     for window in windows:
         inputs, labels, owners = naive(documents, window, length)
@@ -64,22 +66,22 @@ def dataset(tmp_path: Path) -> TokenDataset:
 
 
 def test_types_are_those_of_the_model(dataset: TokenDataset) -> None:
-    rows = pack(dataset.train, [0, 3], length=16, pad_token_id=PAD)
+    rows = pack(ConcatSamples(dataset.train, 16, pad_tail=False), [0, 3], pad_token_id=PAD)
     assert (rows.input_ids.dtype, rows.labels.dtype) == (np.int64, np.int64)
     assert rows.seq_idx.dtype == np.int32
     assert rows.input_ids.shape == rows.labels.shape == rows.seq_idx.shape == (2, 16)
 
 
 def test_a_row_without_a_sample_is_all_padding(dataset: TokenDataset) -> None:
-    rows = pack(dataset.train, [NO_SAMPLE], length=16, pad_token_id=PAD)
+    rows = pack(ConcatSamples(dataset.train, 16, pad_tail=False), [NO_SAMPLE], pad_token_id=PAD)
     assert (rows.input_ids == PAD).all()
     assert (rows.labels == IGNORED_LABEL).all()
 
 
 def test_every_label_of_the_stream_comes_once_over_all_windows(dataset: TokenDataset) -> None:
     stream = dataset.val
-    windows = list(range(count_windows(stream.tokens, 16, pad_tail=True)))
-    rows = pack(stream, windows, length=16, pad_token_id=PAD)
+    samples = ConcatSamples(stream, 16, pad_tail=True)
+    rows = pack(samples, range(len(samples)), pad_token_id=PAD)
     documents = dataset.manifest.documents("val")
     assert int((rows.labels != IGNORED_LABEL).sum()) == stream.tokens - documents
 
