@@ -10,7 +10,9 @@ set.
         bad_documents.jsonl      one line a document passed over: file, line, fault
 
 Nothing here depends on the time or the number of workers; on the machine only which backend was
-proven (`backend`, absent for the reference).
+proven (`backend`, absent for the reference; where several machines had several, the others stand
+in `more_backends`). With `deduplicate` in the settings (absent: no) a text's first document in the
+order of the corpus is there alone: doc_ids count the others too, and `duplicates` says how many.
 
 The hashes of single batches stand beside the shards, under `batch_xxh3`: a program that does not
 know them passes over them, and a data set written before them is read without. They tell where a
@@ -98,11 +100,21 @@ class BuildSettings:
     val_split: float
     shard_bytes: int
     batch_tokens: int
+    deduplicate: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written. What older versions did not have is absent unless it is used, so that
+        their data sets and unfinished builds are known again.
+        """
+        content = dataclasses.asdict(self)
+        if not self.deduplicate:
+            del content["deduplicate"]
+        return content
 
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What went in; the single files stand in inputs.jsonl."""
+    """What went in, duplicates included; the single files stand in inputs.jsonl."""
 
     files: int
     bytes: int
@@ -110,6 +122,14 @@ class InputSummary:
     bad_documents: int
     text_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class DuplicateSummary:
+    """What was left out since its text stands in the corpus before."""
+
+    documents: int
+    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -139,6 +159,8 @@ class Manifest:
     inputs: InputSummary
     shards: tuple[ShardRecord, ...]
     backend: BackendProof | None = None
+    more_backends: tuple[BackendProof, ...] = ()
+    duplicates: DuplicateSummary | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -173,9 +195,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "format_version": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
         **dataclasses.asdict(manifest),
+        "settings": manifest.settings.to_json(),
     }
     if manifest.backend is None:
         del content["backend"]
+    if manifest.duplicates is None:
+        del content["duplicates"]
+    if not manifest.more_backends:
+        del content["more_backends"]
     for shard in content["shards"]:
         hashes = [batch.pop("xxh3") for batch in shard["batches"]]
         if None not in hashes:
@@ -263,6 +290,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
             _parse_shard(shard, batch_hashes.get(shard["file"])) for shard in content["shards"]
         ),
         backend=BackendProof(**content["backend"]) if "backend" in content else None,
+        duplicates=DuplicateSummary(**content["duplicates"]) if "duplicates" in content else None,
+        more_backends=tuple(BackendProof(**proof) for proof in content.get("more_backends", [])),
     )
 
 

@@ -94,10 +94,12 @@ def shard_problems(
 def _manifest_problems(manifest: Manifest) -> Iterator[Problem]:
     """What the manifest says against itself."""
     documents = sum(shard.documents for shard in manifest.shards)
-    if documents != manifest.inputs.documents:
+    left_out = manifest.duplicates.documents if manifest.duplicates is not None else 0
+    if documents != manifest.inputs.documents - left_out:
         yield Problem(
             MANIFEST_NAME,
-            f"its shards hold {documents} documents, its inputs {manifest.inputs.documents}",
+            f"its shards hold {documents} documents, its inputs {manifest.inputs.documents}"
+            + f", {left_out} of them duplicates" * bool(left_out),
         )
     for shard in manifest.shards:
         if sum(batch.documents for batch in shard.batches) != shard.documents:
