@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mamba_dist.commands.arguments import positive_int
+from mamba_dist.commands.corpus_arguments import STANDARD_INPUT, add_reading, find_corpus
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import DataConfig, RunConfig
 from mamba_dist.data.build import (
-    DEFAULT_MAX_BAD,
     BuildRequest,
     BuildResult,
     ShareResult,
@@ -26,9 +26,16 @@ from mamba_dist.data.build import (
 )
 from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
 from mamba_dist.data.manifest import SPLITS
-from mamba_dist.data.parts import PartRecord
+from mamba_dist.data.part_records import PartRecord
 from mamba_dist.data.share import Share, parse_share
-from mamba_dist.data.sources import Corpus, DiscoveryOptions, Unit, discover
+from mamba_dist.data.sources import (
+    Corpus,
+    Unit,
+    glob_folder,
+)
+from mamba_dist.data.standard_input import NAME as STANDARD_INPUT_NAME
+from mamba_dist.data.standard_input import discard_standard_input
+from mamba_dist.data.tokenization import load_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
 from mamba_dist.telemetry.progress import Progress, progress
 
@@ -97,14 +104,18 @@ class _Console:
 
 def _run(arguments: argparse.Namespace) -> None:
     config = _load(arguments.config)
-    roots = [Path(root) for root in arguments.corpus]
+    roots = [Path(root) for root in arguments.corpus if root != STANDARD_INPUT]
     output = _choose_output(arguments, config, roots)
     choice = _choose_tokenizer(arguments, config, roots)
-    skip = (output, *([choice.path] if choice.path else []))
-    corpus = discover(
-        roots, DiscoveryOptions(_extensions(arguments.extensions), tuple(arguments.exclude), skip)
-    )
+    if arguments.task is not None and STANDARD_INPUT in arguments.corpus:
+        raise DataError(
+            "several tasks cannot share one standard input; write it to a file that all see, and "
+            "give that"
+        )
+    corpus = find_corpus(arguments, output=output, tokenizer=choice.path)
     request = _request(arguments, config, output=output, corpus=corpus, choice=choice)
+    if config is not None:
+        _check_model(arguments, config, choice)
     _print_choices(request, choice)
     console = _Console()
     if arguments.task is not None:
@@ -115,6 +126,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     with contextlib.closing(console):
         result = build_dataset(request, console)
+    discard_standard_input(output)
     _print_result(request, result, console)
 
 
@@ -125,6 +137,22 @@ def _load(path: str | None) -> RunConfig | None:
     for line in loaded.account:
         print(line)
     return loaded.config
+
+
+def _check_model(
+    arguments: argparse.Namespace, config: RunConfig, choice: _TokenizerChoice
+) -> None:
+    """Nothing, if the config's model embeds every id of the tokenizer."""
+    if choice.path is not None:
+        ids = load_tokenizer(choice.path, eos_token=arguments.eos).vocab_size
+    else:
+        ids = choice.train_vocab_size or 0
+    if ids > config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer {choice.path or 'to be trained'} has {ids} ids, model.vocab_size of "
+            f"{arguments.config} is {config.model.vocab_size}; set it to at least {ids}, or give "
+            "another tokenizer"
+        )
 
 
 def _request(
@@ -155,6 +183,8 @@ def _request(
         merge_only=arguments.merge,
         deduplicate=arguments.deduplicate,
         backend=arguments.backend,
+        max_record_bytes=arguments.max_record_bytes,
+        id_field=arguments.id_field,
     )
 
 
@@ -165,7 +195,10 @@ def _choose_output(
         return Path(arguments.output)
     if config is not None:
         return Path(config.data.dataset_path)
-    first = Path(os.path.realpath(roots[0]))
+    if arguments.corpus[0] == STANDARD_INPUT:
+        return Path("data") / STANDARD_INPUT_NAME
+    root = roots[0] if roots[0].exists() else glob_folder(roots[0])
+    first = Path(os.path.realpath(root))
     return Path("data") / (first.name if first.is_dir() else first.name.split(".")[0])
 
 
@@ -181,7 +214,7 @@ def _choose_tokenizer(
         if not path.is_file():
             raise DataError(
                 f"tokenizer {path} (data.tokenizer_path of {arguments.config}) does not exist; "
-                f"train it by `python tools/train_tokenizer.py {roots[0]} --vocab-size "
+                f"train it by `python tools/train_tokenizer.py {_named(roots)} --vocab-size "
                 f"{config.model.vocab_size} --output {path}`, or give one by --tokenizer"
             )
         return _TokenizerChoice(path, None, f"data.tokenizer_path of {arguments.config}")
@@ -194,11 +227,8 @@ def _choose_tokenizer(
     return _TokenizerChoice(None, DEFAULT_VOCAB_SIZE, reason)
 
 
-def _extensions(given: str | None) -> frozenset[str] | None:
-    if given is None:
-        return None
-    names = [name.strip().lower() for name in given.split(",") if name.strip()]
-    return frozenset(name if name.startswith(".") else f".{name}" for name in names)
+def _named(roots: list[Path]) -> str:
+    return str(roots[0]) if roots else "CORPUS"
 
 
 def _print_choices(request: BuildRequest, choice: _TokenizerChoice) -> None:
@@ -270,7 +300,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn text into a data set of token shards. The same command again continues "
         "after an interruption; the result does not depend on it, nor on the number of workers.",
     )
-    parser.add_argument("corpus", nargs="+", help="files and folders of text")
+    parser.add_argument(
+        "corpus",
+        nargs="+",
+        help="files, folders and quoted globs of text; - for standard input, which is kept in the "
+        "output folder until the data set is finished",
+    )
     parser.add_argument(
         "--tokenizer",
         help="tokenizer.json or SentencePiece .model; default: the config's, or one of these names "
@@ -299,42 +334,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what encodes; never changes an id. auto, the default: a fast one if it is installed "
         f"({INSTALL}) and proven equal to the reference on this corpus and on adversarial texts",
     )
-    _add_reading(parser)
+    add_reading(parser)
     _add_doing(parser)
     return parser
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """What of the corpus is read, and how."""
-    parser.add_argument(
-        "--text-field", default="text", help="field or column that holds the text; default text"
-    )
-    parser.add_argument(
-        "--train-split", type=_share, help="share of documents for training; the others validate"
-    )
-    parser.add_argument("--extensions", help="read only these, as in .txt,.log")
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="leave out files and folders of this name or path below the corpus; may be repeated",
-    )
-    parser.add_argument(
-        "--deduplicate",
-        action="store_true",
-        help="of documents with the very same text take the first; needs 20 bytes of memory a "
-        "document",
-    )
-    parser.add_argument("--eos", metavar="TOKEN", help="token that ends a document")
-    parser.add_argument(
-        "--max-bad",
-        type=_not_negative,
-        default=DEFAULT_MAX_BAD,
-        metavar="N",
-        help="stop after more than N bad documents (not UTF-8, broken JSON, no text field); default"
-        f" {DEFAULT_MAX_BAD}",
-    )
 
 
 def _add_doing(parser: argparse.ArgumentParser) -> None:
@@ -358,17 +360,3 @@ def _add_doing(parser: argparse.ArgumentParser) -> None:
 
 def _processors() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
-    return value

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mamba_dist.commands.arguments import positive_int
+from mamba_dist.commands.corpus_arguments import add_exclude
 from mamba_dist.data.build import sample_texts
 from mamba_dist.data.sources import DiscoveryOptions, discover
 from mamba_dist.data.tokenization import (
@@ -21,6 +22,7 @@ from mamba_dist.data.tokenization import (
 from mamba_dist.errors import DataError, MambaDistError
 
 EXIT_USER_ERROR = 2
+DEFAULT_SAMPLE_BYTES = 200_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +44,10 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     options = DiscoveryOptions(exclude=tuple(arguments.exclude), skip=(output,))
     corpus = discover([Path(root) for root in arguments.corpus], options)
-    sample_bytes = arguments.sample_mb * 10**6
+    sample_bytes: int = arguments.sample_bytes
     print(
         f"corpus     {len(corpus.files):,} files, {corpus.bytes / 1e6:.1f} MB; training on "
-        + (f"about {arguments.sample_mb} MB" if corpus.bytes > sample_bytes else "all of it"),
+        + (f"about {sample_bytes / 1e6:g} MB" if corpus.bytes > sample_bytes else "all of it"),
         flush=True,
     )
     begun_at = time.monotonic()
@@ -55,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> None:
         sample_bytes=sample_bytes,
         total_bytes=corpus.bytes,
     )
-    special_tokens = list(dict.fromkeys([END_OF_TEXT, *arguments.special_tokens]))
+    special_tokens = list(dict.fromkeys([END_OF_TEXT, *arguments.special_token]))
     content = train_bpe(texts, vocab_size=arguments.vocab_size, special_tokens=special_tokens)
     save_tokenizer(output, content)
     tokenizer = load_tokenizer(output)
@@ -76,31 +78,28 @@ def _parser() -> argparse.ArgumentParser:
         prog="tools/train_tokenizer.py",
         description="Train a byte-level BPE tokenizer. The same corpus gives the same file.",
     )
-    parser.add_argument("corpus", nargs="+", help="files and folders of text")
+    parser.add_argument("corpus", nargs="+", help="files, folders and quoted globs of text")
     parser.add_argument(
         "--vocab-size", type=int, required=True, help="ids, special tokens included"
     )
     parser.add_argument("--output", required=True, help="file to write, such as tokenizer.json")
     parser.add_argument(
-        "--sample-mb",
+        "--sample-bytes",
         type=positive_int,
-        default=200,
-        help="megabytes of text to train on; default 200",
+        default=DEFAULT_SAMPLE_BYTES,
+        metavar="N",
+        help="train on documents that make up about so much of the corpus as it lies on disk, "
+        f"chosen by their content, always the same; default {DEFAULT_SAMPLE_BYTES}",
     )
     parser.add_argument(
-        "--special-tokens",
-        nargs="*",
-        default=[],
-        metavar="TOKEN",
-        help=f"further control tokens beside {END_OF_TEXT}, which is always id 0",
-    )
-    parser.add_argument(
-        "--exclude",
+        "--special-token",
         action="append",
         default=[],
-        metavar="GLOB",
-        help="leave out files and folders of this name or path below the corpus; may be repeated",
+        metavar="TOKEN",
+        help=f"a control token beside {END_OF_TEXT}, which is always id 0; may be repeated, and "
+        "the ids are in the order given",
     )
+    add_exclude(parser)
     parser.add_argument(
         "--text-field", default="text", help="field or column that holds the text; default text"
     )

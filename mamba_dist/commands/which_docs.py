@@ -17,6 +17,7 @@ from mamba_dist.commands.arguments import not_negative_int, positive_int
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import DataConfig, Packing
 from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.document_ids import find_document_id
 from mamba_dist.data.lookup import DocumentPlace, InputIndex, SplitIndex, find_document
 from mamba_dist.data.manifest import SPLITS, Manifest
 from mamba_dist.data.order import SampleOrder
@@ -104,15 +105,22 @@ class _Answer:
     def _print_places(self, places: Iterable[DocumentPlace]) -> None:
         for place in places:
             source = self._inputs.find(place.doc_id)
+            known_as = self._id_in_source(place.doc_id)
             print(
-                f"doc_id {place.doc_id}: {place.tokens} tokens from {source.name}, document "
-                f"{source.number + 1} of its {source.documents}"
+                f"doc_id {place.doc_id}{known_as}: {place.tokens} tokens from {source.name}, "
+                f"document {source.number + 1} of its {source.documents}"
             )
             print(
                 f"    {place.shard}, batch {place.batch}, row {place.row}, token "
                 f"{place.shard_position} of the shard, {place.position} of {place.split}"
             )
             self._print_beginning(place)
+
+    def _id_in_source(self, doc_id: int) -> str:
+        if self._manifest.inputs.ids_sha256 is None:
+            return ""
+        found = find_document_id(self._folder, doc_id)
+        return f" (id {found!r} in its source)" if found is not None else ""
 
     def _print_beginning(self, place: DocumentPlace) -> None:
         most = self._arguments.tokens

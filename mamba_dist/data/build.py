@@ -9,9 +9,16 @@ from typing import Protocol
 import xxhash
 
 from mamba_dist.data.crew import Crew
-from mamba_dist.data.documents import BadDocument, read_documents
+from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
+from mamba_dist.data.documents import BadDocument, Reading, read_documents
 from mamba_dist.data.durable import exclusive_lock, hash_file, shared_lock, sync_folder, write_once
 from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
+from mamba_dist.data.input_lists import (
+    BAD_DOCUMENTS_NAME,
+    INPUTS_NAME,
+    check_bad,
+    counted_bad,
+)
 from mamba_dist.data.manifest import (
     MANIFEST_NAME,
     BuildSettings,
@@ -21,13 +28,18 @@ from mamba_dist.data.manifest import (
 )
 from mamba_dist.data.merge import merge_parts
 from mamba_dist.data.parity import BackendChoice, choose_backend
-from mamba_dist.data.parts import PartRecord, PartSettings, make_part, place_in_unit, tokenize_units
+from mamba_dist.data.part_records import PartRecord
+from mamba_dist.data.parts import PartSettings, make_part, place_in_unit, tokenize_units
 from mamba_dist.data.shard import token_dtype
 from mamba_dist.data.share import Share, check_all_made
-from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
+from mamba_dist.data.sources import (
+    DEFAULT_MAX_RECORD_BYTES,
+    Corpus,
+    InputFile,
+    Unit,
+    cut_units,
+)
 from mamba_dist.data.staging import (
-    BAD_DOCUMENTS_NAME,
-    INPUTS_NAME,
     BuildPlan,
     Staging,
     check_same_build,
@@ -45,7 +57,6 @@ from mamba_dist.data.tokenization import (
 from mamba_dist.errors import DataError
 
 DEFAULT_MAX_BAD = 100
-_NAMED_BAD = 5
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ class BuildRequest:
 
     Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
     `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
-    only counted, since source trees are full of empty files. `backend` is as in `choose_backend`.
+    only counted, since source trees are full of empty files. A JSON line or a table's cell longer
+    than `max_record_bytes` is a bad document. `id_field` holds a document's id in its source, which
+    is kept beside the shards. `backend` is as in `choose_backend`.
     With `merge_only`, parts that are not made yet are an error. With `deduplicate` only the first
     document of each text is taken.
     """
@@ -78,6 +91,8 @@ class BuildRequest:
     shard_bytes: int = 512 << 20
     batch_tokens: int = 8 << 20
     backend: str = REFERENCE
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    id_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,7 @@ def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
         manifest = merge_parts(plan, staging, path, records=records, identity=tokenizer.identity)
         names = [shard.file for shard in manifest.shards]
         names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, path.name]
+        names += [DOCUMENT_IDS_NAME] if request.id_field is not None else []
         publish(request.output, staging, names=names)
         sync_folder(request.output)
         write_manifest(request.output, manifest)
@@ -225,8 +241,9 @@ def sample_texts(
         for document in read_documents(file, text_field):
             if isinstance(document, BadDocument):
                 continue
-            if limit == 2**64 or xxhash.xxh3_64_intdigest(document.text.encode()) < limit:
-                yield document.text
+            for text in document.texts():
+                if limit == 2**64 or xxhash.xxh3_64_intdigest(text.encode()) < limit:
+                    yield text
 
 
 def _load(request: BuildRequest, path: Path) -> Tokenizer:
@@ -247,6 +264,8 @@ def _plan(request: BuildRequest) -> BuildPlan:
         shard_bytes=request.shard_bytes,
         batch_tokens=request.batch_tokens,
         deduplicate=request.deduplicate,
+        max_record_bytes=request.max_record_bytes,
+        id_field=request.id_field,
     )
     return BuildPlan(settings, request.unit_bytes, request.corpus.files)
 
@@ -296,7 +315,7 @@ def _make_parts(
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         dtype=token_dtype(tokenizer.vocab_size).name,
-        text_field=request.text_field,
+        reading=Reading(request.text_field, request.id_field, request.max_record_bytes),
         train_split=request.train_split,
         batch_documents=request.batch_documents,
         backend=choice.name,
@@ -306,8 +325,8 @@ def _make_parts(
         total_bytes=sum(unit.bytes for unit in units.values()),
         done_bytes=sum(units[index].bytes for index in finished),
     )
-    bad = [document for record in finished.values() for document in _bad_of(record)]
-    _check_bad(bad, request.max_bad)
+    bad = [found for index in finished for found in counted_bad(units[index], finished[index])]
+    check_bad(bad, request.max_bad)
     records = _records(
         request.workers,
         todo,
@@ -322,8 +341,8 @@ def _make_parts(
             for record in together:
                 finished[record.unit] = record
                 listener.advanced(units[record.unit], record)
-                bad += _bad_of(record)
-            _check_bad(bad, request.max_bad)
+                bad += counted_bad(units[record.unit], record)
+            check_bad(bad, request.max_bad)
     return [finished[index] for index in units]
 
 
@@ -366,16 +385,3 @@ def _choose(
     if request.backend != REFERENCE:
         listener.notice(f"backend    {choice.name}: {choice.reason}")
     return choice
-
-
-def _bad_of(record: PartRecord) -> list[BadDocument]:
-    return [document for document in record.bad if document.fault != "empty"]
-
-
-def _check_bad(bad: list[BadDocument], max_bad: int) -> None:
-    if len(bad) > max_bad:
-        listed = "".join(f"\n  {document}" for document in bad[:_NAMED_BAD])
-        raise DataError(
-            f"{len(bad)} bad documents, more than --max-bad {max_bad}; among them:{listed}\n"
-            "mend or --exclude these files, check --text-field, or allow more by --max-bad"
-        )

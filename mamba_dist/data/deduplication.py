@@ -13,11 +13,16 @@ _BUCKETS = 16
 _HALF_BITS = 64
 
 Hashes = npt.NDArray[np.uint64]
+Halves = tuple[int, int]
 
 
-def hash_text(text: bytes) -> tuple[int, int]:
+def hash_text(text: bytes) -> Halves:
     """The upper and lower half of a text's xxh3-128."""
-    value = xxhash.xxh3_128_intdigest(text)
+    return halves_of(xxhash.xxh3_128_intdigest(text))
+
+
+def halves_of(value: int) -> Halves:
+    """The upper and lower half of an xxh3-128."""
     return value >> _HALF_BITS, value & (1 << _HALF_BITS) - 1
 
 

@@ -1,38 +1,69 @@
-"""The documents in one input file, streamed, and the bad ones named by file and line.
+"""The documents in one slice of an input file, streamed, and the bad ones named by file and line.
 
 Text and code: the file is the document. JSON lines: one document a line, at `text_field`. Parquet
 and Arrow: one a row, in the column `text_field`; the line of a bad document is then its row, from
 1.
+
+No document is too large: a long text file is read as often as it is needed, a block at a time. Only
+what has to be in memory at once, a JSON line or a table's cell, has a limit, and is bad beyond.
 """
 
-import lzma
-import zlib
+import codecs
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import zstandard
-
+from mamba_dist.data.byte_blocks import DECOMPRESSION_ERRORS, FileBlocks
 from mamba_dist.data.json_records import read_record
-from mamba_dist.data.sources import Compression, InputFile
+from mamba_dist.data.lines import lines_beginning_in, lines_of
+from mamba_dist.data.sources import (
+    DEFAULT_MAX_RECORD_BYTES,
+    InputFile,
+    InputSlice,
+    unreadable,
+    whole,
+)
+from mamba_dist.data.tables import TABLE_ERRORS, TOO_LONG, TableSlice
 from mamba_dist.errors import DataError
 
-Fault = Literal["not UTF-8", "broken JSON", "no text field", "empty"]
+Fault = Literal["not UTF-8", "broken JSON", "no text field", "empty", "too long"]
 
-_BLOCK_BYTES = 1 << 16  # compressed bytes read at a time; a block of zeros may expand 1000-fold
-_ROWS = 1024
-_GZIP_WINDOW_BITS = 31  # zlib: 15 bits of window, +16 for the gzip header
+# A text file beyond this is not held in memory.
+_LONG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of a record is a document: its text, and its id in the source where it has one."""
+
+    text_field: str
+    id_field: str | None = None
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document's text and the line (row) where it begins, from 1."""
+    """One document's text, the line (row) where it begins, from 1, and its id in the source."""
 
     text: str
     line: int
+    source_id: str | None = None
+
+    def texts(self) -> Iterator[str]:
+        """The text as one string."""
+        yield self.text
+
+
+@dataclass(frozen=True)
+class LongDocument:
+    """A text file that is not held in memory."""
+
+    texts: Callable[[], Iterator[str]]
+    """Reads the text, in strings of a megabyte or so; each call reads the file again."""
+    line: int = 1
+    source_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,171 +79,208 @@ class BadDocument:
         return f"{self.file}:{self.line}: {self.fault}" + (f" ({self.detail})" * bool(self.detail))
 
 
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-
-    @property
-    def unused_data(self) -> bytes: ...
-
-    def decompress(self, data: bytes, /) -> bytes: ...
+AnyDocument = Document | LongDocument | BadDocument
 
 
-_DECOMPRESSORS: dict[Compression, Callable[[], _Decompressor]] = {
-    "gzip": lambda: zlib.decompressobj(_GZIP_WINDOW_BITS),
-    "zstd": lambda: zstandard.ZstdDecompressor().decompressobj(),
-    "xz": lzma.LZMADecompressor,
-}
-
-
-def read_documents(file: InputFile, text_field: str) -> Iterator[Document | BadDocument]:
+def read_documents(file: InputFile, text_field: str) -> Iterator[AnyDocument]:
     """Every document of a file in order, good or bad; only one is in memory at a time.
 
     Raises:
-        DataError: the file cannot be read, its compression is damaged or cut short, or it has no
-        column
-            `text_field`.
+        DataError: see `SliceReader`.
     """
-    try:
-        if file.format == "parquet":
-            yield from _parquet(file, text_field)
-        elif file.format == "arrow":
-            yield from _arrow(file, text_field)
+    return iter(SliceReader(whole(file), Reading(text_field)))
+
+
+class SliceReader:
+    """The documents of a slice, in order, good or bad; only one is in memory at a time.
+
+    Their lines are counted from the slice's beginning. Iterating raises DataError if the file
+    cannot be read, its compression is damaged or cut short, or a column is missing.
+    """
+
+    def __init__(self, piece: InputSlice, reading: Reading) -> None:
+        self.lines = 0
+        """Lines (rows) passed so far."""
+        self.xxh3: str | None = None
+        """Of the whole file, if all of it passed by."""
+        self._piece = piece
+        self._file = piece.file
+        self._reading = reading
+
+    def __iter__(self) -> Iterator[AnyDocument]:
+        with _explained(self._file):
+            if self._file.format == "jsonl":
+                yield from self._json_lines()
+            elif self._file.format == "text":
+                yield self._text()
+            else:
+                yield from self._table()
+
+    def _json_lines(self) -> Iterator[Document | BadDocument]:
+        piece, most = self._piece, self._reading.max_record_bytes
+        # Whether a line begins at the slice's first byte, the byte before it tells.
+        blocks = FileBlocks(self._file, max(piece.start_bytes - 1, 0))
+        if piece.is_whole:
+            lines = lines_of(iter(blocks), most_bytes=most)
         else:
-            with Path(file.path).open("rb") as stream:
-                blocks = _blocks(stream, file.compression)
-                if file.format == "jsonl":
-                    yield from _json_lines(file, blocks, text_field)
-                else:
-                    yield _whole(file, b"".join(blocks))
-    except (zlib.error, lzma.LZMAError, zstandard.ZstdError, pa.ArrowInvalid) as error:
+            lines = lines_beginning_in(
+                iter(blocks), start=piece.start_bytes, stop=piece.stop_bytes, most_bytes=most
+            )
+        for raw in lines:
+            self.lines += 1
+            if raw is None:
+                yield self._too_long(self.lines)
+            elif raw and not raw.isspace():
+                yield self._json_line(raw)
+        self.xxh3 = blocks.xxh3
+
+    def _json_line(self, raw: bytes) -> Document | BadDocument:
+        reading, is_first = self._reading, self.lines == 1 and self._piece.start_bytes == 0
+        try:
+            record = read_record(raw, reading.text_field, first=is_first, id_field=reading.id_field)
+        except UnicodeDecodeError as error:
+            return self._bad("not UTF-8", error.reason)
+        except (ValueError, RecursionError) as error:
+            # A ValueError that is no JSONDecodeError: a number of more digits than Python converts.
+            return self._bad("broken JSON", str(error))
+        if not isinstance(record, dict):
+            return self._bad(
+                "no text field", f"the line is a {type(record).__name__}, not an object"
+            )
+        text = record.get(reading.text_field)
+        if isinstance(text, str):
+            identity = record.get(reading.id_field) if reading.id_field is not None else None
+            return self._checked(text, identity)
+        if reading.text_field in record:
+            found = f"{reading.text_field!r} is {type(text).__name__}"
+        else:
+            found = "fields: " + ", ".join(list(record)[:8])
+        return self._bad("no text field", found)
+
+    def _text(self) -> AnyDocument:
+        """The document that a text file is."""
+        self.lines = 1
+        data: list[bytes] = []
+        size = 0
+        blocks = FileBlocks(self._file)
+        for block in blocks:
+            data.append(block)
+            size += len(block)
+            if size > _LONG_BYTES:
+                return self._long_text()
+        self.xxh3 = blocks.xxh3
+        try:
+            # utf-8-sig: a byte order mark belongs to the encoding, not to the text.
+            text = b"".join(data).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            self.lines = b"".join(data).count(b"\n", 0, error.start) + 1
+            return self._bad("not UTF-8", error.reason)
+        return self._checked(text)
+
+    def _long_text(self) -> LongDocument | BadDocument:
+        blocks = FileBlocks(self._file)
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        is_empty = True
+        for block in blocks:
+            try:
+                text = decoder.decode(block)
+            except UnicodeDecodeError as error:
+                self.lines += bytes(error.object[: error.start]).count(b"\n")
+                return self._bad("not UTF-8", error.reason)
+            self.lines += text.count("\n")
+            is_empty = is_empty and not text.strip()
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            return self._bad("not UTF-8", error.reason)
+        self.xxh3 = blocks.xxh3
+        if is_empty:
+            self.lines = 1
+            return self._bad("empty", "")
+        return LongDocument(lambda: _texts(self._file))
+
+    def _table(self) -> Iterator[Document | BadDocument]:
+        reading = self._reading
+        columns = (reading.text_field, *([reading.id_field] if reading.id_field else []))
+        table = TableSlice(self._piece, columns, most_bytes=reading.max_record_bytes)
+        for text, *identity in table.rows():
+            self.lines += 1
+            if text is TOO_LONG or (isinstance(text, str) and self._is_too_long(text)):
+                yield self._too_long(self.lines)
+            elif isinstance(text, str):
+                yield self._checked(text, *identity)
+            else:
+                yield self._bad("no text field", f"the value is {type(text).__name__}")
+
+    def _is_too_long(self, text: str) -> bool:
+        most = self._reading.max_record_bytes
+        # No character has more than four bytes.
+        return 4 * len(text) > most and len(text.encode(errors="surrogatepass")) > most
+
+    def _checked(self, text: str, identity: Any = None) -> Document | BadDocument:
+        if not text or text.isspace():
+            return self._bad("empty", "")
+        try:
+            if not text.isascii():
+                text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, "\ud800"
+            return self._bad("not UTF-8", error.reason)
+        has_id = isinstance(identity, str | int) and not isinstance(identity, bool)
+        return Document(text, self.lines, str(identity) if has_id else None)
+
+    def _too_long(self, line: int) -> BadDocument:
+        limit = f"over {self._reading.max_record_bytes:,} bytes; see --max-record-bytes"
+        return BadDocument(self._file.name, line, "too long", limit)
+
+    def _bad(self, fault: Fault, detail: str) -> BadDocument:
+        return BadDocument(self._file.name, self.lines, fault, detail)
+
+
+def lines_before(piece: InputSlice) -> int:
+    """Lines (rows) of the file before those of a slice: what to add to their numbers.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _explained(piece.file):
+        if piece.start_bytes == 0:
+            return 0
+        if piece.file.format != "jsonl":
+            return TableSlice(piece, (), most_bytes=0).rows_before()
+        with Path(piece.file.path).open("rb") as stream:
+            # The line that is cut at the slice's beginning is among them.
+            last, lines = b"\n", 0
+            while block := stream.read(min(1 << 20, piece.start_bytes - stream.tell())):
+                lines += block.count(b"\n")
+                last = block[-1:]
+            return lines + (last != b"\n")
+
+
+def _texts(file: InputFile) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with _explained(file):
+        try:
+            for block in FileBlocks(file):
+                yield decoder.decode(block)
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise has_changed(file) from error
+
+
+def has_changed(file: InputFile) -> DataError:
+    """What to say of an input that was written to while it was read."""
+    return DataError(
+        f"{file.path} changed while it was read; let it rest, and run again with --overwrite"
+    )
+
+
+@contextlib.contextmanager
+def _explained(file: InputFile) -> Iterator[None]:
+    try:
+        yield
+    except (*DECOMPRESSION_ERRORS, *TABLE_ERRORS) as error:
         raise DataError(
             f"{file.path} is damaged: {str(error).splitlines()[0]}; replace or --exclude it"
         ) from error
     except OSError as error:
-        raise DataError(
-            f"cannot read {file.path}: {error.strerror or error}; fix or --exclude it"
-        ) from error
-
-
-def _blocks(stream: BinaryIO, compression: Compression) -> Iterator[bytes]:
-    if compression == "none":
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
-        return
-    decompressor = _DECOMPRESSORS[compression]()
-    fed = False
-    while block := stream.read(_BLOCK_BYTES):
-        while block:
-            if decompressor.eof:
-                decompressor = _DECOMPRESSORS[compression]()
-            fed = True
-            yield decompressor.decompress(block)
-            block = decompressor.unused_data if decompressor.eof else b""
-    # zstandard's own stream reader ends quietly on a stream that was cut short.
-    if fed and not decompressor.eof:
-        raise DataError(
-            f"{stream.name} is cut short: its {compression} stream does not end; replace or "
-            f"--exclude it"
-        )
-
-
-def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    pending: list[bytes] = []
-    for block in blocks:
-        first, *others = block.split(b"\n")
-        pending.append(first)
-        for line in others:
-            yield b"".join(pending)
-            pending = [line]
-    yield b"".join(pending)
-
-
-def _whole(file: InputFile, data: bytes) -> Document | BadDocument:
-    try:
-        # utf-8-sig: a byte order mark belongs to the encoding, not to the text.
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        return BadDocument(file.name, line, "not UTF-8", error.reason)
-    return _checked(file, text, line=1)
-
-
-def _json_lines(
-    file: InputFile, blocks: Iterator[bytes], text_field: str
-) -> Iterator[Document | BadDocument]:
-    for number, raw in enumerate(_lines(blocks), 1):
-        if not raw or raw.isspace():
-            continue
-        try:
-            record = read_record(raw, text_field, first=number == 1)
-        except UnicodeDecodeError as error:
-            yield BadDocument(file.name, number, "not UTF-8", error.reason)
-        except (ValueError, RecursionError) as error:
-            # A ValueError that is no JSONDecodeError: a number of more digits than Python converts.
-            yield BadDocument(file.name, number, "broken JSON", str(error))
-        else:
-            yield _field(file, record, text_field, line=number)
-
-
-def _field(
-    file: InputFile, record: object, text_field: str, *, line: int
-) -> Document | BadDocument:
-    if not isinstance(record, dict):
-        found = f"the line is a {type(record).__name__}, not an object"
-        return BadDocument(file.name, line, "no text field", found)
-    text = record.get(text_field)
-    if isinstance(text, str):
-        return _checked(file, text, line=line)
-    found = f"{text_field!r} is {type(text).__name__}" if text_field in record else "fields: "
-    found += "" if text_field in record else ", ".join(list(record)[:8])
-    return BadDocument(file.name, line, "no text field", found)
-
-
-def _checked(file: InputFile, text: str, *, line: int) -> Document | BadDocument:
-    if not text or text.isspace():
-        return BadDocument(file.name, line, "empty", "")
-    try:
-        if not text.isascii():
-            text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, "\ud800"
-        return BadDocument(file.name, line, "not UTF-8", error.reason)
-    return Document(text, line)
-
-
-def _parquet(file: InputFile, text_field: str) -> Iterator[Document | BadDocument]:
-    with pq.ParquetFile(file.path) as table:
-        _require_column(file, table.schema_arrow.names, text_field)
-        batches = table.iter_batches(batch_size=_ROWS, columns=[text_field])
-        yield from _rows(file, (batch.column(0) for batch in batches))
-
-
-def _arrow(file: InputFile, text_field: str) -> Iterator[Document | BadDocument]:
-    with pa.memory_map(file.path) as source:
-        is_file = source.read(6) == b"ARROW1"  # otherwise a stream, as Hugging Face datasets writes
-        source.seek(0)
-        reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-        _require_column(file, reader.schema.names, text_field)
-        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        yield from _rows(file, (batch.column(text_field) for batch in batches))
-
-
-def _require_column(file: InputFile, names: list[str], text_field: str) -> None:
-    if text_field not in names:
-        raise DataError(
-            f"{file.path} has no column {text_field!r}, only {', '.join(names)}; choose one by "
-            "--text-field"
-        )
-
-
-def _rows(file: InputFile, columns: Iterator[Any]) -> Iterator[Document | BadDocument]:
-    row = 0
-    for column in columns:
-        for start in range(0, len(column), _ROWS):
-            for text in column.slice(start, _ROWS).to_pylist():
-                row += 1
-                if isinstance(text, str):
-                    yield _checked(file, text, line=row)
-                else:
-                    found = f"the value is {type(text).__name__}"
-                    yield BadDocument(file.name, row, "no text field", found)
+        raise unreadable(file.path, error) from error

@@ -3,8 +3,9 @@
 orjson is used for what it reads exactly as `json` does and left out of everything else: a line
 that it refuses (NaN, lone surrogates, a number beyond a double, a byte order mark, errors of all
 kinds) or whose record holds no text is read again by `json`, whose word is final. What orjson
-reads otherwise are integers beyond 64 bits, which become floats: they are never the text. And
-nesting: `json` gives up at the interpreter's recursion limit, orjson at 1,024 levels.
+reads otherwise are integers beyond 64 bits, which become floats: they are never the text, and an
+id that is a float is read again. And nesting: `json` gives up at the interpreter's recursion limit,
+orjson at 1,024 levels.
 """
 
 import functools
@@ -18,11 +19,13 @@ _CERTAINLY_SHALLOW: Final = 200
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
-def read_record(line: bytes, text_field: str, *, first: bool) -> object:
+def read_record(
+    line: bytes, text_field: str, *, first: bool, id_field: str | None = None
+) -> object:
     """The value of a line; `first` lines of a file may begin with a byte order mark.
 
     Equal to `json`'s value wherever that has text in `text_field`, but for integers beyond 64
-    bits in other fields.
+    bits in fields other than `id_field`.
 
     Raises:
         UnicodeDecodeError: the line is not UTF-8.
@@ -39,6 +42,7 @@ def read_record(line: bytes, text_field: str, *, first: bool) -> object:
             if (
                 isinstance(record, dict)
                 and isinstance(record.get(text_field), str)
+                and not isinstance(record.get(id_field), float)
                 and _is_shallow(line, record)
             ):
                 return record

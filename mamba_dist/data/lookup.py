@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mamba_dist.data.input_lists import INPUTS_NAME
 from mamba_dist.data.manifest import SPLITS, Manifest
 from mamba_dist.data.shard import ShardReader
-from mamba_dist.data.staging import INPUTS_NAME
 from mamba_dist.errors import DataError
 
 

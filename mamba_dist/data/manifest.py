@@ -8,6 +8,7 @@ set.
         tokenizer.json|.model    copy of the tokenizer that made the ids
         inputs.jsonl             one line an input file: name, bytes, xxh3, documents, first doc_id
         bad_documents.jsonl      one line a document passed over: file, line, fault
+        document_ids.arrow       the documents' ids in the source, if they are kept
 
 Nothing here depends on the time or the number of workers; on the machine only which backend was
 proven (`backend`, absent for the reference; where several machines had several, the others stand
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_dist.data.durable import write_durably
+from mamba_dist.data.sources import DEFAULT_MAX_RECORD_BYTES
 from mamba_dist.errors import DataError
 
 FORMAT_VERSION = 1
@@ -100,21 +102,28 @@ class BuildSettings:
     val_split: float
     shard_bytes: int
     batch_tokens: int
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    id_field: str | None = None
     deduplicate: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written. What older versions did not have is absent unless it is used, so that
-        their data sets and unfinished builds are known again.
+        """As it is written. What has its default is absent, so that data sets and unfinished builds
+        of older versions are known again, and older programs read newer data sets.
         """
         content = dataclasses.asdict(self)
-        if not self.deduplicate:
-            del content["deduplicate"]
+        for field in dataclasses.fields(self):
+            if content[field.name] == field.default:
+                del content[field.name]
         return content
 
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What went in, duplicates included; the single files stand in inputs.jsonl."""
+    """What went in, duplicates included; the single files stand in inputs.jsonl.
+
+    `sha256` is of that list, `ids_sha256` of document_ids.arrow, None if the source's ids are not
+    kept.
+    """
 
     files: int
     bytes: int
@@ -122,6 +131,7 @@ class InputSummary:
     bad_documents: int
     text_bytes: int
     sha256: str
+    ids_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     if manifest.backend is None:
         del content["backend"]
+    if manifest.inputs.ids_sha256 is None:
+        del content["inputs"]["ids_sha256"]
     if manifest.duplicates is None:
         del content["duplicates"]
     if not manifest.more_backends:

@@ -5,10 +5,8 @@ tasks, or on where an earlier run was killed.
 """
 
 import itertools
-import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mamba_dist.data.deduplication import first_occurrences
+from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME, write_document_ids
 from mamba_dist.data.documents import BadDocument
 from mamba_dist.data.durable import hash_file, write_durably
+from mamba_dist.data.input_lists import write_lists
 from mamba_dist.data.manifest import (
     SPLITS,
     BuildSettings,
@@ -28,13 +28,11 @@ from mamba_dist.data.manifest import (
     ShardRecord,
     TokenizerIdentity,
 )
-from mamba_dist.data.parts import Part, PartRecord, read_keys, read_part
+from mamba_dist.data.part_records import PartBlock, PartRecord, read_keys, read_part
 from mamba_dist.data.shard import schema_metadata, token_dtype
 from mamba_dist.data.shard_writer import Documents, ShardWriter
-from mamba_dist.data.staging import BAD_DOCUMENTS_NAME, INPUTS_NAME, BuildPlan, Staging
+from mamba_dist.data.staging import BuildPlan, Staging
 from mamba_dist.errors import DataError
-
-_MERGE_TOKENS = 4 << 20
 
 Chosen = npt.NDArray[np.bool_]
 
@@ -59,10 +57,10 @@ def merge_parts(
     if staging.shards.exists():
         shutil.rmtree(staging.shards)
     staging.shards.mkdir()
-    inputs, bad = _write_lists(staging.shards, records)
+    lists = write_lists(staging.shards, records)
     if sum(record.documents for record in records) == 0:
         staging.discard()
-        raise DataError(_no_documents(records, bad))
+        raise DataError(_no_documents(records, lists.bad))
     dtype = token_dtype(identity.vocab_size).name
     kept, duplicates = _choose_documents(staging, records) if settings.deduplicate else (None, None)
     shards = _write_shards(
@@ -79,6 +77,7 @@ def merge_parts(
             "--train-split"
         )
     write_durably(staging.shards / tokenizer.name, tokenizer.read_bytes())
+    ids_sha256 = _write_ids(staging, records, settings.id_field)
     proofs = staging.backends()
     return Manifest(
         tool_version=version("mamba-dist"),
@@ -89,9 +88,10 @@ def merge_parts(
             files=len(plan.files),
             bytes=sum(file.bytes for file in plan.files),
             documents=sum(record.documents for record in records),
-            bad_documents=len(bad),
+            bad_documents=len(lists.bad),
             text_bytes=sum(record.text_bytes for record in records),
-            sha256=inputs,
+            sha256=lists.inputs_sha256,
+            ids_sha256=ids_sha256,
         ),
         shards=tuple(shards),
         backend=proofs[0] if proofs else None,
@@ -128,15 +128,14 @@ def _write_shards(
     ]
     first_doc_id = 0
     for record in records:
-        part = read_part(staging.parts, record, dtype=dtype)
-        end = first_doc_id + record.documents
-        for number, writer in enumerate(writers):
-            chosen = part.splits == number
-            if kept is not None:
-                chosen &= kept[first_doc_id:end]
-            for documents in _documents_of(part, chosen, first_doc_id):
-                writer.add(documents)
-        first_doc_id = end
+        for block in read_part(staging.parts, record, dtype=dtype):
+            end = first_doc_id + len(block.lengths)
+            for number, writer in enumerate(writers):
+                chosen = block.splits == number
+                if kept is not None:
+                    chosen &= kept[first_doc_id:end]
+                writer.add(_documents_of(block, chosen, first_doc_id))
+            first_doc_id = end
     return [shard for writer in writers for shard in writer.finish()]
 
 
@@ -159,45 +158,33 @@ def _choose_documents(
     return kept, DuplicateSummary(total - int(kept.sum()), text_bytes)
 
 
-def _documents_of(part: Part, chosen: Chosen, first_doc_id: int) -> Iterator[Documents]:
-    ends = np.cumsum(part.lengths)
-    start = 0
-    while start < len(ends):
-        begin = int(ends[start] - part.lengths[start])
-        stop = max(start + 1, int(np.searchsorted(ends, begin + _MERGE_TOKENS, side="right")))
-        here = chosen[start:stop]
-        lengths = part.lengths[start:stop]
-        ids = np.asarray(part.ids[begin : int(ends[stop - 1])])
-        yield Documents(
-            ids=ids[np.repeat(here, lengths)],
-            lengths=lengths[here],
-            doc_ids=(first_doc_id + start + np.flatnonzero(here)).astype(np.uint64),
-        )
-        start = stop
+def _documents_of(block: PartBlock, chosen: Chosen, first_doc_id: int) -> Documents:
+    if chosen.all() or not chosen.any():  # so that a mapped document is not copied
+        ids = block.ids[: block.ids.size if chosen.all() else 0]
+    else:
+        ids = block.ids[np.repeat(chosen, block.lengths)]
+    return Documents(
+        ids=ids,
+        lengths=block.lengths[chosen],
+        doc_ids=(first_doc_id + np.flatnonzero(chosen)).astype(np.uint64),
+    )
 
 
-def _write_lists(folder: Path, records: list[PartRecord]) -> tuple[str, list[BadDocument]]:
-    lines, first = [], 0
-    for record in records:
-        for file in record.files:
-            line = {
-                "name": file.name,
-                "bytes": file.bytes,
-                "xxh3": file.xxh3,
-                "documents": file.documents,
-                "first_doc_id": first,
-            }
-            lines.append(json.dumps(line))
-            first += file.documents
-    write_durably(folder / INPUTS_NAME, "".join(line + "\n" for line in lines).encode())
-    bad = [document for record in records for document in record.bad]
-    listed = [json.dumps(vars(document)) + "\n" for document in bad]
-    write_durably(folder / BAD_DOCUMENTS_NAME, "".join(listed).encode())
-    return hash_file(folder / INPUTS_NAME).sha256, bad
+def _write_ids(staging: Staging, records: list[PartRecord], id_field: str | None) -> str | None:
+    """The ids of the source, if they are to be kept; the sha256 of their file."""
+    if id_field is None:
+        return None
+    notes = [(record.unit, record.ids_xxh3) for record in records]
+    try:
+        write_document_ids(staging.shards, staging.parts, notes, id_field=id_field)
+    except DataError:
+        staging.discard()
+        raise
+    return hash_file(staging.shards / DOCUMENT_IDS_NAME).sha256
 
 
 def _no_documents(records: list[PartRecord], bad: list[BadDocument]) -> str:
-    files = sum(len(record.files) for record in records)
+    files = sum(file.xxh3 is not None for record in records for file in record.files)
     faults = ", ".join(f"{count} {fault}" for fault, count in Counter(b.fault for b in bad).items())
     return (
         f"no usable document in {files} files ({faults or 'all files are empty'}); the first: "

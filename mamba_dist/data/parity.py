@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from mamba_dist.data.adversarial import adversarial_texts
-from mamba_dist.data.documents import Document, read_documents
+from mamba_dist.data.documents import BadDocument, read_documents
 from mamba_dist.data.fast_backends import (
     AUTO,
     FAST_BACKENDS,
@@ -151,9 +151,10 @@ def _beginnings(corpus: Corpus, text_field: str, *, read_bytes: int) -> Iterator
     for file in files:
         left_after = left - share
         for document in read_documents(file, text_field):
-            if isinstance(document, Document):
-                yield document.text[:_DOCUMENT_CHARACTERS]
-                left -= len(document.text)
+            if not isinstance(document, BadDocument):
+                text = next(document.texts())
+                yield text[:_DOCUMENT_CHARACTERS]
+                left -= len(text)
             else:  # bad ones count too, or a wrong field's name would have everything read
                 left -= _DOCUMENT_CHARACTERS
             if left <= max(left_after, 0):

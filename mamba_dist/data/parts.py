@@ -1,15 +1,12 @@
 """The work on one unit: its documents are tokenised into one part file, committed by rename.
 
-A part is the unit's ids end to end (little-endian, EOS after each document), then one int64 length
-and one uint8 split (0 train, 1 val) for each document; if duplicates are to go, then three uint64
-for each: both halves of its text's hash, and the text's bytes. Its counts and hash stand in the
-journal.
 The bytes depend only on the unit and the settings, so a part that is made twice is the same part.
+Nothing that grows with the unit is held in memory.
 """
 
 import dataclasses
 import os
-from array import array
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -21,20 +18,38 @@ import numpy.typing as npt
 import xxhash
 
 from mamba_dist.data.crew import Attempt, Station
-from mamba_dist.data.deduplication import hash_text
-from mamba_dist.data.documents import BadDocument, Document, read_documents
+from mamba_dist.data.deduplication import Halves, halves_of, hash_text
+from mamba_dist.data.document_ids import IdNote
+from mamba_dist.data.documents import (
+    BadDocument,
+    Document,
+    LongDocument,
+    Reading,
+    SliceReader,
+    has_changed,
+    lines_before,
+)
 from mamba_dist.data.durable import quick_hash, sync_folder, unique_sibling
 from mamba_dist.data.fast_backends import Encoder, load_encoder, use_one_thread
-from mamba_dist.data.sources import InputFile, Unit
+from mamba_dist.data.long_texts import (
+    LONG_CHARACTERS,
+    UncuttableError,
+    cut_text,
+    exact_cuts,
+)
+from mamba_dist.data.part_records import FileRecord, PartRecord, part_path
+from mamba_dist.data.sources import InputSlice, Unit
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 
 # Documents go to the tokenizer in groups, of at most so much text.
-_GROUP_CHARACTERS = 4 << 20
-_SPLIT_SEED = 0x6D616D6261
-_KEY_BYTES = 24
+_GROUP_CHARACTERS = 1 << 20
+# What has no place to be cut is encoded at once, at some hundred bytes of memory a character.
+_UNCUT_SHARE = 16
+_COPIED_BYTES = 1 << 20
 
 Note = Callable[[int, int, int, int], None]
+_SPLIT_SEED = 0x6D616D6261
 
 
 @dataclass(frozen=True)
@@ -47,56 +62,16 @@ class PartSettings:
     eos_id: int
     vocab_size: int
     dtype: str
-    text_field: str
+    reading: Reading
     train_split: float
     batch_documents: int
     backend: str
     deduplicate: bool = False
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """What one input file gave."""
-
-    name: str
-    bytes: int
-    xxh3: str
-    documents: int
-
-
-@dataclass(frozen=True)
-class PartRecord:
-    """A committed part; one journal line."""
-
-    unit: int
-    documents: int
-    tokens: int
-    text_bytes: int
-    bytes: int
-    xxh3: str
-    files: tuple[FileRecord, ...]
-    bad: tuple[BadDocument, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The journal line."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(line: dict[str, Any]) -> "PartRecord":
-        """The record of a journal line."""
-        files = tuple(FileRecord(**file) for file in line["files"])
-        bad = tuple(BadDocument(**document) for document in line["bad"])
-        return PartRecord(**{**line, "files": files, "bad": bad})
-
-
-def part_path(folder: Path, unit: int) -> Path:
-    """Where the part of a unit lies."""
-    return folder / f"unit-{unit:08d}.part"
-
-
-def is_training_document(text: bytes, train_split: float) -> bool:
-    """Whether a document is for training: told by its content, so equal texts never part."""
-    return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED) < int(train_split * 2**64)
+def split_digest(text: bytes) -> int:
+    """What tells a document's split: its content alone, so equal texts never part."""
+    return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED)
 
 
 def tokenize_units(connection: Connection, station: Station) -> None:
@@ -131,13 +106,15 @@ def place_in_unit(unit: Unit, numbers: Sequence[int]) -> str:
     first, first_line, last, last_line = numbers
     if not first:
         return f"at the beginning of {unit}"
-    begin = unit.slices[first - 1].file.path
+    piece = unit.slices[first - 1]
+    # Lines are counted from the beginning of their slice.
+    begin_line = first_line + lines_before(piece)
     if not last:
-        return f"reading {begin}" + f" after line {first_line}" * bool(first_line)
-    end = f"{unit.slices[last - 1].file.path}:{last_line}"
-    return (
-        f"at {end}" if f"{begin}:{first_line}" == end else f"between {begin}:{first_line} and {end}"
-    )
+        return f"reading {piece.file.path}" + f" after line {begin_line}" * bool(begin_line)
+    begin = f"{piece.file.path}:{begin_line}"
+    piece = unit.slices[last - 1]
+    end = f"{piece.file.path}:{last_line + lines_before(piece)}"
+    return f"at {end}" if begin == end else f"between {begin} and {end}"
 
 
 def _not_noted(*numbers: int) -> None:
@@ -164,6 +141,7 @@ def make_part(
             writer.write(stream)
             stream.flush()
             os.fsync(stream.fileno())
+        record = writer.commit()
         staged.replace(final)
         sync_folder(final.parent)
     except OSError as error:
@@ -173,7 +151,17 @@ def make_part(
         ) from error
     finally:
         staged.unlink(missing_ok=True)
-    return writer.record()
+        writer.close()
+    return record
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A document's text, or a piece of it: `is_last` if the document ends here."""
+
+    text: str
+    line: int
+    is_last: bool
 
 
 class _PartWriter:
@@ -187,28 +175,40 @@ class _PartWriter:
         self._hash = xxhash.xxh3_64()
         self._bytes = 0
         self._text_bytes = 0
-        self._lengths: list[npt.NDArray[np.int64]] = []
-        self._splits: list[int] = []
-        self._keys = array("Q")
+        self._documents = 0
+        self._tokens = 0
+        # Tokens of the document whose pieces are in work.
+        self._open_tokens = 0
         self._files: list[FileRecord] = []
         self._bad: list[BadDocument] = []
+        self._ids: IdNote | None = None
 
     def write(self, stream: BinaryIO) -> None:
-        for group in self._groups():
-            ids, lengths = self._encoder.encode_flat(group)
-            self._check_ids(ids)
-            self._lengths.append(lengths + 1)
-            self._put(stream, self._with_eos(ids, lengths))
-        for lengths in self._lengths:
-            self._put(stream, lengths.astype("<i8"))
-        self._put(stream, np.array(self._splits, dtype=np.uint8))
-        self._put(stream, np.array(self._keys, dtype="<u8"))
+        if self._settings.reading.id_field is not None:
+            self._ids = IdNote(Path(self._settings.folder), self._unit.index)
+        with (
+            self._spool() as self._lengths,
+            self._spool() as self._splits,
+            self._spool() as self._keys,
+        ):
+            for group in self._groups():
+                ids, lengths = self._encoder.encode_flat([piece.text for piece in group])
+                self._check_ids(ids)
+                is_last = np.array([piece.is_last for piece in group])
+                self._put(stream, self._with_eos(ids, lengths, is_last))
+                self._put_lengths(lengths + is_last, is_last)
+            for spool in (self._lengths, self._splits, self._keys):
+                spool.seek(0)
+                while block := spool.read(_COPIED_BYTES):
+                    self._put(stream, np.frombuffer(block, dtype=np.uint8))
 
-    def record(self) -> PartRecord:
+    def commit(self) -> PartRecord:
+        """Commits what goes beside the part; its record."""
         return PartRecord(
+            ids_xxh3=self._ids.commit() if self._ids is not None else None,
             unit=self._unit.index,
-            documents=len(self._splits),
-            tokens=sum(int(lengths.sum()) for lengths in self._lengths),
+            documents=self._documents,
+            tokens=self._tokens,
             text_bytes=self._text_bytes,
             bytes=self._bytes,
             xxh3=self._hash.hexdigest(),
@@ -216,18 +216,37 @@ class _PartWriter:
             bad=tuple(self._bad),
         )
 
+    def close(self) -> None:
+        """Leaves nothing that was not committed."""
+        if self._ids is not None:
+            self._ids.discard()
+
+    def _spool(self) -> "tempfile.SpooledTemporaryFile[bytes]":
+        return tempfile.SpooledTemporaryFile(_COPIED_BYTES, dir=self._settings.folder)
+
     def _put(self, stream: BinaryIO, values: npt.NDArray[Any]) -> None:
         data = values.data
         stream.write(data)
         self._hash.update(data)
         self._bytes += values.nbytes
 
+    def _put_lengths(self, tokens: npt.NDArray[np.int64], is_last: npt.NDArray[np.bool_]) -> None:
+        """Adds up the tokens of the pieces to those of the documents that end with them."""
+        ends = np.cumsum(tokens) + self._open_tokens
+        lengths = np.diff(ends[is_last], prepend=0)
+        self._open_tokens = int(ends[-1] - lengths.sum())
+        self._lengths.write(lengths.astype("<i8").tobytes())
+        self._tokens += int(tokens.sum())
+
     def _with_eos(
-        self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]
+        self,
+        ids: npt.NDArray[np.uint32],
+        lengths: npt.NDArray[np.int64],
+        is_last: npt.NDArray[np.bool_],
     ) -> npt.NDArray[np.unsignedinteger]:
-        """The part's ids of a group: the texts' own, each text's end marked."""
-        is_eos = np.zeros(ids.size + lengths.size, dtype=np.bool_)
-        is_eos[np.cumsum(lengths + 1) - 1] = True
+        """The part's ids of a group: the texts' own, each document's end marked."""
+        is_eos = np.zeros(ids.size + int(is_last.sum()), dtype=np.bool_)
+        is_eos[(np.cumsum(lengths + is_last) - 1)[is_last]] = True
         marked = np.full(is_eos.size, self._settings.eos_id, dtype=self._dtype)
         marked[~is_eos] = ids
         return marked
@@ -242,94 +261,126 @@ class _PartWriter:
                 f"tokenizer file"
             )
 
-    def _groups(self) -> Iterator[list[str]]:
-        group: list[str] = []
+    def _groups(self) -> Iterator[list[_Piece]]:
+        group: list[_Piece] = []
         characters = 0
         first = last = (0, 0)
-        for document in self._documents():
+        for piece in self._pieces():
             full = len(group) >= self._settings.batch_documents
-            if group and (full or characters + len(document.text) > _GROUP_CHARACTERS):
+            if group and (full or characters + len(piece.text) > _GROUP_CHARACTERS):
                 self._note(*first, *last)
                 yield group
                 self._note(*last, 0, 0)
                 group, characters = [], 0
-            last = (self._slice, document.line)
+            last = (self._slice, piece.line)
             first = first if group else last
-            group.append(document.text)
-            characters += len(document.text)
+            group.append(piece)
+            characters += len(piece.text)
         if group:
             self._note(*first, *last)
             yield group
 
-    def _documents(self) -> Iterator[Document]:
-        for number, piece in enumerate(self._unit.slices, 1):
+    def _pieces(self) -> Iterator[_Piece]:
+        for number, source in enumerate(self._unit.slices, 1):
             self._slice = number
             self._note(number, 0, 0, 0)
-            documents = 0
-            for document in read_documents(piece.file, self._settings.text_field):
+            reader = SliceReader(source, self._settings.reading)
+            documents, bad = self._documents, len(self._bad)
+            for document in reader:
                 if isinstance(document, BadDocument):
                     self._bad.append(document)
-                    continue
-                text = document.text.encode()
-                self._splits.append(
-                    0 if is_training_document(text, self._settings.train_split) else 1
+                elif isinstance(document, Document) and len(document.text) <= LONG_CHARACTERS:
+                    text = document.text.encode()
+                    halves = hash_text(text) if self._settings.deduplicate else None
+                    self._keep(document, split_digest(text), halves, text_bytes=len(text))
+                    yield _Piece(document.text, document.line, is_last=True)
+                else:
+                    yield from self._long(source, document)
+            self._files.append(
+                _describe(
+                    source, reader, documents=self._documents - documents, bad=len(self._bad) - bad
                 )
-                self._text_bytes += len(text)
-                if self._settings.deduplicate:
-                    self._keys.extend((*hash_text(text), len(text)))
-                documents += 1
-                yield document
-            self._files.append(_describe(piece.file, documents))
+            )
+
+    def _long(self, source: InputSlice, document: Document | LongDocument) -> Iterator[_Piece]:
+        """The pieces of a long document; nothing, and a bad document, if it cannot be cut."""
+        settings = self._settings
+        most = settings.reading.max_record_bytes // _UNCUT_SHARE
+        cuts = exact_cuts(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
+        passing = _PassingText(document)
+        try:
+            for _ in cut_text(passing, cuts, most_characters=most):
+                pass
+        except UncuttableError:
+            detail = (
+                f"{most:,} characters without a place where this tokenizer's ids allow a cut; see "
+                "--max-record-bytes"
+            )
+            self._bad.append(BadDocument(source.file.name, document.line, "too long", detail))
+            return
+        halves = passing.halves if settings.deduplicate else None
+        self._keep(document, passing.digest, halves, text_bytes=passing.bytes)
+        # One piece is held back, since the last is to be known.
+        held: str | None = None
+        for text in cut_text(document.texts(), cuts, most_characters=most):
+            if held is not None:
+                yield _Piece(held, document.line, is_last=False)
+            held = text
+        assert held is not None
+        yield _Piece(held, document.line, is_last=True)
+
+    def _keep(
+        self,
+        document: Document | LongDocument,
+        digest: int,
+        halves: Halves | None,
+        *,
+        text_bytes: int,
+    ) -> None:
+        is_training = digest < int(self._settings.train_split * 2**64)
+        self._splits.write(b"\0" if is_training else b"\1")
+        if halves is not None:
+            self._keys.write(np.array([*halves, text_bytes], dtype="<u8").tobytes())
+        self._text_bytes += text_bytes
+        self._documents += 1
+        if self._ids is not None:
+            self._ids.add(document.source_id)
 
 
-def _describe(file: InputFile, documents: int) -> FileRecord:
-    path = Path(file.path)
-    if path.stat().st_size != file.bytes:
-        raise DataError(
-            f"{path} changed while it was read; let it rest, and run again with --overwrite"
-        )
-    return FileRecord(file.name, file.bytes, quick_hash(path), documents)
+class _PassingText:
+    """A text's strings, hashed as they pass by."""
+
+    def __init__(self, document: Document | LongDocument) -> None:
+        self._document = document
+        self._hash, self._long_hash = xxhash.xxh3_64(seed=_SPLIT_SEED), xxhash.xxh3_128()
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._document.texts():
+            encoded = text.encode()
+            self._hash.update(encoded)
+            self._long_hash.update(encoded)
+            self.bytes += len(encoded)
+            yield text
+
+    @property
+    def digest(self) -> int:
+        """Of the text so far: what tells its split."""
+        return self._hash.intdigest()
+
+    @property
+    def halves(self) -> Halves:
+        """Of the text so far: what tells it from others."""
+        return halves_of(self._long_hash.intdigest())
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part read back: `ids` (tokens,) mapped, `lengths` and `splits` (documents,)."""
-
-    ids: npt.NDArray[np.unsignedinteger]
-    lengths: npt.NDArray[np.int64]
-    splits: npt.NDArray[np.uint8]
-
-
-def read_keys(folder: Path, record: PartRecord) -> npt.NDArray[np.uint64]:
-    """What the part of a journal line says of its texts, (documents, 3): the halves of their
-    hashes, and their bytes.
-    """
-    with part_path(folder, record.unit).open("rb") as stream:
-        stream.seek(record.bytes - record.documents * _KEY_BYTES)
-        data = stream.read()
-    return np.frombuffer(data, dtype="<u8").reshape(-1, 3)
-
-
-def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
-    """The part of a journal line.
-
-    Raises:
-        DataError: the file is not the one that was journalled.
-    """
-    path = part_path(folder, record.unit)
-    if not path.is_file() or quick_hash(path) != record.xxh3:
-        raise DataError(
-            f"{path} changed since it was written; start over with --overwrite, and check the disk"
-        )
-    if record.documents == 0:
-        empty = np.zeros(0, dtype=np.uint8)
-        return Part(empty.astype(dtype), empty.astype(np.int64), empty)
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    ids_end = record.tokens * np.dtype(dtype).itemsize
-    lengths_end = ids_end + 8 * record.documents
-    return Part(
-        ids=data[:ids_end].view(np.dtype(dtype).newbyteorder("<")),
-        # A copy, since the lengths need not begin at a multiple of eight.
-        lengths=np.frombuffer(data[ids_end:lengths_end].tobytes(), dtype="<i8"),
-        splits=np.asarray(data[lengths_end : lengths_end + record.documents]),
-    )
+def _describe(source: InputSlice, reader: SliceReader, *, documents: int, bad: int) -> FileRecord:
+    file, path = source.file, Path(source.file.path)
+    status = path.stat()
+    if (status.st_size, status.st_mtime_ns) != (file.bytes, file.changed_at_ns):
+        raise has_changed(file)
+    xxh3 = None
+    if source.start_bytes == 0:
+        # A file of several slices is read once more by the first.
+        xxh3 = reader.xxh3 or quick_hash(path)
+    return FileRecord(file.name, file.bytes, xxh3, documents, reader.lines, bad)

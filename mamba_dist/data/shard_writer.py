@@ -100,7 +100,9 @@ class ShardWriter:
             self._close()
         lengths = np.concatenate([part.lengths for part in self._pending])
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        ids = np.concatenate([part.ids for part in self._pending])
+        # A document longer than a batch is alone here, and may be mapped: it is not copied.
+        is_one = len(self._pending) == 1
+        ids = self._pending[0].ids if is_one else np.concatenate([p.ids for p in self._pending])
         doc_ids = np.concatenate([part.doc_ids for part in self._pending])
         rows = pa.LargeListArray.from_arrays(
             pa.array(offsets), pa.array(ids), type=self._schema.field("tokens").type
@@ -109,7 +111,10 @@ class ShardWriter:
         try:
             self._writer().write_batch(batch)
         except OSError as error:
-            raise DataError(f"cannot write a shard in {self._folder}: {error}") from error
+            raise DataError(
+                f"cannot write a shard in {self._folder}: {error.strerror or error}; free some "
+                "space and run the same command again"
+            ) from error
         self._open_tokens += self._pending_tokens
         self._pending, self._pending_tokens = [], 0
 
@@ -130,7 +135,10 @@ class ShardWriter:
             sink.close()
             sync_file(path)
         except OSError as error:
-            raise DataError(f"cannot finish shard {path}: {error}") from error
+            raise DataError(
+                f"cannot finish shard {path}: {error.strerror or error}; free some space and run "
+                "the same command again"
+            ) from error
         self._open = None
         self._finished.append(path)
 

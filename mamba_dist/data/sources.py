@@ -1,21 +1,23 @@
 """Which files a corpus consists of, in a fixed order, and how they are cut into units of work.
 
-A corpus is a list of files and folders. Folders are walked recursively in sorted order; hidden
-entries are passed over, and what is reachable by several paths (symbolic links) is taken once, at
-its first.
+A corpus is a list of files, folders and globs (`**` for folders of any depth). Folders are walked
+recursively in sorted order; hidden entries are passed over, and what is reachable by several paths
+(symbolic links, a glob and a name) is taken once, at its first.
 """
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Literal
 
 from mamba_dist.errors import DataError
 
-FileFormat = Literal["text", "jsonl", "parquet", "arrow"]
+FileFormat = Literal["text", "jsonl", "parquet", "arrow", "arrow_stream"]
 Compression = Literal["none", "gzip", "zstd", "xz"]
 
 JSON_LINES_EXTENSIONS = frozenset({".jsonl", ".ndjson", ".json"})
@@ -27,6 +29,11 @@ _TEXT = """
 """
 TEXT_EXTENSIONS = frozenset(_TEXT.split())
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
+
+DEFAULT_MAX_RECORD_BYTES = 16 << 20
+"""The longest JSON line or table cell that is read, for it has to be in memory at once."""
+
+_ARROW_FILE = b"ARROW1"  # an Arrow stream, without an index, begins otherwise
 
 # Device and inode: the same file under whatever path.
 _FileId = tuple[int, int]
@@ -60,11 +67,29 @@ class InputFile:
 
 @dataclass(frozen=True)
 class InputSlice:
-    """A byte range of a file; `stop_bytes` None reads to its end. For now always the whole file."""
+    """The lines, row groups or record batches that begin in a range of a file's bytes.
+
+    Text, compressed files and Arrow streams have no such pieces: one slice is the whole file.
+    """
 
     file: InputFile
-    start_bytes: int = 0
-    stop_bytes: int | None = None
+    start_bytes: int
+    stop_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Length of the range."""
+        return self.stop_bytes - self.start_bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file has no other slice."""
+        return self.bytes == self.file.bytes
+
+
+def whole(file: InputFile) -> InputSlice:
+    """The slice that is all of a file."""
+    return InputSlice(file, 0, file.bytes)
 
 
 @dataclass(frozen=True)
@@ -77,11 +102,23 @@ class Unit:
     @property
     def bytes(self) -> int:
         """Input bytes of the unit, compressed ones where the file is compressed."""
-        return sum(piece.file.bytes for piece in self.slices)
+        return sum(piece.bytes for piece in self.slices)
 
     def __str__(self) -> str:
-        first, last = self.slices[0].file.path, self.slices[-1].file.path
-        return first if len(self.slices) == 1 else f"the {len(self.slices)} files {first} … {last}"
+        first, last = self.slices[0], self.slices[-1]
+        if len(self.slices) > 1:
+            return f"the {len(self.slices)} files {first.file.path} … {last.file.path}"
+        where = "" if first.is_whole else f" (bytes {first.start_bytes} to {first.stop_bytes - 1})"
+        return f"{first.file.path}{where}"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file that may be input; `is_named`: the user gave it, or its extension."""
+
+    path: str
+    name: str
+    is_named: bool
 
 
 @dataclass(frozen=True)
@@ -98,8 +135,10 @@ class Corpus:
         return sum(file.bytes for file in self.files)
 
 
-def discover(roots: Sequence[Path], options: DiscoveryOptions) -> Corpus:
+def discover(roots: Sequence[Path | InputFile], options: DiscoveryOptions) -> Corpus:
     """The corpus below `roots`, in an order that depends only on names.
+
+    A root that is an InputFile is taken as it is.
 
     Raises:
         DataError: a root does not exist, or no readable input was found.
@@ -109,59 +148,111 @@ def discover(roots: Sequence[Path], options: DiscoveryOptions) -> Corpus:
     seen: set[_FileId] = set()
     duplicates = 0
     for root in roots:
-        for path, name in _candidates(root, options):
-            kind = _kind(path, options.extensions, named=path == str(root))
+        if isinstance(root, InputFile):
+            files.append(root)
+            continue
+        for found in _candidates(root, options):
+            kind = _kind(found.path, options.extensions, named=found.is_named)
             if kind is None:
-                ignored[os.path.splitext(path)[1].lower() or "(none)"] += 1
+                ignored[os.path.splitext(found.path)[1].lower() or "(none)"] += 1
                 continue
-            status = os.stat(path)
+            try:
+                status = os.stat(found.path)
+            except FileNotFoundError:
+                ignored["(broken link)"] += 1
+                continue
             if _file_id(status) in seen:
                 duplicates += 1
                 continue
             seen.add(_file_id(status))
-            files.append(InputFile(path, name, status.st_size, status.st_mtime_ns, *kind))
+            files.append(
+                InputFile(found.path, found.name, status.st_size, status.st_mtime_ns, *kind)
+            )
     corpus = Corpus(tuple(files), duplicates, tuple(ignored.most_common()))
     if not files:
         raise DataError(_nothing_found(roots, corpus))
     return corpus
 
 
+def glob_folder(pattern: Path) -> Path:
+    """The folder below which a glob finds things: all of its path that is no pattern."""
+    parts = list(takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1]))
+    return Path(*parts)
+
+
 def cut_units(files: Iterable[InputFile], *, unit_bytes: int) -> list[Unit]:
-    """The files as units of work: neighbours are bundled up to `unit_bytes`.
+    """The files as units of work: large ones are cut, neighbours are bundled, to `unit_bytes`.
 
     Bundling, since each unit costs an fsync or two (a source tree has thousands of small files).
     """
     units: list[Unit] = []
     pending: list[InputSlice] = []
     pending_bytes = 0
-    for file in files:
-        if pending and pending_bytes + file.bytes > unit_bytes:
+    for piece in (piece for file in files for piece in _slices(file, unit_bytes)):
+        if pending and pending_bytes + piece.bytes > unit_bytes:
             units.append(Unit(len(units), tuple(pending)))
             pending, pending_bytes = [], 0
-        pending.append(InputSlice(file))
-        pending_bytes += file.bytes
+        pending.append(piece)
+        pending_bytes += piece.bytes
     if pending:
         units.append(Unit(len(units), tuple(pending)))
     return units
+
+
+def _slices(file: InputFile, unit_bytes: int) -> list[InputSlice]:
+    if file.compression != "none" or file.format in ("text", "arrow_stream"):
+        return [whole(file)]
+    count = max(1, -(-file.bytes // unit_bytes))
+    cuts = [file.bytes * number // count for number in range(count + 1)]
+    return [InputSlice(file, start, stop) for start, stop in pairwise(cuts)]
 
 
 def _file_id(status: os.stat_result) -> _FileId:
     return status.st_dev, status.st_ino
 
 
-def _candidates(root: Path, options: DiscoveryOptions) -> Iterator[tuple[str, str]]:
-    if not root.exists():
-        raise DataError(f"corpus {root} does not exist; give files or folders of text")
+def _candidates(root: Path, options: DiscoveryOptions) -> Iterator[_Found]:
     skip = {_file_id(path.stat()) for path in options.skip if path.exists()}
-    if not root.is_dir():
-        if _file_id(root.stat()) not in skip:
-            yield str(root), root.name
-        return
-    root_name = os.path.basename(os.path.realpath(root))
+    if not root.exists():
+        if not glob.has_magic(str(root)):
+            raise DataError(f"corpus {root} does not exist; give files or folders of text")
+        yield from _matches(root, options, skip)
+    elif root.is_dir():
+        yield from _below(root, options, skip)
+    elif _file_id(root.stat()) not in skip:
+        yield _Found(str(root), root.name, is_named=True)
+
+
+def _below(root: Path, options: DiscoveryOptions, skip: set[_FileId]) -> Iterator[_Found]:
     # Folders that were walked, like those to skip, are not entered (again): links may form circles.
     closed = {*skip, _file_id(root.stat())}
+    root_name = _folder_name(root)
     for path, below in _walk(str(root), "", exclude=options.exclude, closed=closed):
-        yield path, f"{root_name}/{below}"
+        yield _Found(path, f"{root_name}/{below}", is_named=False)
+
+
+def _matches(pattern: Path, options: DiscoveryOptions, skip: set[_FileId]) -> Iterator[_Found]:
+    folder = glob_folder(pattern)
+    matched = sorted(glob.iglob(str(pattern), recursive=True), key=os.fsencode)
+    if not matched:
+        raise DataError(f"corpus {pattern} matches no file or folder; check the pattern")
+    for path in map(Path, matched):
+        below = path.relative_to(folder)
+        if any(
+            _is_excluded(part.name, str(part), options.exclude) for part in (below, *below.parents)
+        ):
+            continue
+        if path.is_dir():
+            # Below `**` all that lies in a folder is matched by itself.
+            if "**" not in pattern.parts:
+                yield from _below(path, options, skip)
+        elif path.is_file() and _file_id(path.stat()) not in skip:
+            is_named = pattern.suffix == path.suffix != ""
+            yield _Found(str(path), f"{_folder_name(folder)}/{below}", is_named=is_named)
+
+
+def _folder_name(folder: Path) -> str:
+    return os.path.basename(os.path.realpath(folder))
 
 
 def _walk(
@@ -182,8 +273,11 @@ def _walk(
             if folder_id not in closed:
                 closed.add(folder_id)
                 yield from _walk(entry.path, inner, exclude=exclude, closed=closed)
-        elif entry.is_file() and _file_id(entry.stat()) not in closed:
-            yield entry.path, inner
+        elif entry.is_file():
+            if _file_id(entry.stat()) not in closed:
+                yield entry.path, inner
+        elif not os.path.exists(entry.path):
+            yield entry.path, inner  # a link that leads nowhere is counted
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -213,15 +307,30 @@ def _kind(
         return None
     if extension in JSON_LINES_EXTENSIONS:
         return "jsonl", compression
-    if extension in (".parquet", ".arrow") and compression == "none":
-        return ("parquet" if extension == ".parquet" else "arrow"), compression
+    if extension == ".parquet" and compression == "none":
+        return "parquet", compression
+    if extension == ".arrow" and compression == "none":
+        return ("arrow" if _begins_with(path, _ARROW_FILE) else "arrow_stream"), compression
     # A file that the user named, or an extension he asked for, is text unless known better.
     if extension in TEXT_EXTENSIONS or extensions is not None or named:
         return "text", compression
     return None
 
 
-def _nothing_found(roots: Sequence[Path], corpus: Corpus) -> str:
+def _begins_with(path: str, magic: bytes) -> bool:
+    try:
+        with Path(path).open("rb") as stream:
+            return stream.read(len(magic)) == magic
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    """What to say of an input that the system refuses to read."""
+    return DataError(f"cannot read {path}: {error.strerror or error}; fix or --exclude it")
+
+
+def _nothing_found(roots: Sequence[Path | InputFile], corpus: Corpus) -> str:
     where = ", ".join(str(root) for root in roots)
     if corpus.ignored_extensions:
         other = ", ".join(f"{count} {name}" for name, count in corpus.ignored_extensions[:5])

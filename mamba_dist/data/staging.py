@@ -23,23 +23,24 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder, write_once
+from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
 from mamba_dist.data.packing_plan import PLAN_PATTERN
-from mamba_dist.data.parts import PartRecord, part_path
+from mamba_dist.data.part_records import PartRecord, part_path
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.share import Share
 from mamba_dist.data.sources import InputFile
 from mamba_dist.errors import DataError
 
-INPUTS_NAME = "inputs.jsonl"
-BAD_DOCUMENTS_NAME = "bad_documents.jsonl"
 _PREFIX = ".partial-"
 _OURS = (
     "train-*.arrow",
     "val-*.arrow",
     INPUTS_NAME,
     BAD_DOCUMENTS_NAME,
+    DOCUMENT_IDS_NAME,
     "tokenizer.*",
     PLAN_PATTERN,
 )

@@ -18,10 +18,11 @@ import pyarrow as pa
 import xxhash
 
 from mamba_dist.data.batch_check import batch_faults
+from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import hash_file
+from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.data.manifest import MANIFEST_NAME, BatchRecord, Manifest, ShardRecord
 from mamba_dist.data.shard import batch_end, header_faults
-from mamba_dist.data.staging import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.errors import DataError
 
 Depth = Literal["quick", "xxh3", "sha256"]
@@ -58,6 +59,8 @@ def dataset_problems(
     yield from _manifest_problems(manifest)
     yield from _companion_problems(folder, manifest, depth=depth)
     known = {shard.file for shard in manifest.shards}
+    if manifest.inputs.ids_sha256 is not None:
+        known.add(DOCUMENT_IDS_NAME)
     for path in sorted(folder.glob("*.arrow")):
         if path.name not in known:
             yield Problem(path.name, "is an extra shard that the manifest does not name; remove it")
@@ -132,6 +135,8 @@ def _companion_problems(folder: Path, manifest: Manifest, *, depth: Depth) -> It
         INPUTS_NAME: manifest.inputs.sha256,
         BAD_DOCUMENTS_NAME: None,
     }
+    if manifest.inputs.ids_sha256 is not None:
+        expected[DOCUMENT_IDS_NAME] = manifest.inputs.ids_sha256
     for name, sha256 in expected.items():
         if not (folder / name).is_file():
             yield Problem(name, "is missing")

@@ -46,9 +46,11 @@ def test_the_same_corpus_gives_the_same_file(corpus: Path, tmp_path: Path) -> No
 def test_special_tokens_and_exclusion_act(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "t.json"
     options = ["--vocab-size", "300", "--output", str(path), "--exclude", "skipped"]
-    assert main([str(corpus), *options, "--special-tokens", "<|user|>", "<|endoftext|>"]) == 0
+    for token in ("<|user|>", "<|endoftext|>", "<|bot|>"):
+        options += ["--special-token", token]
+    assert main([str(corpus), *options]) == 0
     vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-    assert list(vocabulary)[:2] == ["<|endoftext|>", "<|user|>"]
+    assert list(vocabulary)[:3] == ["<|endoftext|>", "<|user|>", "<|bot|>"]
     assert "zz" not in vocabulary
 
 
@@ -65,9 +67,9 @@ def test_a_sample_is_a_part_of_the_corpus_and_always_the_same(
             text = path.read_text()
             (big / f"{copy}-{path.name}").write_text(text.replace("a", "stuvwx"[copy]) * 2)
     contents = []
-    for sample in (1, 1, 200):
+    for sample in (10**6, 10**6, 2 * 10**8):
         path = tmp_path / "t.json"
-        options = ["--vocab-size", "500", "--sample-mb", str(sample), "--output", str(path)]
+        options = ["--vocab-size", "500", "--sample-bytes", str(sample), "--output", str(path)]
         assert main([str(big), *options]) == 0
         contents.append(path.read_bytes())
     assert contents[0] == contents[1] != contents[2]

@@ -17,7 +17,7 @@ from mamba_dist.data.manifest import (
     TokenizerIdentity,
     write_manifest,
 )
-from mamba_dist.data.parts import PartRecord
+from mamba_dist.data.part_records import PartRecord
 from mamba_dist.data.shard import schema_metadata
 from mamba_dist.data.shard_writer import Documents, ShardWriter
 from mamba_dist.data.sources import DiscoveryOptions, Unit, discover

@@ -1,5 +1,7 @@
 import gzip
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mamba_dist.data.dataset import open_dataset
-from mamba_dist.data.tokenization import load_tokenizer
+from mamba_dist.data.documents import Reading
+from mamba_dist.data.durable import quick_hash
+from mamba_dist.data.fast_backends import REFERENCE
+from mamba_dist.data.parts import PartSettings, make_part
+from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.tokenization import FlatIds, load_tokenizer
 from mamba_dist.errors import DataError
 
 
@@ -210,3 +217,98 @@ def test_large_vocabularies_are_stored_in_four_bytes(corpus_path: Path, tmp_path
     ids, begins = dataset.train.read(0, dataset.train.tokens)
     assert set(ids.tolist()) == {0, 65_535, 65_536, 70_000}
     assert (ids[np.flatnonzero(begins)[1:] - 1] == 70_000).all()
+
+
+def write_cuttable(path: Path, rows: list[str | None]) -> None:
+    """A file that units can share, over several row groups or record batches."""
+    table = pa.table({"text": rows})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=7)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    else:
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.parquet", "b.arrow"])
+def test_a_file_that_several_units_share_gives_what_one_unit_gives(
+    tokenizer_path: Path, tmp_path: Path, name: str
+) -> None:
+    texts: list[str | None] = [*made_texts(150, seed=6)]
+    for bad in (3, 70, 71, 149):
+        texts[bad] = None
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, text in enumerate(made_texts(10, seed=7)):
+        (corpus / f"{'ac'[number % 2]}{number}.txt").write_text(text, encoding="utf-8")
+    write_cuttable(corpus / name, texts)
+    listener = SilentListener()
+    build(corpus, tmp_path / "cut", tokenizer_path, workers=3, listener=listener)
+    assert listener.units >= 4
+    whole = SilentListener()
+    build(corpus, tmp_path / "whole", tokenizer_path, unit_bytes=1 << 20, listener=whole)
+    assert whole.units == 1
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(tmp_path / "whole")
+    listed = (tmp_path / "cut" / "bad_documents.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in listed] == [4, 71, 72, 150]
+    inputs = [
+        json.loads(line) for line in (tmp_path / "cut" / "inputs.jsonl").read_text().splitlines()
+    ]
+    assert [line["documents"] for line in inputs] == [1] * 5 + [146] + [1] * 5
+    assert inputs[5]["xxh3"] == quick_hash(corpus / name)
+    with pytest.raises(DataError, match=rf"(?s)corpus/{name}:71: no text field"):
+        build(corpus, tmp_path / "strict", tokenizer_path, max_bad=1)
+    assert build(corpus, tmp_path / "cut", tokenizer_path).was_complete
+
+
+class Rewriter(SilentListener):
+    """Writes to a file once the build has begun, its size as it was."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def started(self, *, total_bytes: int, done_bytes: int) -> None:
+        self._path.write_bytes(self._path.read_bytes().replace(b"state", b"STATE"))
+        os.utime(self._path, ns=(1, 1))
+
+
+def test_an_input_that_changes_during_the_build_is_named(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, made_texts(40))
+    with pytest.raises(DataError, match=r"a.jsonl changed while it was read"):
+        build(path, tmp_path / "set", tokenizer_path, listener=Rewriter(path))
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+class Beyond:
+    """Gives one id a text, which the vocabulary does not have."""
+
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        return np.full(len(texts), 350, dtype=np.uint32), np.ones(len(texts), dtype=np.int64)
+
+
+def test_an_id_outside_the_vocabulary_names_the_input_and_leaves_no_part(
+    corpus_path: Path, tmp_path: Path
+) -> None:
+    files = discover([corpus_path], DiscoveryOptions()).files
+    [unit] = cut_units(files, unit_bytes=1 << 20)
+    settings = PartSettings(
+        folder=str(tmp_path),
+        tokenizer="",
+        eos_token="",
+        eos_id=0,
+        vocab_size=350,
+        dtype="uint16",
+        reading=Reading("text", id_field="id"),
+        train_split=0.5,
+        batch_documents=10,
+        backend=REFERENCE,
+    )
+    between = r"id 350, outside its vocabulary of 350, between corpus/a/00.txt and corpus/b/59.txt"
+    with pytest.raises(DataError, match=between):
+        make_part(unit, settings, encoder=Beyond())
+    assert list(tmp_path.iterdir()) == []

@@ -107,7 +107,7 @@ def test_what_was_left_out_is_counted_and_the_data_set_is_sound(
 
 
 @pytest.mark.parametrize(
-    "options", [{"workers": 2}, {"unit_bytes": 1}, {"unit_bytes": 10**9}, {"batch_documents": 3}]
+    "options", [{"workers": 2}, {"unit_bytes": 300}, {"unit_bytes": 10**9}, {"batch_documents": 3}]
 )
 def test_duplicates_are_the_same_for_any_workers_and_units(
     repeated: Path, unique: Path, tokenizer_path: Path, tmp_path: Path, options: dict[str, int]

@@ -1,4 +1,6 @@
+import dataclasses
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -11,14 +13,24 @@ import pytest
 import zstandard
 from made_data import made_texts
 
-from mamba_dist.data.documents import BadDocument, Document, read_documents
-from mamba_dist.data.sources import DiscoveryOptions, discover
+from mamba_dist.data.documents import (
+    AnyDocument,
+    BadDocument,
+    Document,
+    LongDocument,
+    Reading,
+    SliceReader,
+    lines_before,
+    read_documents,
+)
+from mamba_dist.data.durable import quick_hash
+from mamba_dist.data.sources import DiscoveryOptions, InputSlice, discover, whole
 from mamba_dist.errors import DataError
 
 TEXTS = made_texts(3000)
 
 
-def read(path: Path, text_field: str = "text") -> list[Document | BadDocument]:
+def read(path: Path, text_field: str = "text") -> list[AnyDocument]:
     [file] = discover([path], DiscoveryOptions()).files
     return list(read_documents(file, text_field))
 
@@ -179,3 +191,122 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"cannot read .*a.txt: No such file"):
         list(read_documents(file, "text"))
+
+
+def read_in_slices(path: Path, cuts: list[int], reading: Reading) -> list[AnyDocument]:
+    """The documents of all slices, their lines counted from the file's beginning."""
+    [file] = discover([path], DiscoveryOptions()).files
+    found: list[AnyDocument] = []
+    lines = 0
+    for start, stop in itertools.pairwise([0, *cuts, file.bytes]):
+        piece = InputSlice(file, start, stop)
+        assert lines_before(piece) == lines
+        reader = SliceReader(piece, reading)
+        found += [dataclasses.replace(document, line=document.line + lines) for document in reader]
+        lines += reader.lines
+    return found
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "file.arrow"])
+@pytest.mark.parametrize("shares", [(0.5,), (0.0001, 0.3, 0.3001, 0.31, 0.999), (0.1, 0.2, 0.4)])
+def test_slices_give_the_documents_and_lines_of_the_whole(
+    tmp_path: Path, name: str, shares: tuple[float, ...]
+) -> None:
+    WRITERS[name](tmp_path / name)
+    size = (tmp_path / name).stat().st_size
+    cuts = [int(share * size) for share in shares]
+    found = read_in_slices(tmp_path / name, cuts, Reading("text"))
+    assert found == [Document(text, line) for line, text in enumerate(TEXTS, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("a.parquet", [2100, 900]), ("file.arrow", [1700, 1300])]
+)
+def test_a_slice_of_a_table_reads_its_own_rows_only(
+    tmp_path: Path, name: str, rows: list[int]
+) -> None:
+    WRITERS[name](tmp_path / name)
+    [file] = discover([tmp_path / name], DiscoveryOptions()).files
+    middle = file.bytes // 2
+    halves = InputSlice(file, 0, middle), InputSlice(file, middle, file.bytes)
+    assert [len(list(SliceReader(half, Reading("text")))) for half in halves] == rows
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.md"])
+def test_a_file_that_passes_by_whole_is_hashed_on_the_way(tmp_path: Path, name: str) -> None:
+    WRITERS.get(name, WRITERS["a.jsonl"])(tmp_path / name)
+    [file] = discover([tmp_path / name], DiscoveryOptions()).files
+    reader = SliceReader(whole(file), Reading("text"))
+    assert list(reader)
+    assert reader.xxh3 == quick_hash(tmp_path / name)
+    half = SliceReader(InputSlice(file, 0, file.bytes // 2), Reading("text"))
+    assert list(half)
+    assert half.xxh3 is None or name != "a.jsonl"
+
+
+LIMITED = Reading("text", None, 300)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "file.arrow", "stream.arrow"]
+)
+def test_a_record_over_the_limit_is_bad_and_the_others_are_kept(tmp_path: Path, name: str) -> None:
+    texts = ["short", "é" * 200, "fine", "z" * 900_000, "last"]
+    one_row_groups = name == "a.parquet"
+    if one_row_groups:
+        pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=1)
+    elif name.endswith(".arrow"):
+        write_arrow(tmp_path / name, texts, stream=name == "stream.arrow")
+    else:
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        data = lines.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    [file] = discover([tmp_path / name], DiscoveryOptions()).files
+    found = list(SliceReader(whole(file), LIMITED))
+    assert [d.text for d in found if isinstance(d, Document)] == ["short", "fine", "last"]
+    bad = [str(d) for d in found if isinstance(d, BadDocument)]
+    assert bad == [
+        f"{name}:{line}: too long (over 300 bytes; see --max-record-bytes)" for line in (2, 4)
+    ]
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.txt.gz", "long.txt.zst"])
+def test_a_long_text_file_is_not_held_in_memory(tmp_path: Path, name: str) -> None:
+    text = "".join(f"{number} zwölf Boxkämpfer 東京\r\n" for number in range(40_000))
+    data = b"\xef\xbb\xbf" + text.encode()
+    packed = {".gz": gzip.compress, ".zst": zstandard.compress}
+    (tmp_path / name).write_bytes(packed.get(Path(name).suffix, bytes)(data))
+    [file] = discover([tmp_path / name], DiscoveryOptions()).files
+    reader = SliceReader(whole(file), Reading("text"))
+    [document] = reader
+    assert isinstance(document, LongDocument)
+    for _ in range(2):
+        assert "".join(document.texts()) == text
+    assert max(map(len, document.texts())) <= 1 << 17
+    assert reader.xxh3 == quick_hash(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("data", "line", "fault"),
+    [
+        (b"line\n" * 300_000 + b"\xe9\n" + b"line\n" * 9, 300_001, "not UTF-8"),
+        (b"line\n" * 300_000 + b"\xc3", 300_001, "not UTF-8"),
+        (b" \n" * 600_000, 1, "empty"),
+    ],
+)
+def test_a_long_text_file_that_is_bad_names_the_line(
+    tmp_path: Path, data: bytes, line: int, fault: str
+) -> None:
+    (tmp_path / "long.txt").write_bytes(data)
+    [bad] = read(tmp_path / "long.txt")
+    assert isinstance(bad, BadDocument)
+    assert (bad.line, bad.fault) == (line, fault)
+
+
+def test_a_file_that_changes_between_two_readings_is_named(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_bytes(b"line\n" * 300_000)
+    [document] = read(tmp_path / "long.txt")
+    assert isinstance(document, LongDocument)
+    (tmp_path / "long.txt").write_bytes(b"caf\xe9\n" * 300_000)
+    with pytest.raises(DataError, match=r"long.txt changed while it was read"):
+        list(document.texts())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mamba_dist.data.documents import Reading
 from mamba_dist.data.parts import PartSettings, make_part, place_in_unit
 from mamba_dist.data.sources import DiscoveryOptions, Unit, cut_units, discover
 from mamba_dist.data.tokenization import FlatIds, Tokenizer, load_tokenizer
@@ -57,7 +58,7 @@ def test_the_documents_that_were_being_encoded_are_named(
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         dtype="uint16",
-        text_field="text",
+        reading=Reading("text"),
         train_split=0.9,
         batch_documents=documents,
         backend="reference",
@@ -76,3 +77,11 @@ def test_a_place_between_documents_is_said_too(tmp_path: Path) -> None:
     assert place_in_unit(unit, (0, 0, 0, 0)).startswith("at the beginning of the 2 files ")
     assert place_in_unit(unit, (2, 0, 0, 0)) == f"reading {second}"
     assert place_in_unit(unit, (2, 5, 0, 0)) == f"reading {second} after line 5"
+
+
+def test_lines_of_a_later_piece_of_a_file_are_counted_from_its_beginning(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "four"}\n' * 10)
+    units = cut_units(discover([tmp_path], DiscoveryOptions()).files, unit_bytes=90)
+    assert len(units) == 2
+    assert place_in_unit(units[1], (1, 2, 1, 2)) == f"at {tmp_path}/a.jsonl:7"
+    assert place_in_unit(units[1], (1, 0, 0, 0)) == f"reading {tmp_path}/a.jsonl after line 5"

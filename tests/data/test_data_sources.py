@@ -29,7 +29,9 @@ def test_files_come_in_the_order_of_their_names_wherever_the_corpus_lies(tmp_pat
 
 def test_the_format_is_told_by_the_extension(tmp_path: Path) -> None:
     listed = ("a.jsonl", "b.jsonl.zst", "c.json.gz", "d.parquet", "e.arrow", "f.PY", "g.txt.xz")
-    corpus = discover([write(tmp_path, *listed)], DiscoveryOptions())
+    write(tmp_path, *listed, "h.arrow")
+    (tmp_path / "e.arrow").write_bytes(b"ARROW1\0\0")
+    corpus = discover([tmp_path], DiscoveryOptions())
     assert [(file.format, file.compression) for file in corpus.files] == [
         ("jsonl", "none"),
         ("jsonl", "zstd"),
@@ -38,6 +40,7 @@ def test_the_format_is_told_by_the_extension(tmp_path: Path) -> None:
         ("arrow", "none"),
         ("text", "none"),
         ("text", "xz"),
+        ("arrow_stream", "none"),
     ]
 
 
@@ -124,3 +127,61 @@ def test_units_bundle_small_files_and_keep_the_order(tmp_path: Path) -> None:
     assert [unit.bytes for unit in units] == [60, 500, 20]
     assert [unit.index for unit in units] == [0, 1, 2]
     assert tuple(piece.file for unit in units for piece in unit.slices) == files
+
+
+def test_large_files_are_cut_where_a_part_can_be_read_alone(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.arrow", "e.parquet"):
+        (tmp_path / name).write_bytes(bytes(100))
+    (tmp_path / "f.jsonl").write_bytes(bytes(60))
+    files = discover([tmp_path], DiscoveryOptions()).files
+    units = cut_units(files, unit_bytes=60)
+    cut = [
+        (Path(piece.file.path).name, piece.start_bytes, piece.stop_bytes)
+        for unit in units
+        for piece in unit.slices
+    ]
+    assert cut == [
+        ("a.jsonl", 0, 50),
+        ("a.jsonl", 50, 100),
+        ("b.jsonl.gz", 0, 100),
+        ("c.txt", 0, 100),
+        ("d.arrow", 0, 100),
+        ("e.parquet", 0, 50),
+        ("e.parquet", 50, 100),
+        ("f.jsonl", 0, 60),
+    ]
+    assert str(units[1]) == f"{tmp_path}/a.jsonl (bytes 50 to 99)"
+
+
+def test_a_glob_finds_what_its_folder_would_under_the_same_names(tmp_path: Path) -> None:
+    corpus = write(
+        tmp_path / "c", "a.jsonl", "x/b.jsonl", "x/y/c.jsonl", "x/y/d.txt", ".git/e.jsonl", "f.odd"
+    )
+    assert names(corpus / "**" / "*.jsonl") == ["c/a.jsonl", "c/x/b.jsonl", "c/x/y/c.jsonl"]
+    assert names(corpus / "**") == [name for name in names(corpus) if name != "c/f.odd"]
+    assert discover([corpus / "**"], DiscoveryOptions()).duplicates == 0
+    assert names(corpus / "*.odd") == ["c/f.odd"]
+    assert names(corpus / "x*") == ["x/b.jsonl", "x/y/c.jsonl", "x/y/d.txt"]
+    assert names(corpus / "x" / "y" / "[cd].*") == ["y/c.jsonl", "y/d.txt"]
+    assert names(corpus / "**" / "*.jsonl", exclude=("y",)) == ["c/a.jsonl", "c/x/b.jsonl"]
+    assert names(corpus / "**" / "*.jsonl", skip=(corpus / "a.jsonl",)) == [
+        "c/x/b.jsonl",
+        "c/x/y/c.jsonl",
+    ]
+
+
+def test_what_two_globs_match_is_seen_once(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c", "a.jsonl", "b.txt")
+    (corpus / "c.jsonl").symlink_to(corpus / "a.jsonl")
+    found = discover([corpus / "*.jsonl", corpus / "a*", corpus], DiscoveryOptions())
+    assert [file.name for file in found.files] == ["c/a.jsonl", "c/b.txt"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
+    write(tmp_path, "a[1].txt", "a1.txt")
+    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
+
+
+def test_a_glob_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\*\.jsonl matches no file or folder"):
+        discover([tmp_path / "*.jsonl"], DiscoveryOptions())

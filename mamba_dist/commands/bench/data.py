@@ -26,7 +26,7 @@ from mamba_dist.commands.bench.data_report import Runs, Turn, document, heading,
 from mamba_dist.commands.bench.data_worker import HF_MAP, MEGATRON, RAW
 from mamba_dist.config.text import write_text
 from mamba_dist.data.build import sample_texts
-from mamba_dist.data.documents import Document, read_documents
+from mamba_dist.data.documents import BadDocument, read_documents
 from mamba_dist.data.fast_backends import FAST_BACKENDS, REFERENCE
 from mamba_dist.data.manifest import read_manifest
 from mamba_dist.data.sources import DiscoveryOptions, InputFile, discover
@@ -149,8 +149,8 @@ def _prepare(arguments: argparse.Namespace, folder: Path) -> _Inputs:
 def _texts(files: Sequence[InputFile]) -> Iterator[str]:
     for file in files:
         for found in read_documents(file, "text"):
-            if isinstance(found, Document):
-                yield found.text
+            if not isinstance(found, BadDocument):
+                yield "".join(found.texts())
 
 
 def _write(path: Path, texts: Iterator[str], *, keep: float) -> _Corpus:
