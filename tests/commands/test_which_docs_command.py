@@ -7,7 +7,7 @@ import yaml
 from made_dataset import MadeDataset
 
 from mamba_dist.commands.which_docs import main
-from mamba_dist.data.batch import pack
+from mamba_dist.data.batch import SampleId, pack
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import SplitIndex
 from mamba_dist.data.order import SampleOrder
@@ -78,7 +78,7 @@ def test_a_sample_id_names_every_document_of_its_window(
     printed = which(capsys, made_once, "--sample-id", 4, "--sequence-length", 128)
     found = named(printed)
     assert "sample id 4: tokens 512 to 640 of train" in printed
-    row = pack(dataset.train, [4], length=128, pad_token_id=0)
+    row = pack([dataset.train], [SampleId(0, 4)], length=128, pad_token_id=0)
     # The label of the last position may belong to one document more.
     assert len(found) - (int(row.seq_idx[0, -1]) + 1) in (0, 1)
     tokenizer = load_tokenizer(made_once.folder / "tokenizer.json")
