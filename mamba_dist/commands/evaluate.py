@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mamba_dist.checkpoint.history import recorded_order
 from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
 from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.schema import RunConfig
@@ -35,7 +36,6 @@ from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.telemetry.metrics import read_metrics
 from mamba_dist.telemetry.progress import progress
 from mamba_dist.train.build import open_matching_sources
-from mamba_dist.train.continuation import recorded_order
 from mamba_dist.train.evaluate import label_count, model_inputs
 
 EXIT_USER_ERROR = 2
@@ -190,14 +190,14 @@ def _summary(
 
 
 def _trained_samples(
-    reader: CheckpointReader, records: tuple[SourceRecord, ...]
+    reader: CheckpointReader, records: Sequence[SourceRecord]
 ) -> Iterator[SampleId]:
     """Every sample that the run has read, those of skipped steps included, by place in `records`.
 
     Raises:
         CheckpointError: the run also read data sets that have left the mixture.
     """
-    order = recorded_order(reader, records)
+    order = recorded_order(reader.manifest, folder=reader.folder, sources=records)
     place = {record.fingerprint: index for index, record in enumerate(records)}
     gone = {s.path for one in order.segments for s in one.sources if s.fingerprint not in place}
     if gone:

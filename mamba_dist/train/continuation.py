@@ -1,15 +1,12 @@
 """What a resumed run goes on reading: the same, or what the config explicitly lets change."""
 
-from dataclasses import replace
-
+from mamba_dist.checkpoint.history import recorded_order
 from mamba_dist.checkpoint.store import CheckpointReader
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import (
     RunOrder,
     Segment,
-    SourceRecord,
     content_differences,
-    first_segment,
     shares,
 )
 from mamba_dist.errors import CheckpointError
@@ -23,7 +20,7 @@ def continued_order(reader: CheckpointReader, config: RunConfig, fresh: RunOrder
     """
     _require_same_fields(reader, config)
     now = fresh.segments[0]
-    order = recorded_order(reader, now.sources)
+    order = recorded_order(reader.manifest, folder=reader.folder, sources=now.sources)
     last = order.segments[-1]
     _require_same_contents(reader, last, now)
     _require_same_samples(reader, order, now)
@@ -46,27 +43,6 @@ def continued_order(reader: CheckpointReader, config: RunConfig, fresh: RunOrder
             global_batch_size=now.global_batch_size,
         )
     return order.moved({source.fingerprint: source.path for source in now.sources})
-
-
-def recorded_order(reader: CheckpointReader, sources: tuple[SourceRecord, ...]) -> RunOrder:
-    """The order of the run up to a checkpoint; `sources` are the data sets that are there now.
-
-    Raises:
-        CheckpointError: the checkpoint is older than its record, and its data set is not there.
-    """
-    progress, data = reader.manifest.progress, reader.config.data
-    segments = progress.segments
-    if not segments:
-        own = [s for s in sources if s.fingerprint == progress.data_fingerprint]
-        if not own:
-            raise CheckpointError(
-                f"{reader.folder}: was trained on another data set (fingerprint "
-                f"{progress.data_fingerprint}) than {', '.join(s.path for s in sources)} now "
-                "holds; restore the data, or train in another run folder (training.run_dir=…)"
-            )
-        alone = replace(own[0], weight=1.0, max_epochs=None, order_key="")
-        segments = (first_segment([alone], global_batch_size=progress.global_batch_size),)
-    return RunOrder(segments, seed=data.seed, shuffle=data.shuffle)
 
 
 def _require_same_fields(reader: CheckpointReader, config: RunConfig) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from saved_run import save_run
 
-from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
-from mamba_dist.checkpoint.store import CheckpointReader, Snapshot, open_checkpoint, save_checkpoint
+from mamba_dist.checkpoint.history import recorded_order
+from mamba_dist.checkpoint.manifest import Progress
+from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
 from mamba_dist.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -23,25 +24,14 @@ from mamba_dist.data.segments import (
     first_segment,
     mixture_fingerprint,
 )
-from mamba_dist.engine.base import Fragment
 from mamba_dist.errors import CheckpointError, ConfigError
 from mamba_dist.train.build import planned_steps
-from mamba_dist.train.continuation import continued_order, recorded_order
+from mamba_dist.train.continuation import continued_order
 from mamba_dist.train.state import beginning
 
 CONTENT = SourceContent(1_234_567, 10, 99, 3, 2, "a" * 64, 320, 0, 0.9, 0.1)
 WEB = SourceRecord("data/web", "f" * 64, 3.0, None, 100, CONTENT)
 CODE = SourceRecord("data/code", "c" * 64, 1.0, 2, 30, CONTENT)
-
-
-class OneRank:
-    rank = 0
-    size = 1
-
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
-    def barrier(self) -> None: ...
 
 
 def config(*accepted: str, length: dict[str, int] | None = None, **data: Any) -> RunConfig:
@@ -62,24 +52,7 @@ def saved(
     run_dir: Path, order: RunOrder, *, step: int = 5, recorded: bool = True
 ) -> CheckpointReader:
     """The checkpoint after a step; not `recorded`: as it was written before there were mixtures."""
-    flat = torch.zeros(4)
-    progress = beginning(order).model_copy(
-        update={
-            "step": step,
-            "next_sample": order.positions(step).start,
-            "segments": order.segments if recorded else (),
-        }
-    )
-    snapshot = Snapshot(
-        progress=progress,
-        adam_steps=step,
-        fragments=[Fragment("a", (4,), 0, flat, flat, flat)],
-        config=config(),
-        tokenizer=TokenizerRecord(sha256="0", eos_token="e"),
-        engine="test",
-        versions={},
-    )
-    save_checkpoint(run_dir, snapshot, ranks=OneRank())
+    save_run(run_dir, config(), order, step=step, recorded=recorded)
     return open_checkpoint(run_dir, notice=pytest.fail)
 
 
@@ -93,7 +66,8 @@ def test_the_segments_of_a_run_are_read_back_from_its_checkpoint(tmp_path: Path)
     order = order_of(WEB, CODE).changed(step=3, sources=[WEB], global_batch_size=4)
     reader = saved(tmp_path, order)
     assert reader.manifest.progress.segments == order.segments
-    assert recorded_order(reader, ()).segments == order.segments
+    again = recorded_order(reader.manifest, folder=reader.folder, sources=[])
+    assert again.segments == order.segments
     assert reader.manifest.progress.data_fingerprint == WEB.fingerprint
     assert reader.manifest.progress.global_batch_size == 4
 
