@@ -22,8 +22,8 @@ from mamba_dist.data.build import (
     build_dataset,
 )
 from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
-from mamba_dist.data.manifest import SPLITS
 from mamba_dist.data.parts import PartRecord
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.sources import Corpus, DiscoveryOptions, Unit, discover
 from mamba_dist.errors import ConfigError, DataError, MambaDistError
 from mamba_dist.telemetry.progress import Progress, progress

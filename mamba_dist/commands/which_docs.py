@@ -18,7 +18,8 @@ from mamba_dist.config.load import load_config
 from mamba_dist.data.batch import count_windows
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import DocumentPlace, InputIndex, SplitIndex, find_document
-from mamba_dist.data.manifest import SPLITS, Manifest
+from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.tokenization import Tokenizer, check_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
 
