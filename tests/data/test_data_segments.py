@@ -117,6 +117,11 @@ def test_no_sample_comes_twice_in_an_epoch_whatever_is_changed_on_the_way(order:
     last = samples[order.segments[-1].first_position :]
     for name, epoch, _ in last:
         assert limits[name] is None or epoch < limits[name]
+    for position in range(0, len(samples), 17):
+        counts = order.taken(position)
+        for name, _, _ in samples[:position]:
+            counts[name] -= 1
+        assert set(counts.values()) <= {0}
     taken = order.taken(len(samples))
     assert taken == {name: sum(1 for each, _, _ in samples if each == name) for name in taken}
 
@@ -229,7 +234,7 @@ def test_a_run_ends_when_all_its_sources_are_exhausted() -> None:
 
 
 def test_weights_are_the_decimal_numbers_that_were_written() -> None:
-    assert shares([source("a", 1, 0.1), source("b", 1, 0.2)])["a"] * 3 == 1
+    assert shares([source("a", 1, 0.1), source("b", 1, 0.3)])["a"] * 4 == 1
 
 
 def test_what_changed_in_a_data_set_is_said_in_words() -> None:

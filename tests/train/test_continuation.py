@@ -136,6 +136,9 @@ def test_another_batch_size_needs_consent_and_then_begins_a_segment(tmp_path: Pa
     order = continued_order(reader, config("global_batch_size"), order_of(WEB, batch=16))
     assert order.positions(4) == range(32, 40)
     assert order.positions(5) == range(40, 56)
+    before = order_of(WEB)
+    assert [order.locate(g)[1:] for g in range(90)] == [before.locate(g)[1:] for g in range(90)]
+    assert order.segments[-1].mixture_position == 0
     both = refusal(reader, order_of(WEB, CODE, batch=16))
     assert "accept_changes=[data_mixture, global_batch_size]" in both
 
