@@ -48,6 +48,8 @@ class TrainLoader:
         if plan.global_batch_size != segment.global_batch_size or start_step < segment.first_step:
             raise ValueError(f"{plan} from step {start_step} on does not fit {segment}")
         self._datasets = [source.dataset for source in data.sources]
+        if [d.fingerprint for d in self._datasets] != [s.fingerprint for s in segment.sources]:
+            raise ValueError(f"the open data sets are not those of {segment}")
         self._workers = config.num_workers
         self._accumulation_steps = plan.accumulation_steps
         self._job = PrefetchJob(

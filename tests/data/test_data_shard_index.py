@@ -122,6 +122,32 @@ def test_a_byte_changed_anywhere_never_gives_other_tokens(
         assert re.search(rf"{path}|manifest\.json is damaged", str(error))  # noqa: PT017
 
 
+@pytest.mark.parametrize("wrong", [0, 2**60])
+def test_a_search_led_astray_by_a_damaged_row_is_noticed(
+    copied: Path, dataset: TokenDataset, wrong: int
+) -> None:
+    path = copied / INDEX_NAME
+    whole = path.read_bytes()
+    table = dataset.manifest.shards_of("train")
+    first_tokens_at = 128 + 8 * 9 * (len(table) + 1)
+    noticed = []
+    for number in range(1, table.batches):
+        content = bytearray(whole)
+        at = first_tokens_at + 8 * number
+        content[at : at + 8] = wrong.to_bytes(8, "little")
+        path.write_bytes(content)
+        stream = open_dataset(copied).train
+        for start in range(0, stream.tokens - 5, 50):
+            try:
+                found = stream.read(start, start + 5)[0].tolist()
+            except DataError as error:
+                noticed.append(str(error))
+            else:
+                assert found == dataset.train.read(start, start + 5)[0].tolist()
+    assert len(noticed) >= table.batches
+    assert all("index.npy is damaged in the split train" in said for said in noticed)
+
+
 def test_a_missing_or_shortened_index_is_one_clear_error(copied: Path) -> None:
     path = copied / INDEX_NAME
     whole = path.read_bytes()

@@ -96,6 +96,20 @@ def test_a_changed_mixture_is_read_alike_by_any_world_workers_micro_batch_and_re
             assert row[0].tolist() == streams[source].read(start, start + LENGTH)[0].tolist()
 
 
+def test_sources_are_opened_in_the_order_of_the_mixture_however_they_are_listed(
+    folder: Path, changed: RunData
+) -> None:
+    data = config(folder)
+    listed = data.model_copy(update={"sources": data.sources[::-1]})
+    paths = [source.dataset.path for source in open_sources(data)]
+    assert paths == [source.dataset.path for source in open_sources(listed)]
+    assert [str(path) for path in paths] == [s.path for s in changed.order.segments[-1].sources]
+    wrong = RunData(changed.order, changed.sources[::-1])
+    plan = BatchPlan(4, 4, GLOBAL)
+    with pytest.raises(ValueError, match="the open data sets are not those of"):
+        TrainLoader(wrong, data, plan=plan, rank=0, world_size=1, start_step=5)
+
+
 def test_steps_of_an_earlier_segment_are_not_read_again(folder: Path, changed: RunData) -> None:
     with pytest.raises(ValueError, match="from step 4 on does not fit"):
         TrainLoader(
