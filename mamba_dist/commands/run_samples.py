@@ -35,8 +35,8 @@ class RunSamples:
     def __init__(self, config_path: Path, folders: Sequence[Path]) -> None:
         config = load_config(_config_file(config_path)).config
         self._by_fingerprint = {open_dataset(folder).fingerprint: folder for folder in folders}
-        self._checkpoint = _newest_checkpoint(config_path, config)
-        if self._checkpoint is None:
+        checkpoint = _newest_checkpoint(config_path, config)
+        if checkpoint is None:
             self.data = _with_folders(config.data, folders)
             self._fixed_batch = config.training.global_batch_size
             # Without a step that is asked for, positions mean the same in any batch size.
@@ -45,7 +45,7 @@ class RunSamples:
                 sources, self.data, global_batch_size=self._fixed_batch or 1
             ).order
         else:
-            folder, manifest = self._checkpoint
+            folder, manifest = checkpoint
             self.data = manifest.config.data
             self._fixed_batch = manifest.progress.global_batch_size
             self._order = _recorded(manifest, folder, folders)
