@@ -56,7 +56,7 @@ def _described(segment: Segment, sequence_length: int) -> str:
     sources = [
         f"{source.path}: {source.samples:,} training sequences of {sequence_length} tokens"
         + f", {float(share[source.fingerprint]):.4%} of the samples" * (len(share) > 1)
-        + ("" if source.max_epochs is None else f", at most {source.max_epochs} epochs")
+        + ("" if source.max_epochs is None else f", max_epochs {source.max_epochs}")
         for source in segment.sources
     ]
     return "; ".join(sources)
