@@ -8,7 +8,7 @@ from made_dataset import MadeDataset
 
 from mamba_dist.commands.plan_packing import main as plan_packing
 from mamba_dist.commands.which_docs import main
-from mamba_dist.data.batch import pack
+from mamba_dist.data.batch import SampleId, pack
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import SplitIndex
 from mamba_dist.data.order import SampleOrder
@@ -80,7 +80,9 @@ def test_a_sample_id_names_every_document_of_its_window(
     printed = which(capsys, made_once, "--sample-id", 4, "--sequence-length", 128)
     found = named(printed)
     assert "sample id 4: tokens 512 to 640 of train" in printed
-    row = pack(training_samples(dataset, packing="concat", length=128), [4], pad_token_id=0)
+    row = pack(
+        [training_samples(dataset, packing="concat", length=128)], [SampleId(0, 4)], pad_token_id=0
+    )
     # The label of the last position may belong to one document more.
     assert len(found) - (int(row.seq_idx[0, -1]) + 1) in (0, 1)
     tokenizer = load_tokenizer(made_once.folder / "tokenizer.json")
@@ -123,7 +125,7 @@ def test_a_planned_sample_names_the_document_of_each_of_its_pieces(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"schema_version": 2, "training": training, "data": data}))
     printed = which(capsys, made, "--samples", sample, "--config", config)
-    row = pack(samples, [sample], pad_token_id=0)
+    row = pack([samples], [SampleId(0, sample)], pad_token_id=0)
     texts = list(made.texts.values())
     tokenizer = load_tokenizer(made.folder / "tokenizer.json")
     found = named(printed)
