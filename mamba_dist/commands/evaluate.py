@@ -24,9 +24,9 @@ from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.config.text import write_text
 from mamba_dist.data.batch import IGNORED_LABEL, Batch, SampleId, pack
-from mamba_dist.data.dataset import TokenStream
 from mamba_dist.data.loader import ValidationLoader
 from mamba_dist.data.ngram import NgramCounts, baseline_losses, count_ngrams
+from mamba_dist.data.samples import Samples, training_samples
 from mamba_dist.data.segments import SourceRecord, mixture_fingerprint
 from mamba_dist.data.training_sources import TrainingSource, source_records
 from mamba_dist.errors import CheckpointError, MambaDistError
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "name that"
             )
         sources = open_matching_sources(reader.config)
-        records = source_records(sources, sequence_length=reader.config.data.sequence_length)
+        records = source_records(sources, reader.config.data)
         _require_trained_on(records, reader)
         batches = _validation(reader.config, sources, max_sequences=arguments.max_sequences)
         loss, tokens = _validation_loss(reader, batches)
@@ -161,18 +161,21 @@ def _summary(
     *,
     val_loss: float,
 ) -> Summary:
-    vocab_size, length = reader.config.model.vocab_size, reader.config.data.sequence_length
-    records = source_records(sources, sequence_length=length)
+    vocab_size, data = reader.config.model.vocab_size, reader.config.data
+    records = source_records(sources, data)
     everything = (
         SampleId(source, number)
         for source, record in enumerate(records)
         for number in range(record.samples)
     )
-    streams = [source.dataset.train for source in sources]
+    opened = [
+        training_samples(source.dataset, packing=data.packing, length=data.sequence_length)
+        for source in sources
+    ]
     val_pairs = [(b.input_ids.numpy(), b.labels.numpy()) for b in batches]
 
     def counts(samples: Iterator[SampleId]) -> NgramCounts:
-        return count_ngrams(_pairs(streams, samples, length=length), vocab_size=vocab_size)
+        return count_ngrams(_pairs(opened, samples), vocab_size=vocab_size)
 
     fitted = baseline_losses(counts(_trained_samples(reader, records)), val_pairs)
     full = baseline_losses(counts(everything), val_pairs)
@@ -211,9 +214,9 @@ def _trained_samples(
         yield SampleId(place[source.fingerprint], sample.number)
 
 
-def _pairs(streams: Sequence[TokenStream], samples: Iterator[SampleId], *, length: int) -> Pairs:
+def _pairs(sources: Sequence[Samples], samples: Iterator[SampleId]) -> Pairs:
     while some := list(islice(samples, _ROWS_PER_READ)):
-        rows = pack(streams, some, length=length, pad_token_id=IGNORED_LABEL)
+        rows = pack(sources, some, pad_token_id=IGNORED_LABEL)
         yield rows.input_ids, rows.labels
 
 

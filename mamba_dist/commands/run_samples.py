@@ -120,5 +120,5 @@ def _recorded(manifest: CheckpointManifest, folder: Path, folders: Sequence[Path
     sources: Sequence[SourceRecord] = ()
     if not manifest.progress.segments:
         data = _with_folders(manifest.config.data, folders)
-        sources = source_records(open_sources(data), sequence_length=data.sequence_length)
+        sources = source_records(open_sources(data), data)
     return recorded_order(manifest, folder=folder, sources=sources)

@@ -2,7 +2,7 @@
 
 The samples that a training log names ("samples 128 to 191") are positions in the run's order, from
 its first sample; its steps count from 1. Both need the run: its folder, or its config.yaml. A
-sample id is a window of a split.
+sample id is a sample of a split under the run's packing.
 
 Exit codes: 0 done; 2 a mistake that the message explains; anything else is a crash.
 """
@@ -11,14 +11,16 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from mamba_dist.commands.arguments import not_negative_int, positive_int
 from mamba_dist.commands.run_samples import RunSamples
 from mamba_dist.config.load import load_config
-from mamba_dist.data.batch import count_windows
+from mamba_dist.config.schema import DataConfig, Packing
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import DocumentPlace, InputIndex, SplitIndex, find_document
 from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.samples import Samples, training_samples, validation_samples
 from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.tokenization import Tokenizer, check_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
@@ -46,8 +48,8 @@ def _check_question(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     if arguments.samples is not None or arguments.step is not None:
         if arguments.config is None or arguments.split != "train":
             parser.error("--samples and --step need --config, the run, and the split train")
-        if arguments.sequence_length is not None:
-            parser.error("--samples and --step take the run's own sequence length")
+        if arguments.sequence_length is not None or arguments.packing is not None:
+            parser.error("--samples and --step take the run's own sequence length and packing")
     elif len(arguments.dataset) != 1:
         parser.error(f"a place in a data set needs one DATASET, found {len(arguments.dataset)}")
     elif arguments.sample_id is not None and not (arguments.sequence_length or arguments.config):
@@ -62,10 +64,14 @@ def _print_place(arguments: argparse.Namespace) -> None:
     elif arguments.position is not None:
         documents.print_tokens(arguments.position, arguments.position + 1)
     else:
-        given: int | None = arguments.sequence_length
-        if given is None:
-            given = load_config(arguments.config).config.data.sequence_length
-        documents.print_window(arguments.sample_id, given)
+        data = DataConfig()
+        if arguments.config is not None:
+            data = load_config(arguments.config).config.data
+        documents.print_sample(
+            arguments.sample_id,
+            packing=arguments.packing or data.packing,
+            length=arguments.sequence_length or data.sequence_length,
+        )
 
 
 def _print_samples(arguments: argparse.Namespace) -> None:
@@ -85,7 +91,9 @@ def _print_samples(arguments: argparse.Namespace) -> None:
         print(
             f"sample {position} of the run: {source}epoch {found.epoch}, sample id {found.number}"
         )
-        opened[found.folder].print_window(found.number, run.data.sequence_length)
+        opened[found.folder].print_sample(
+            found.number, packing=run.data.packing, length=run.data.sequence_length
+        )
 
 
 class _Documents:
@@ -94,7 +102,8 @@ class _Documents:
     def __init__(self, folder: Path, split: str, *, shown_tokens: int) -> None:
         self._folder = folder
         self._shown_tokens = shown_tokens
-        self._manifest: Manifest = open_dataset(folder).manifest
+        self._dataset = open_dataset(folder)
+        self._manifest: Manifest = self._dataset.manifest
         self._index = SplitIndex(folder, self._manifest, split)
         self._inputs = InputIndex(folder)
         self._tokenizer: Tokenizer = check_tokenizer(
@@ -109,19 +118,23 @@ class _Documents:
     def print_tokens(self, start: int, stop: int) -> None:
         self._print_places(self._index.between(start, stop))
 
-    def print_window(self, window: int, length: int) -> None:
-        split, tokens = self._index.split, self._index.tokens
-        windows = count_windows(tokens, length, pad_tail=split != "train")
-        if not 0 <= window < windows:
+    def print_sample(self, sample: int, *, packing: Packing, length: int) -> None:
+        split = self._index.split
+        samples: Samples = (
+            training_samples(self._dataset, packing=packing, length=length)
+            if split == "train"
+            else validation_samples(self._dataset, length)
+        )
+        if not 0 <= sample < len(samples):
             raise DataError(
-                f"there is no sample id {window}: at a sequence length of {length} the "
-                f"{split} split has {windows}, from 0"
+                f"there is no sample id {sample}: at a sequence length of {length} the "
+                f"{split} split has {len(samples)}, from 0"
             )
-        start = window * length
-        # One token more than the length: the label of the last input.
-        stop = min(start + length + 1, tokens)
-        print(f"sample id {window}: tokens {start} to {stop - 1} of {split}")
-        self.print_tokens(start, stop)
+        for span in samples.spans(sample):
+            # One token more than the inputs: the label of the last.
+            stop = min(span.start + span.length + 1, self._index.tokens)
+            print(f"sample id {sample}: tokens {span.start} to {stop - 1} of {split}")
+            self.print_tokens(span.start, stop)
 
     def _print_places(self, places: Iterable[DocumentPlace]) -> None:
         for place in places:
@@ -162,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "--position", type=not_negative_int, metavar="P", help="a token of the split, from 0"
     )
     place.add_argument(
-        "--sample-id", type=not_negative_int, metavar="W", help="a window of the split, from 0"
+        "--sample-id", type=not_negative_int, metavar="W", help="a sample of the split, from 0"
     )
     place.add_argument(
         "--samples",
@@ -179,6 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
     parser.add_argument(
         "--sequence-length", type=positive_int, metavar="L", help="default: the config's"
+    )
+    parser.add_argument(
+        "--packing", choices=get_args(Packing), help="default: the config's, or concat"
     )
     parser.add_argument("--config", type=Path, help="run folder, or a config.yaml")
     parser.add_argument(

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 SCHEMA_VERSION = 2
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
+Packing = Literal["concat", "best_fit", "pad"]
 
 
 class Section(BaseModel):
@@ -166,7 +167,7 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(default=None, ge=1)
     """Length in optimizer steps."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Length in training tokens, rounded up to a whole step."""
+    """Length in positions of training sequences, padding included, rounded up to a whole step."""
     eval_steps: int | None = Field(default=500, ge=1)
     """Optimizer steps between validations; null validates only at the end."""
     eval_sequences: int = Field(default=256, ge=1)
@@ -231,6 +232,11 @@ class DataConfig(Section):
     """SentencePiece .model or Hugging Face tokenizer.json; used by tokenising and generation."""
     sequence_length: int = Field(default=2048, ge=1, le=2**24)
     """Tokens L per training sequence."""
+    packing: Packing = "concat"
+    """How training sequences are made of documents: concat cuts the stream of all of them every L
+    tokens; best_fit cuts only documents longer than L and fits the pieces together with little
+    padding; pad puts one document, or piece of a longer one, into a sequence. The last two need a
+    plan, see tools/plan_packing.py; validation is always concat."""
     num_workers: int = Field(default=4, ge=0, le=256)
     """Loader processes per rank that prefetch batches; 0 reads in the training process."""
     shuffle: bool = True

@@ -1,8 +1,4 @@
-"""Batches by concatenation: window i of a split is tokens i·L … i·L+L of its stream, so no padding.
-
-The last token of a window is the label of the one before and the first of the next window. The rest
-of the stream that fills no window (fewer than L+1 tokens) is left out of training, unless it is all
-there is; validation pads it, so that every validation token counts.
+"""Batches: samples of a split as rows of inputs, labels and document numbers (see samples.py).
 
 B batch, L length. Loader processes import this module, which is why torch is imported for types
 alone.
@@ -15,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mamba_dist.data.dataset import TokenStream
+from mamba_dist.data.samples import Samples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +36,7 @@ class Batch:
     `input_ids` (B, L) int64; `labels` (B, L) int64, the next token, or IGNORED_LABEL where that
     belongs to another document or to padding; `seq_idx` (B, L) int32, the document of each
     position, numbered from 0 in each row, padding being one of its own; `sample_ids`, the source
-    and the window of each row, NO_SAMPLE for a row that only fills up.
+    and the sample of each row, NO_SAMPLE for a row that only fills up.
     """
 
     input_ids: "Tensor"
@@ -59,46 +55,42 @@ class PackedRows:
     sample_ids: tuple[SampleId, ...]
 
 
-def count_windows(tokens: int, length: int, *, pad_tail: bool) -> int:
-    """Windows of `length` inputs in so many tokens; `pad_tail` counts the incomplete last one."""
-    if tokens < 2:
-        return 0  # nothing to predict
-    full, tail = divmod(tokens - 1, length)
-    return full + 1 if tail and (pad_tail or full == 0) else full
-
-
 def pack(
-    streams: Sequence[TokenStream],
-    samples: Sequence[SampleId],
-    *,
-    length: int,
-    pad_token_id: int,
+    sources: Sequence[Samples], samples: Sequence[SampleId], *, pad_token_id: int
 ) -> PackedRows:
-    """Windows of the sources' streams as rows (B, L); NO_SAMPLE gives a row of padding."""
-    rows = len(samples)
-    input_ids = np.full((rows, length), pad_token_id, dtype=np.int64)
-    labels = np.full((rows, length), IGNORED_LABEL, dtype=np.int64)
-    seq_idx = np.zeros((rows, length), dtype=np.int32)
+    """Samples of sources of one length as rows (B, L); NO_SAMPLE gives a row of padding.
+
+    Raises:
+        DataError: a shard or a plan is damaged there.
+    """
+    shape = len(samples), sources[0].length
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+    seq_idx = np.zeros(shape, dtype=np.int32)
     for row, sample in enumerate(samples):
         if sample != NO_SAMPLE:
-            start = sample.number * length
-            _fill(streams[sample.source], start, input_ids[row], labels[row], seq_idx[row])
+            source = sources[sample.source]
+            _fill(source, sample.number, input_ids[row], labels[row], seq_idx[row])
     return PackedRows(input_ids, labels, seq_idx, tuple(samples))
 
 
 def _fill(
-    stream: TokenStream,
-    start: int,
+    samples: Samples,
+    number: int,
     input_ids: npt.NDArray[np.int64],
     labels: npt.NDArray[np.int64],
     seq_idx: npt.NDArray[np.int32],
 ) -> None:
-    length = len(input_ids)
-    ids, begins = stream.read(start, min(start + length + 1, stream.tokens))
-    present = min(len(ids), length)
-    input_ids[:present] = ids[:present]
-    following = len(ids) - 1
-    labels[:following] = np.where(begins[1:], IGNORED_LABEL, ids[1:])
-    document = np.cumsum(begins[:present], dtype=np.int32)
-    seq_idx[:present] = document - document[0]
-    seq_idx[present:] = document[-1] - document[0] + 1
+    stream, at, documents = samples.stream, 0, 0
+    for span in samples.spans(number):
+        start, end = span.start, at + span.length
+        # The last label is the token after the last input, if the split has one more.
+        ids, begins = stream.read(start, min(start + span.length + 1, stream.tokens))
+        following = len(ids) - 1
+        input_ids[at:end] = ids[: span.length]
+        labels[at : at + following] = np.where(begins[1:], IGNORED_LABEL, ids[1:])
+        begun = np.cumsum(begins[: span.length], dtype=np.int32)
+        seq_idx[at:end] = documents + begun - begun[0]
+        documents += int(begun[-1] - begun[0]) + 1
+        at = end
+    seq_idx[at:] = documents

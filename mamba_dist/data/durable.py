@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -121,6 +122,30 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """An empty file that becomes `path`, whole, by one rename when the block ends without error.
+
+    What a killed process left of it is taken over by the next one.
+
+    Raises:
+        DataError: another process is making it.
+    """
+    staged = path.with_name(f".{path.name}.partial")
+    descriptor = _lock(staged, busy=f"another process is making {path}; wait for it to end")
+    with os.fdopen(descriptor, "r+b") as stream:
+        try:
+            stream.truncate(0)
+            yield stream
+            stream.flush()
+            os.fsync(descriptor)
+            staged.replace(path)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """An empty folder that becomes `path`, whole, by one rename when the block ends without error.
 
@@ -160,7 +185,11 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         DataError: another process holds it.
     """
     path = folder / ".lock"
-    descriptor = _lock(path)
+    descriptor = _lock(
+        path,
+        busy=f"another process is writing into {folder}; wait for it to end, or give another "
+        "--output",
+    )
     try:
         yield
     finally:
@@ -170,17 +199,14 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, *, busy: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise DataError(
-                f"another process is writing into {path.parent}; wait for it to end, or give "
-                "another --output"
-            ) from error
+            raise DataError(busy) from error
         if _is_still_named(descriptor, path):
             return descriptor
         os.close(descriptor)  # its last holder removed it between our open and our lock

@@ -16,8 +16,9 @@ from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.batch import NO_SAMPLE, Batch, PackedRows, SampleId, pack
 from mamba_dist.data.mixture import Mixture
 from mamba_dist.data.prefetch import MicrostepPlan, PrefetchJob, read_ahead, read_here
+from mamba_dist.data.samples import training_samples, validation_samples
 from mamba_dist.data.segments import exact_weight
-from mamba_dist.data.training_sources import RunData, TrainingSource, validation_windows
+from mamba_dist.data.training_sources import RunData, TrainingSource
 
 
 class TrainLoader:
@@ -47,15 +48,20 @@ class TrainLoader:
         segment = data.order.segments[-1]
         if plan.global_batch_size != segment.global_batch_size or start_step < segment.first_step:
             raise ValueError(f"{plan} from step {start_step} on does not fit {segment}")
-        self._datasets = [source.dataset for source in data.sources]
-        if [d.fingerprint for d in self._datasets] != [s.fingerprint for s in segment.sources]:
+        datasets = [source.dataset for source in data.sources]
+        if [d.fingerprint for d in datasets] != [s.fingerprint for s in segment.sources]:
             raise ValueError(f"the open data sets are not those of {segment}")
+        self._sources = [
+            training_samples(dataset, packing=config.packing, length=config.sequence_length)
+            for dataset in datasets
+        ]
         self._workers = config.num_workers
         self._accumulation_steps = plan.accumulation_steps
         self._job = PrefetchJob(
-            paths=tuple(dataset.path for dataset in self._datasets),
-            fingerprints=tuple(dataset.fingerprint for dataset in self._datasets),
+            paths=tuple(dataset.path for dataset in datasets),
+            fingerprints=tuple(dataset.fingerprint for dataset in datasets),
             plan=MicrostepPlan(data.order, plan.micro_batch_size, plan.accumulation_steps, rank),
+            packing=config.packing,
             sequence_length=config.sequence_length,
             pad_token_id=pad_token_id,
             first=start_step * plan.accumulation_steps,
@@ -79,7 +85,7 @@ class TrainLoader:
 
     def _rows(self) -> Iterator[PackedRows]:
         if self._workers == 0:
-            return read_here(self._datasets, self._job)
+            return read_here(self._sources, self._job)
         first = self._job.first
         return read_ahead(
             [
@@ -108,12 +114,12 @@ class ValidationLoader:
         world_size: int,
         pad_token_id: int = 0,
     ) -> None:
-        self._streams = [source.dataset.val for source in sources]
+        length = config.sequence_length
+        self._sources = [validation_samples(source.dataset, length) for source in sources]
         self._weights = [exact_weight(source.weight) for source in sources]
-        self._length = config.sequence_length
         self._pad_token_id = pad_token_id
         self._micro_batch_size = micro_batch_size
-        self._available = [validation_windows(s.dataset, self._length) for s in sources]
+        self._available = [len(source) for source in self._sources]
         self._rank = rank
         self._world_size = world_size
         self._max_sequences = max_sequences
@@ -127,9 +133,7 @@ class ValidationLoader:
             first = index * rows_per_batch + self._rank * self._micro_batch_size
             samples = self._samples[first : first + self._micro_batch_size]
             filled = [*samples, *[NO_SAMPLE] * (self._micro_batch_size - len(samples))]
-            yield _to_torch(
-                pack(self._streams, filled, length=self._length, pad_token_id=self._pad_token_id)
-            )
+            yield _to_torch(pack(self._sources, filled, pad_token_id=self._pad_token_id))
 
     @cached_property
     def _samples(self) -> list[SampleId]:

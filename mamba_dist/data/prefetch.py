@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamba_dist.data.batch import PackedRows, SampleId, pack
-from mamba_dist.data.dataset import TokenDataset, open_dataset
+from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.samples import Samples, training_samples
 from mamba_dist.data.segments import RunOrder
 from mamba_dist.data.workers import Worker, WorkerFailure, start_workers, stop_workers
 from mamba_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from mamba_dist.config.schema import Packing
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class PrefetchJob:
     paths: tuple[Path, ...]
     fingerprints: tuple[str, ...]
     plan: MicrostepPlan
+    packing: "Packing"
     sequence_length: int
     pad_token_id: int
     first: int
@@ -53,16 +59,10 @@ class PrefetchJob:
     end: int | None
 
 
-def read_here(datasets: Sequence[TokenDataset], job: PrefetchJob) -> Iterator[PackedRows]:
+def read_here(sources: Sequence[Samples], job: PrefetchJob) -> Iterator[PackedRows]:
     """The microbatches of a job, read when asked for."""
-    streams = [dataset.train for dataset in datasets]
     for microstep in _microsteps(job):
-        yield pack(
-            streams,
-            job.plan.samples(microstep),
-            length=job.sequence_length,
-            pad_token_id=job.pad_token_id,
-        )
+        yield pack(sources, job.plan.samples(microstep), pad_token_id=job.pad_token_id)
 
 
 def read_ahead(jobs: list[PrefetchJob]) -> Iterator[PackedRows]:
@@ -109,7 +109,11 @@ def _prefetch(connection: Connection, job: PrefetchJob) -> None:
                 raise DataError(
                     f"{dataset.path} was replaced while it was read; start the run again"
                 )
-        for rows in read_here(datasets, job):
+        sources = [
+            training_samples(dataset, packing=job.packing, length=job.sequence_length)
+            for dataset in datasets
+        ]
+        for rows in read_here(sources, job):
             connection.send(rows)
     except DataError as error:
         connection.send(WorkerFailure(str(error)))

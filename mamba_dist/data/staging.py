@@ -22,6 +22,7 @@ from typing import Any
 
 from mamba_dist.data.durable import quick_hash, write_durably
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
+from mamba_dist.data.packing_plan import PLAN_PATTERN
 from mamba_dist.data.parts import PartRecord, part_path
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.shard_index import INDEX_NAME
@@ -38,6 +39,7 @@ _OURS = (
     INPUTS_NAME,
     BAD_DOCUMENTS_NAME,
     "tokenizer.*",
+    PLAN_PATTERN,
 )
 _NAMED_DIFFERENCES = 3
 

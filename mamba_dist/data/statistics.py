@@ -68,7 +68,7 @@ def split_statistics(
     vocab_size = manifest.tokenizer.vocab_size
     id_counts = np.zeros(vocab_size, dtype=np.int64)
     lengths = length_counts = np.zeros(0, dtype=np.int64)
-    for shard, index in _batches(folder, manifest, split):
+    for shard, index in split_batches(folder, manifest, split):
         offsets = shard.offsets(index)
         found, counts = np.unique(np.diff(offsets), return_counts=True)
         lengths, length_counts = _merge(lengths, length_counts, found, counts)
@@ -98,7 +98,10 @@ def sample_documents(manifest: Manifest, split: str, count: int, *, seed: int) -
     return sorted(random.Random(seed).sample(range(total), min(count, total)))
 
 
-def _batches(folder: Path, manifest: Manifest, split: str) -> Iterator[tuple[ShardReader, int]]:
+def split_batches(
+    folder: Path, manifest: Manifest, split: str
+) -> Iterator[tuple[ShardReader, int]]:
+    """The record batches of a split in order, as (shard, index), for reading from end to end."""
     for record in manifest.shards_of(split):
         # One reader at a time: its map, and the memory behind it, goes when the next one comes.
         shard = ShardReader(folder / record.file, record, manifest, sequential=True)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mamba_dist.config.schema import DataConfig
-from mamba_dist.data.batch import count_windows
 from mamba_dist.data.dataset import TokenDataset, open_dataset
+from mamba_dist.data.samples import training_samples
 from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
 from mamba_dist.errors import DataError
 
@@ -51,12 +51,12 @@ def open_sources(config: DataConfig) -> tuple[TrainingSource, ...]:
 
 
 def source_records(
-    sources: Sequence[TrainingSource], *, sequence_length: int
+    sources: Sequence[TrainingSource], config: DataConfig
 ) -> tuple[SourceRecord, ...]:
     """What a checkpoint says of the sources of a run that begins.
 
     Raises:
-        DataError: a training split has nothing to predict.
+        DataError: a training split has nothing to predict, or needs a plan that is not there.
     """
     return tuple(
         SourceRecord(
@@ -64,7 +64,11 @@ def source_records(
             fingerprint=source.dataset.fingerprint,
             weight=source.weight,
             max_epochs=source.max_epochs,
-            samples=training_windows(source.dataset, sequence_length),
+            samples=len(
+                training_samples(
+                    source.dataset, packing=config.packing, length=config.sequence_length
+                )
+            ),
             content=_content(source.dataset),
         )
         for source in sources
@@ -77,43 +81,14 @@ def new_run(
     """The data of a run that begins.
 
     Raises:
-        DataError: a training split has nothing to predict.
+        DataError: a training split has nothing to predict, or needs a plan that is not there.
     """
-    records = source_records(sources, sequence_length=config.sequence_length)
+    records = source_records(sources, config)
     segment = first_segment(records, global_batch_size=global_batch_size)
     return RunData(
         RunOrder([segment], seed=config.seed, shuffle=config.shuffle),
         tuple(sorted(sources, key=lambda source: source.dataset.fingerprint)),
     )
-
-
-def training_windows(dataset: TokenDataset, sequence_length: int) -> int:
-    """Samples in one epoch of the training split.
-
-    Raises:
-        DataError: there is none.
-    """
-    return _windows(dataset, "train", sequence_length)
-
-
-def validation_windows(dataset: TokenDataset, sequence_length: int) -> int:
-    """Samples in the validation split.
-
-    Raises:
-        DataError: there is none.
-    """
-    return _windows(dataset, "val", sequence_length)
-
-
-def _windows(dataset: TokenDataset, split: str, length: int) -> int:
-    tokens = dataset.manifest.tokens(split)
-    windows = count_windows(tokens, length, pad_tail=split == "val")
-    if windows == 0:
-        raise DataError(
-            f"{dataset.path} has {tokens} {split} tokens, too few to predict any; tokenize a "
-            "larger corpus"
-        )
-    return windows
 
 
 def _check_same_tokenizer(first: TokenDataset, other: TokenDataset) -> None:

@@ -32,10 +32,15 @@ class TrainRecord:
     skipped_steps: int
     tokens: int
     """Valid labels trained on since the start of the run."""
+    unlabelled_share: float
+    """Of the stretch's positions, those that predict nothing: padding, or with data.packing concat
+    the last token of each document."""
     tokens_per_s: float
+    """Valid labels, over all ranks."""
     tokens_per_s_per_device: float
     model_tflops_per_s: float
-    """Derived FLOPs of forward and backward, over all ranks."""
+    """Derived FLOPs of forward and backward for those labels, over all ranks; what is spent on
+    padding counts as nothing."""
     step_s: float
     data_wait_s: float
     """Of each step, waiting for the loader."""

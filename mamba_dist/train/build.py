@@ -273,6 +273,7 @@ def _build_metrics(
         metrics,
         log_steps=config.telemetry.log_steps,
         world_size=world.size,
+        step_positions=start.global_batch_size * config.data.sequence_length,
         flops_per_token=cost.total_flops,
         advance_to=bar.advance_to,
     )

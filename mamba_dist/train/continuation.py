@@ -46,7 +46,7 @@ def continued_order(reader: CheckpointReader, config: RunConfig, fresh: RunOrder
 
 
 def _require_same_fields(reader: CheckpointReader, config: RunConfig) -> None:
-    for field in ("sequence_length", "shuffle", "seed"):
+    for field in ("sequence_length", "packing", "shuffle", "seed"):
         theirs, ours = getattr(reader.config.data, field), getattr(config.data, field)
         if theirs != ours:
             raise CheckpointError(

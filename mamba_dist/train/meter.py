@@ -12,7 +12,10 @@ from mamba_dist.telemetry.timers import Stopwatch, peak_memory_gib
 
 
 class Meter:
-    """Sums over the steps since the last record, without the time of validation and saves."""
+    """Sums over the steps since the last record, without the time of validation and saves.
+
+    `step_positions` are those of all sequences of a step, over all ranks.
+    """
 
     def __init__(
         self,
@@ -20,12 +23,14 @@ class Meter:
         *,
         log_steps: int,
         world_size: int,
+        step_positions: int,
         flops_per_token: float,
         advance_to: Callable[[int], None],
     ) -> None:
         self._metrics = metrics
         self._log_steps = log_steps
         self._world_size = world_size
+        self._step_positions = step_positions
         self._flops_per_token = flops_per_token
         self._advance_to = advance_to
         self._data_wait = Stopwatch()
@@ -70,6 +75,7 @@ class Meter:
                 grad_norm=grad_norm,
                 skipped_steps=self._skipped,
                 tokens=progress.trained_tokens,
+                unlabelled_share=1 - self._tokens / (self._steps * self._step_positions),
                 tokens_per_s=tokens_per_s,
                 tokens_per_s_per_device=tokens_per_s / self._world_size,
                 model_tflops_per_s=tokens_per_s * self._flops_per_token / 1e12,

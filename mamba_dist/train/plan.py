@@ -40,7 +40,8 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
         "training state": f"{state_gib:.3f} GiB a rank: parameters, gradients, AdamW's moments",
         "batch": f"{plan.micro_batch_size} x {plan.accumulation_steps} micro-batches x "
         f"{world_size} ranks = {plan.global_batch_size} sequences, {step_tokens:,} tokens per step",
-        "data": _described(segment, config.data.sequence_length),
+        "data": _described(segment, config.data.sequence_length)
+        + f", packing {config.data.packing}",
         "length": f"{steps:,} steps, {steps * step_tokens:,} tokens, {epochs:.2f} epochs",
         "learning rate": f"{training.learning_rate:g}, {training.lr_schedule}, "
         f"{training.warmup_steps} warm-up steps",

@@ -6,12 +6,14 @@ import pytest
 import yaml
 from made_dataset import MadeDataset
 
+from mamba_dist.commands.plan_packing import main as plan_packing
 from mamba_dist.commands.which_docs import main
 from mamba_dist.data.batch import SampleId, pack
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import SplitIndex
 from mamba_dist.data.manifest import write_manifest
 from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.samples import training_samples
 from mamba_dist.data.tokenization import load_tokenizer
 
 
@@ -79,7 +81,9 @@ def test_a_sample_id_names_every_document_of_its_window(
     printed = which(capsys, made_once, "--sample-id", 4, "--sequence-length", 128)
     found = named(printed)
     assert "sample id 4: tokens 512 to 640 of train" in printed
-    row = pack([dataset.train], [SampleId(0, 4)], length=128, pad_token_id=0)
+    row = pack(
+        [training_samples(dataset, packing="concat", length=128)], [SampleId(0, 4)], pad_token_id=0
+    )
     # The label of the last position may belong to one document more.
     assert len(found) - (int(row.seq_idx[0, -1]) + 1) in (0, 1)
     tokenizer = load_tokenizer(made_once.folder / "tokenizer.json")
@@ -104,6 +108,32 @@ def test_the_samples_that_a_training_log_names_lead_to_their_windows(
         alone = which(capsys, made_once, "--sample-id", window, "--sequence-length", 64)
         assert alone in printed
         assert alone == which(capsys, made_once, "--sample-id", window, "--config", config)
+
+
+def test_a_planned_sample_names_the_document_of_each_of_its_pieces(
+    made: MadeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = which(
+        capsys, made, "--sample-id", 1, "--sequence-length", 96, "--packing", "best_fit", code=2
+    )
+    assert "python tools/plan_packing.py" in error
+    assert plan_packing([str(made.folder), "--packing", "best_fit", "--sequence-length", "96"]) == 0
+    dataset = open_dataset(made.folder)
+    samples = training_samples(dataset, packing="best_fit", length=96)
+    sample = next(n for n in range(len(samples)) if len(samples.spans(n)) > 2)
+    training = {"max_steps": 2000, "gradient_accumulation_steps": 1}
+    data = {"sequence_length": 96, "packing": "best_fit", "shuffle": False}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"schema_version": 2, "training": training, "data": data}))
+    printed = which(capsys, made, "--samples", sample, "--config", config)
+    row = pack([samples], [SampleId(0, sample)], pad_token_id=0)
+    texts = list(made.texts.values())
+    tokenizer = load_tokenizer(made.folder / "tokenizer.json")
+    found = named(printed)
+    assert len(found) == len(samples.spans(sample))
+    for number, (doc_id, _) in enumerate(found):
+        ids = row.input_ids[0][(row.seq_idx[0] == number)]
+        assert tokenizer.decode(ids.tolist()) in texts[doc_id]
 
 
 def test_places_that_do_not_exist_say_which_do(

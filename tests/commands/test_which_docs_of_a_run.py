@@ -89,7 +89,7 @@ def test_the_newest_checkpoint_knows_what_was_changed_on_the_way(
     shutil.copytree(made_beside, beside)
     run = write_config(tmp_path / "run", mixed(made_once.folder, beside))
     config = load_config(run / "config.yaml").config
-    both = source_records(open_sources(config.data), sequence_length=LENGTH)
+    both = source_records(open_sources(config.data), config.data)
     alone = [one for one in both if one.path == str(made_once.folder)]
     first = new_run(
         [s for s in open_sources(config.data) if str(s.dataset.path) == alone[0].path],

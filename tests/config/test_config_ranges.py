@@ -93,6 +93,12 @@ RANGES: list[Row] = [
     ("data.sources", [], ["x", 3], "a list, each entry a mapping of its fields"),
     ("data.tokenizer_path", ["x"], [None, 1], "text"),
     ("data.sequence_length", [1, 2**24], [0, 2**24 + 1], "an integer from 1 to 16777216"),
+    (
+        "data.packing",
+        ["concat", "best_fit", "pad"],
+        ["best-fit", None],
+        "one of 'concat', 'best_fit', 'pad'",
+    ),
     ("data.num_workers", [0, 256], [-1, 257], "an integer from 0 to 256"),
     ("data.shuffle", [True, False], ["shuffle"], "true or false"),
     (

@@ -12,11 +12,12 @@ import torch
 from made_data import alone, made_documents, run_of, write_dataset
 
 from mamba_dist.config.batch import BatchPlan
-from mamba_dist.config.schema import DataConfig
+from mamba_dist.config.schema import DataConfig, Packing
 from mamba_dist.data.batch import IGNORED_LABEL, NO_SAMPLE, Batch, SampleId
 from mamba_dist.data.dataset import TokenDataset
 from mamba_dist.data.loader import TrainLoader, ValidationLoader
-from mamba_dist.data.training_sources import training_windows, validation_windows
+from mamba_dist.data.planning import make_plan
+from mamba_dist.data.samples import training_samples, validation_samples
 from mamba_dist.errors import DataError
 
 LENGTH = 16
@@ -25,12 +26,17 @@ GLOBAL = 16
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    """About 100 training windows: an epoch ends within a step."""
-    return write_dataset(
+    """About 100 training samples in each packing mode: an epoch ends within a step."""
+    made = write_dataset(
         tmp_path_factory.mktemp("dataset"),
         made_documents(80, seed=1),
         made_documents(20, seed=2),
     )
+    for mode in ("best_fit", "pad"):
+        make_plan(
+            made.path, made.manifest, packing=mode, length=LENGTH, advance=lambda tokens: None
+        )
+    return made
 
 
 def data_config(workers: int = 0, **fields: object) -> DataConfig:
@@ -46,8 +52,9 @@ def loader(
     workers: int = 0,
     start_step: int = 0,
     end_step: int | None = None,
+    packing: Packing = "concat",
 ) -> TrainLoader:
-    config = data_config(workers)
+    config = data_config(workers, packing=packing)
     return TrainLoader(
         run_of(dataset, config, global_batch_size=GLOBAL),
         config,
@@ -67,14 +74,27 @@ def together(steps: list[list[Batch]]) -> tuple[torch.Tensor, tuple[SampleId, ..
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro", "workers"),
-    [(1, 1, 0), (2, 4, 0), (4, 2, 0), (8, 2, 0), (8, 1, 0), (1, 4, 1), (2, 2, 2), (1, 16, 3)],
+    ("world_size", "micro", "workers", "packing"),
+    [
+        (1, 1, 0, "concat"),
+        (2, 4, 0, "concat"),
+        (4, 2, 0, "concat"),
+        (8, 2, 0, "concat"),
+        (8, 1, 0, "concat"),
+        (1, 4, 1, "concat"),
+        (2, 2, 2, "concat"),
+        (1, 16, 3, "concat"),
+        (8, 2, 0, "best_fit"),
+        (2, 4, 1, "best_fit"),
+        (4, 2, 0, "pad"),
+        (1, 16, 2, "pad"),
+    ],
 )
 def test_a_step_has_the_same_samples_for_any_world_workers_and_micro_batch(
-    dataset: TokenDataset, world_size: int, micro: int, workers: int
+    dataset: TokenDataset, world_size: int, micro: int, workers: int, packing: Packing
 ) -> None:
-    steps = 8  # beyond the first epoch
-    expected = [together([step]) for step in loader(dataset, end_step=steps)]
+    steps = 8  # beyond the first epoch of concat and best_fit
+    expected = [together([step]) for step in loader(dataset, end_step=steps, packing=packing)]
     ranks = [
         list(
             loader(
@@ -84,6 +104,7 @@ def test_a_step_has_the_same_samples_for_any_world_workers_and_micro_batch(
                 micro=micro,
                 workers=workers,
                 end_step=steps,
+                packing=packing,
             )
         )
         for rank in range(world_size)
@@ -105,22 +126,31 @@ def test_a_step_is_a_list_of_micro_batches_of_this_rank(dataset: TokenDataset) -
         assert len(batch.sample_ids) == 4
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("start_step", [1, 5, 13])
+@pytest.mark.parametrize(
+    ("start_step", "workers", "packing"),
+    [
+        *((step, workers, "concat") for step in (1, 5, 13) for workers in (0, 2)),
+        (5, 0, "best_fit"),
+        (13, 0, "best_fit"),
+        (5, 1, "best_fit"),
+        (13, 0, "pad"),
+    ],
+)
 def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(
-    dataset: TokenDataset, start_step: int, workers: int
+    dataset: TokenDataset, start_step: int, workers: int, packing: Packing
 ) -> None:
-    whole = list(islice(loader(dataset), start_step, start_step + 3))
-    resumed = islice(loader(dataset, start_step=start_step, workers=workers), 3)
+    whole = list(islice(loader(dataset, packing=packing), start_step, start_step + 3))
+    resumed = islice(loader(dataset, start_step=start_step, workers=workers, packing=packing), 3)
     for expected, found in zip(whole, resumed, strict=True):
         assert torch.equal(together([expected])[0], together([found])[0])
 
 
-def test_every_window_comes_once_in_an_epoch_and_the_next_one_differs(
-    dataset: TokenDataset,
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "pad"])
+def test_every_sample_comes_once_in_an_epoch_and_the_next_one_differs(
+    dataset: TokenDataset, packing: Packing
 ) -> None:
-    count = training_windows(dataset, LENGTH)
-    steps = islice(loader(dataset), 2 * -(-count // GLOBAL))
+    count = len(training_samples(dataset, packing=packing, length=LENGTH))
+    steps = islice(loader(dataset, packing=packing), 2 * -(-count // GLOBAL))
     samples = [sample.number for step in steps for batch in step for sample in batch.sample_ids]
     first, second = samples[:count], samples[count : 2 * count]
     assert sorted(first) == sorted(second) == list(range(count))
@@ -206,7 +236,7 @@ if __name__ == "__main__":
     dataset = data.sources[0].dataset
     plan = MicrostepPlan(data.order, 2, 1, 0)
     job = PrefetchJob(
-        (dataset.path,), (dataset.fingerprint,), plan, 16, 0, first=0, stride=2, end=None
+        (dataset.path,), (dataset.fingerprint,), plan, "concat", 16, 0, first=0, stride=2, end=None
     )
     rows = read_ahead([job, replace(job, first=1)])
     next(rows)
@@ -285,12 +315,41 @@ def test_validation_gives_every_rank_as_many_batches_and_every_sample_once(
     assert {len(found) for found in batches} == {len(ranks[0])}
     samples = [s for step in zip(*batches, strict=True) for b in step for s in b.sample_ids]
     kept = [sample for sample in samples if sample != NO_SAMPLE]
-    expected = min(max_sequences, validation_windows(dataset, LENGTH))
+    expected = min(max_sequences, len(validation_samples(dataset, LENGTH)))
     assert len(kept) == len(set(kept)) == expected
     for batch in (b for found in batches for b in found):
         for row, sample in enumerate(batch.sample_ids):
             if sample == NO_SAMPLE:
                 assert (batch.labels[row] == IGNORED_LABEL).all()
+
+
+def test_validation_is_the_same_whatever_the_packing_of_training(dataset: TokenDataset) -> None:
+    concat, best_fit = (
+        ValidationLoader(
+            alone(dataset),
+            data_config(packing=packing),
+            micro_batch_size=3,
+            max_sequences=9,
+            rank=0,
+            world_size=1,
+        )
+        for packing in ("concat", "best_fit")
+    )
+    for one, other in zip(concat, best_fit, strict=True):
+        assert torch.equal(together([[one]])[0], together([[other]])[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_plan_damaged_under_the_loader_is_one_clear_error(tmp_path: Path, workers: int) -> None:
+    dataset = write_dataset(tmp_path, made_documents(80, seed=1), made_documents(9, seed=2))
+    make_plan(tmp_path, dataset.manifest, packing="pad", length=16, advance=lambda tokens: None)
+    path = tmp_path / "train-pad-16.plan"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(loader(dataset, workers=workers, end_step=20, packing="pad"))
+    assert str(caught.value).startswith(f"packing plan {path} is damaged between bytes 4096 and")
 
 
 def test_validation_on_all_windows_sees_every_label_of_the_split(dataset: TokenDataset) -> None:

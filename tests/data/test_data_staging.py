@@ -9,6 +9,7 @@ import pytest
 from made_data import SilentListener, build, folder_bytes, made_texts
 
 from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.planning import make_plan
 from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
 from mamba_dist.data.tokenization import train_bpe
 from mamba_dist.errors import DataError
@@ -241,7 +242,8 @@ def test_overwriting_replaces_a_finished_data_set(
     finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "set"
-    build(corpus_path / "a", output, tokenizer_path, batch_tokens=50, shard_bytes=200)
+    old = build(corpus_path / "a", output, tokenizer_path, batch_tokens=50, shard_bytes=200)
+    make_plan(output, old.manifest, packing="pad", length=64, advance=lambda tokens: None)
     build(corpus_path, output, tokenizer_path, overwrite=True)
     assert folder_bytes(output) == folder_bytes(finished)
 

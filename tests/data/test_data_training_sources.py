@@ -13,13 +13,13 @@ from mamba_dist.data.batch import NO_SAMPLE, Batch, SampleId
 from mamba_dist.data.dataset import TokenDataset, open_dataset
 from mamba_dist.data.loader import TrainLoader, ValidationLoader
 from mamba_dist.data.manifest import write_manifest
+from mamba_dist.data.samples import validation_samples
 from mamba_dist.data.training_sources import (
     RunData,
     TrainingSource,
     new_run,
     open_sources,
     source_records,
-    validation_windows,
 )
 from mamba_dist.errors import DataError
 
@@ -49,7 +49,7 @@ def changed(folder: Path) -> RunData:
     alone = DataConfig(dataset_path=str(folder / "large"), sequence_length=LENGTH, seed=3)
     began = new_run(open_sources(alone), alone, global_batch_size=GLOBAL // 2).order
     sources = open_sources(config(folder))
-    records = source_records(sources, sequence_length=LENGTH)
+    records = source_records(sources, config(folder))
     return RunData(began.changed(step=5, sources=records, global_batch_size=GLOBAL), sources)
 
 
@@ -147,7 +147,8 @@ def test_validation_is_allotted_by_weight_as_far_as_each_source_reaches(
         for index, source in enumerate(sources)
     }
     available = {
-        source.dataset.path.name: validation_windows(source.dataset, LENGTH) for source in sources
+        source.dataset.path.name: len(validation_samples(source.dataset, LENGTH))
+        for source in sources
     }
     assert by_name == ({"large": 6, "small": 2} if most == 8 else available)
 
@@ -186,12 +187,12 @@ def test_a_source_with_nothing_to_predict_is_named(folder: Path, tmp_path: Path)
         for path in (folder / "small", tmp_path / "tiny")
     ]
     with pytest.raises(DataError, match="tiny has 1 train tokens, too few"):
-        source_records(sources, sequence_length=LENGTH)
+        source_records(sources, config(folder))
 
 
 def test_the_record_of_a_source_says_what_it_held(folder: Path) -> None:
     dataset: TokenDataset = open_dataset(folder / "small")
-    [record] = source_records([TrainingSource(dataset, 2.5, 4)], sequence_length=LENGTH)
+    [record] = source_records([TrainingSource(dataset, 2.5, 4)], config(folder))
     assert (record.path, record.weight, record.max_epochs) == (str(folder / "small"), 2.5, 4)
     assert record.samples == (dataset.train.tokens - 1) // LENGTH
     assert record.content.train_tokens == dataset.train.tokens

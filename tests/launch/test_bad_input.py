@@ -100,6 +100,15 @@ def test_an_odd_world_size_is_refused_with_the_ones_that_divide(
     assert "1, 2, 4" in message
 
 
+def test_a_packing_without_its_plan_is_refused_with_the_command_that_makes_it(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_data, data={"packing": "best_fit"})
+    message = error_of(finish(launching.python_command(config)))
+    command = f"tools/plan_packing.py {tiny_data}/shards --packing best_fit --sequence-length 128"
+    assert message.endswith(f"which does not exist; make it by `python {command}`")
+
+
 def test_under_a_launcher_each_error_is_printed_once(tiny_data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_data)
     result = finish(launching.deepspeed_command(config, "training.learning_rate=-1"))

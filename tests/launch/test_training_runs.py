@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,12 @@ from processes import run_script
 
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.checkpoint.manifest import read_manifest
+from mamba_dist.commands.plan_packing import main as plan_packing
+from mamba_dist.config.schema import Packing
+from mamba_dist.data.batch import IGNORED_LABEL, SampleId, pack
+from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.samples import training_samples
 from mamba_dist.telemetry.metrics import read_metrics
 from mamba_dist.train.stop import EXIT_STOPPED
 
@@ -119,6 +126,7 @@ def test_a_dry_run_tells_the_stage_that_would_run_and_what_it_takes(
         plans[ranks] = result.stdout
     assert "ZeRO 0 (one rank shares nothing: not 3) on 1 ranks" in plans[1]
     assert "ZeRO 3 on 2 ranks" in plans[2]
+    assert "training sequences of 128 tokens, packing concat\n" in plans[2]
     assert not (tmp_path / "run").exists()
 
 
@@ -260,3 +268,55 @@ def test_evaluation_writes_the_summary_beside_the_baselines(
     assert one.returncode == 2
     assert "is one checkpoint" in one.stderr
     assert not (checkpoint_folder(run_dir, 10) / "summary.json").exists()
+
+
+def planned(tiny_data: Path, tmp_path: Path, packing: str) -> Path:
+    """The config of a run on a copy of the tiny data set that has the plan it needs."""
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    config = write_config(tmp_path, data, data={"packing": packing})
+    assert plan_packing(["--config", str(config)]) == 0
+    return config
+
+
+@pytest.mark.parametrize("packing", ["best_fit", pytest.param("pad", marks=pytest.mark.slow)])
+def test_a_planned_packing_trains_on_its_labels_and_is_compared_with_baselines(
+    tiny_data: Path, tmp_path: Path, packing: Packing
+) -> None:
+    config = planned(tiny_data, tmp_path, packing)
+    run_dir = tmp_path / "run"
+    require_success(finish(launching.python_command(config)))
+    dataset = open_dataset(tmp_path / "data/shards")
+    samples = training_samples(dataset, packing=packing, length=128)
+    order = SampleOrder(len(samples), seed=0)
+    records = [r for r in read_metrics(run_dir) if "loss" in r]
+    labels = 0
+    for step, record in enumerate(records):
+        positions = range(8 * step, 8 * step + 8)
+        ids = [SampleId(0, order.locate(position)[1]) for position in positions]
+        own = int((pack([samples], ids, pad_token_id=0).labels != IGNORED_LABEL).sum())
+        labels += own
+        assert record["tokens"] == labels
+        assert record["unlabelled_share"] == pytest.approx(1 - own / (8 * 128))
+    assert losses(run_dir)[10] < losses(run_dir)[1] - 0.5
+
+    evaluate = ("tools/evaluate.py", run_dir, "--baselines", "--max-sequences", "4")
+    require_success(run_script(*evaluate, cwd=tmp_path))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["tokens"] == labels
+    assert 0 < summary["bigram_full_loss"] <= summary["bigram_loss"] < summary["unigram_loss"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_only_with_the_packing_it_began_with(tiny_data: Path, tmp_path: Path) -> None:
+    config = planned(tiny_data, tmp_path, "best_fit")
+    run_dir = tmp_path / "run"
+    require_success(finish(launching.python_command(config)))
+    wanted = state_hashes(run_dir, 10)
+    shutil.rmtree(checkpoint_folder(run_dir, 10))
+    changed = finish(launching.python_command(config, "data.packing=concat"))
+    assert changed.returncode == 2
+    assert "was trained with data.packing = 'best_fit'" in changed.stderr
+    result = finish(launching.python_command(config))
+    require_success(result)
+    assert "resumed after step 5" in result.stderr
+    assert state_hashes(run_dir, 10) == wanted

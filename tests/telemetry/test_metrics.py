@@ -28,6 +28,7 @@ TRAINED = TrainRecord(
     grad_norm=0.75,
     skipped_steps=0,
     tokens=4096,
+    unlabelled_share=0.125,
     tokens_per_s=2000.0,
     tokens_per_s_per_device=1000.0,
     model_tflops_per_s=0.5,

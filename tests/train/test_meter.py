@@ -35,6 +35,7 @@ class Setting:
             Metrics([self.sink]),
             log_steps=log_steps,
             world_size=world_size,
+            step_positions=20,
             flops_per_token=3e9,
             advance_to=self.bar.append,
         )
@@ -83,6 +84,8 @@ def test_a_record_comes_every_log_steps_and_averages_its_own_stretch_by_token() 
     first, second = setting.sink.records
     assert (first.step, first.loss, first.tokens) == (2, 2.0, 20)
     assert (second.step, second.loss, second.tokens) == (4, 2.0, 27)
+    # Of the 20 positions of a step.
+    assert (first.unlabelled_share, second.unlabelled_share) == (0.5, 1 - 7 / 40)
     assert second.learning_rate == pytest.approx(4e-3)
     assert setting.bar == [1, 2, 3, 4]
 

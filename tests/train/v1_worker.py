@@ -64,6 +64,7 @@ def one_step(run: Run) -> dict[str, object]:
         Metrics([sink]),
         log_steps=1,
         world_size=1,
+        step_positions=1,
         flops_per_token=1.0,
         advance_to=lambda step: None,
     )
