@@ -298,6 +298,8 @@ class EngineConfig(Section):
     """Gradient reduction and ZeRO-3 gathering; bf16 halves the traffic and loses precision."""
     bucket_elements: int = Field(default=50_000_000, ge=1, le=10**10)
     """Gradients are reduced in buckets of about so many elements."""
+    cuda_graphs: bool = True
+    """On a GPU at ZeRO stage 0 with the gpu ops: launch each micro-batch as one CUDA graph."""
     timeout_minutes: float = Field(default=10, gt=0, le=24 * 60)
     """A collective that takes longer ends the run."""
     ops_backend: Literal["auto", "reference", "torch", "cpu", "gpu", "cuda"] = "auto"

@@ -28,7 +28,9 @@ from mamba_dist.engine.base import (
     flat_share,
     require_fp32,
 )
+from mamba_dist.engine.graph import RecordedMicrosteps, Recorder
 from mamba_dist.engine.world import World
+from mamba_dist.ops.cuda_graph import record
 from mamba_dist.ops.readback import read_later
 
 _NEVER = 1 << 62
@@ -125,7 +127,16 @@ class ZeroEngine:
         optimizer: OptimizerSettings,
         settings: Mapping[str, Any],
         world: World,
+        cuda_graphs: bool = False,
+        recorder: Recorder = record,
     ) -> None:
+        """See `Engine`.
+
+        Args:
+            settings: of `zero_settings`.
+            cuda_graphs: launch forward and backward of a micro-batch as a whole. At stage 0 only:
+                above, gradients are reduced and parameters gathered in between.
+        """
         require_fp32(module)
         self._world = world
         self._stage: int = settings["zero_optimization"]["stage"]
@@ -164,6 +175,11 @@ class ZeroEngine:
         if self._stage > 0:
             self._watch_norm()
         self._materialise_moments()
+        self._recorded: RecordedMicrosteps | None = None
+        if cuda_graphs and self._stage == 0:
+            self._recorded = RecordedMicrosteps(
+                self._loss_sum, parameters=list(self._parameters.values()), recorder=recorder
+            )
 
     @property
     def module(self) -> nn.Module:
@@ -184,10 +200,15 @@ class ZeroEngine:
         if not self._engine.training or not self.module.training:
             self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
-        loss_sum: Tensor = self._engine(**self._to_device(inputs))
         # ZeRO averages gradients over ranks; the denominator is already global.
-        scaled = loss_sum * (self._world.size / step_tokens)
-        self._engine.backward(scaled, scale_wrt_gas=False)
+        scale = self._world.size / step_tokens
+        if self._recorded is not None:
+            recorded_loss_sum = self._recorded(inputs, scale=scale)
+            if self._engine.enable_backward_allreduce:
+                self._engine.allreduce_gradients()
+            return recorded_loss_sum
+        loss_sum: Tensor = self._engine(**self._to_device(inputs))
+        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
         return loss_sum.detach()
 
     @torch.no_grad()
@@ -247,6 +268,15 @@ class ZeroEngine:
     def gather(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
         """Context in which `parameters` are whole; what rank 0 writes there becomes their value."""
         return gather(parameters)
+
+    def _loss_sum(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """As DeepSpeed runs the module."""
+        autocast = torch.autocast(
+            self._world.device.type, torch.bfloat16, enabled=self._engine.torch_autocast_enabled()
+        )
+        with autocast:
+            loss_sum: Tensor = self.module(**inputs)
+        return loss_sum
 
     def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self._world.device, non_blocking=True) for k, v in inputs.items()}

@@ -4,8 +4,7 @@ One token of a small model is a thousand kernels of a few microseconds each, whi
 sooner than Python can ask for them. A graph holds addresses and not values, so everything that
 changes from token to token lives in buffers that stay where they are.
 
-What a graph records has to run without waiting for the device and without shapes that depend on
-data. The model's path of one token does; prompts are read outside.
+The model's path of one token can be recorded; prompts are read outside.
 
 B texts, V vocabulary with padding.
 """
@@ -21,12 +20,11 @@ from torch import Tensor
 from mamba_dist.errors import BackendError
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.state import LayerState
+from mamba_dist.ops.cuda_graph import record
 
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 """From a computation on fixed buffers of a device to one that repeats it on what they hold then."""
 
-# Kernels are compiled, tuned and loaded by the first run; libraries settle by the second.
-_WARM_UP_RUNS: Final = 2
 _WITHOUT: Final = "decode without one by --no-graph, or GenerationSettings(graph=False)"
 
 
@@ -41,28 +39,12 @@ def cuda_graph(compute: Callable[[], None], device: torch.device) -> Callable[[]
             f"CUDA graphs need a CUDA device, and the model is on {device}; {_WITHOUT}"
         )
     try:
-        with torch.cuda.device(device):
-            return _recorded(compute).replay
+        return record(compute, device).replay
     # What CUDA refuses while it records arrives as RuntimeError.
     except RuntimeError as error:
         raise BackendError(
             f"a decoding step cannot be captured as a CUDA graph ({error}); {_WITHOUT}"
         ) from error
-
-
-def _recorded(compute: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    current = torch.cuda.current_stream()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    # The default stream cannot be captured, and what the first run prepares belongs to its stream.
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP_RUNS):
-            compute()
-    current.wait_stream(side)
-    with torch.cuda.graph(graph, stream=side):
-        compute()
-    return graph
 
 
 class DecodingStep:

@@ -181,6 +181,9 @@ def _build_engine(
         accumulation_steps=plan.accumulation_steps,
     )
     backend = ops_backend(config, device_type=world.device.type)
+    cuda_graphs = stage == 0 and records_microsteps(config, backend=backend)
+    if cuda_graphs:
+        _log.info("each micro-batch runs as one CUDA graph (engine.cuda_graphs)")
     with zero.construction(settings):
         model = MambaLM(
             config.model,
@@ -197,10 +200,17 @@ def _build_engine(
         ),
         settings=settings,
         world=world,
+        cuda_graphs=cuda_graphs,
     )
     # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
     audit(model, config.model, gather=engine.gather)
     return engine, classes
+
+
+def records_microsteps(config: RunConfig, *, backend: str) -> bool:
+    """Whether forward and backward may be launched as CUDA graphs, see `engine.cuda_graphs`."""
+    # The other backends wait for the device, to read where documents begin.
+    return config.engine.cuda_graphs and backend == "gpu"
 
 
 def decay_groups(classes: Iterable[ParamClass], weight_decay: float) -> list[ParameterGroup]:

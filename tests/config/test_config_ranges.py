@@ -114,6 +114,7 @@ RANGES: list[Row] = [
     ("engine.zero_stage", [0, 1, 2, 3], [-1, 4, "3"], "one of 0, 1, 2, 3"),
     ("engine.reduce_dtype", ["fp32", "bf16"], ["fp16"], "one of 'fp32', 'bf16'"),
     ("engine.bucket_elements", [1, 10**10], [0, 10**10 + 1], "an integer from 1 to 10000000000"),
+    ("engine.cuda_graphs", [True, False], ["graph"], "true or false"),
     ("engine.timeout_minutes", [TINY, 1440], [0, 1440.1], "a number above 0 and at most 1440"),
     (
         "engine.ops_backend",

@@ -70,13 +70,23 @@ def relative_l2(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
-def parity(stage: int, checkpointing: str, layer: str, precision: str, world: World, plain) -> dict:
+def parity(
+    stage: int,
+    checkpointing: str,
+    layer: str,
+    precision: str,
+    world: World,
+    plain,
+    *,
+    recorded: bool = False,
+) -> dict:
     losses, norms, gradients, weights = plain
     make = {
         "layer": layer,
         "precision": precision,
         "checkpointing": checkpointing,
         "world": world,
+        "recorded": recorded,
     }
     found = first_gradients(tiny.build_engine(stage, **make), stage, world)
     engine = tiny.build_engine(stage, **make)
@@ -87,6 +97,7 @@ def parity(stage: int, checkpointing: str, layer: str, precision: str, world: Wo
         "case": "parity",
         "stage": stage,
         "checkpointing": checkpointing,
+        "recorded": recorded,
         "loss": max(abs(s[0] - w) / w for s, w in zip(steps, losses, strict=True)),
         # Of the first step: from the second on, bf16 weights may round to another neighbour.
         "norm": abs(steps[0][1].grad_norm - norms[0]) / norms[0],
@@ -145,6 +156,8 @@ def main() -> None:
         # Only stage 3 takes parameters away between a forward and its backward.
         checkpointing = ("none", "full", *(("selective",) if stage == 3 else ()))
         results = [parity(stage, c, layer, precision, world, plain) for c in checkpointing]
+        if stage == 0:
+            results.append(parity(0, "none", layer, precision, world, plain, recorded=True))
         results += [
             skipping(stage, kind, layer, precision, world, plain_skipping)
             for kind in _BAD_SCALES

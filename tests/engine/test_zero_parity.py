@@ -18,9 +18,10 @@ def test_every_stage_equals_one_plain_process(run_ranks, layer, world_size, prec
     output = run_ranks(WORKER, layer, precision, world_size=world_size)[0]
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     parity = [r for r in results if r["case"] == "parity"]
-    assert {(r["stage"], r["checkpointing"]) for r in parity} == {
-        *((stage, checkpointing) for stage in (0, 1, 2, 3) for checkpointing in ("none", "full")),
-        (3, "selective"),
+    assert {(r["stage"], r["checkpointing"], r["recorded"]) for r in parity} == {
+        *((stage, kind, False) for stage in (0, 1, 2, 3) for kind in ("none", "full")),
+        (3, "selective", False),
+        (0, "none", True),
     }
     for result in parity:
         assert result["loss"] <= 1e-5, result

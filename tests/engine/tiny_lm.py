@@ -1,6 +1,7 @@
 """A tiny Mamba and its batches, for workers that compare engines with one plain process."""
 
 import torch
+from recording import Stand
 from torch import Tensor, nn
 
 from mamba_dist.config.schema import ActivationCheckpointing, EngineConfig, MambaConfig
@@ -79,6 +80,7 @@ def build_engine(
     precision: str,
     world: World,
     checkpointing: ActivationCheckpointing = "none",
+    recorded: bool = False,
 ) -> zero.ZeroEngine:
     settings = zero.zero_settings(
         EngineConfig(), stage=stage, precision=precision, accumulation_steps=MICRO_STEPS
@@ -97,6 +99,8 @@ def build_engine(
         optimizer=OPTIMIZER,
         settings=settings,
         world=world,
+        cuda_graphs=recorded,
+        recorder=Stand(list(module.parameters())),
     )
     _KEPT.append(engine)
     return engine

@@ -28,7 +28,7 @@ from mamba_dist.model.init import initialize
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import classify
 from mamba_dist.ops.backend import resolve_backend
-from mamba_dist.train.build import decay_groups
+from mamba_dist.train.build import decay_groups, records_microsteps
 
 _STAGES = {"zero-0": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3}
 
@@ -79,15 +79,20 @@ def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
         ),
         settings=settings,
         world=world,
+        cuda_graphs=records_microsteps(config, backend=_backend(config, world.device.type)),
     )
 
 
 def _model(config: RunConfig, device_type: str) -> MambaLM:
     return MambaLM(
         config.model,
-        backend=resolve_backend(config.engine.ops_backend, device_type=device_type),
+        backend=_backend(config, device_type),
         activation_checkpointing=config.training.activation_checkpointing,
     )
+
+
+def _backend(config: RunConfig, device_type: str) -> str:
+    return resolve_backend(config.engine.ops_backend, device_type=device_type)
 
 
 if __name__ == "__main__":
