@@ -80,6 +80,12 @@ def test_a_run_goes_on_over_a_mixture_and_in_larger_steps_once_that_is_accepted(
     assert taken == {str(tiny_data / "shards"): 32, str(beside): 0}
     assert [r["step"] for r in read_metrics(run_dir) if "loss" in r] == [*range(1, 8)]
 
+    evaluated = run_script(
+        "tools/evaluate.py", run_dir, "--baselines", "--max-sequences", "8", cwd=tmp_path
+    )
+    require_success(evaluated)
+    assert "nats below the unigram" in evaluated.stdout
+
     told = run_script("tools/which_docs.py", "--step", "6", "--config", run_dir, cwd=tmp_path)
     require_success(told)
     assert told.stdout.startswith("step 6: samples 48 to 63 of the run\n")
