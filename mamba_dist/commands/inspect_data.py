@@ -62,9 +62,14 @@ def _print_counts(
     print(f"  bytes       {sum(shard.bytes for shard in shards):>18,}")
     inputs = manifest.inputs
     total = sum(manifest.tokens(each) for each in SPLITS)
-    print(f"  text        {inputs.text_bytes / total:>18.2f}  bytes a token, over all splits")
+    left_out = manifest.duplicates
+    text_bytes = inputs.text_bytes - (left_out.text_bytes if left_out is not None else 0)
+    print(f"  text        {text_bytes / total:>18.2f}  bytes a token, over all splits")
     print(f"  tokenizer   {tokenizer.file}, {tokenizer.vocab_size:,} ids, {tokenizer.kind}")
-    print(f"  made from   {inputs.files:,} files, {inputs.bad_documents:,} documents passed over")
+    print(
+        f"  made from   {inputs.files:,} files, {inputs.bad_documents:,} documents passed over"
+        + (f", {left_out.documents:,} duplicates left out" if left_out is not None else "")
+    )
 
 
 def _print_lengths(statistics: SplitStatistics) -> None:

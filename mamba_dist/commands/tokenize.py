@@ -5,6 +5,7 @@ crash.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -19,11 +20,14 @@ from mamba_dist.data.build import (
     DEFAULT_MAX_BAD,
     BuildRequest,
     BuildResult,
+    ShareResult,
     build_dataset,
+    build_share,
 )
 from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
 from mamba_dist.data.parts import PartRecord
 from mamba_dist.data.shard_index import SPLITS
+from mamba_dist.data.share import Share, parse_share
 from mamba_dist.data.sources import Corpus, DiscoveryOptions, Unit, discover
 from mamba_dist.errors import ConfigError, DataError, MambaDistError
 from mamba_dist.telemetry.progress import Progress, progress
@@ -103,10 +107,14 @@ def _run(arguments: argparse.Namespace) -> None:
     request = _request(arguments, config, output=output, corpus=corpus, choice=choice)
     _print_choices(request, choice)
     console = _Console()
-    try:
+    if arguments.task is not None:
+        share = parse_share(arguments.task)
+        with contextlib.closing(console):
+            made = build_share(request, share, console)
+        _print_share(request, share, made, console)
+        return
+    with contextlib.closing(console):
         result = build_dataset(request, console)
-    finally:
-        console.close()
     _print_result(request, result, console)
 
 
@@ -144,6 +152,8 @@ def _request(
         batch_documents=data.tokenize_batch_documents,
         max_bad=arguments.max_bad,
         overwrite=arguments.overwrite,
+        merge_only=arguments.merge,
+        deduplicate=arguments.deduplicate,
         backend=arguments.backend,
     )
 
@@ -214,6 +224,17 @@ def _print_choices(request: BuildRequest, choice: _TokenizerChoice) -> None:
     print(f"workers    {request.workers}", flush=True)
 
 
+def _print_share(request: BuildRequest, share: Share, made: ShareResult, console: _Console) -> None:
+    if made.was_complete:
+        print(f"{request.output} is already complete, made from the same inputs; nothing to do")
+        return
+    print(console.speed())
+    print(
+        f"task {share}: its {made.units:,} units are made; once those of all {share.count} tasks "
+        "are, the same command with --merge instead of --task makes the data set of them"
+    )
+
+
 def _print_result(request: BuildRequest, result: BuildResult, console: _Console) -> None:
     manifest = result.manifest
     if result.was_complete:
@@ -225,6 +246,11 @@ def _print_result(request: BuildRequest, result: BuildResult, console: _Console)
         print(
             f"{split:<5}  {manifest.documents(split):>12,} documents {manifest.tokens(split):>16,} "
             f"tokens {len(shards):>5} shards {sum(s.bytes for s in shards) / 1e6:>10.1f} MB"
+        )
+    if manifest.duplicates is not None:
+        print(
+            f"{manifest.duplicates.documents:,} duplicates left out, "
+            f"{manifest.duplicates.text_bytes / 1e6:.1f} MB of text"
         )
     bad = manifest.inputs.bad_documents
     if bad:
@@ -276,9 +302,7 @@ def _parser() -> argparse.ArgumentParser:
         f"({INSTALL}) and proven equal to the reference on this corpus and on adversarial texts",
     )
     _add_reading(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what the output folder holds"
-    )
+    _add_doing(parser)
     return parser
 
 
@@ -298,6 +322,12 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="leave out files and folders of this name or path below the corpus; may be repeated",
     )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="of documents with the very same text take the first; needs 20 bytes of memory a "
+        "document",
+    )
     parser.add_argument("--eos", metavar="TOKEN", help="token that ends a document")
     parser.add_argument(
         "--max-bad",
@@ -306,6 +336,25 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop after more than N bad documents (not UTF-8, broken JSON, no text field); default"
         f" {DEFAULT_MAX_BAD}",
+    )
+
+
+def _add_doing(parser: argparse.ArgumentParser) -> None:
+    """What is to be done, if not the whole."""
+    doing = parser.add_mutually_exclusive_group()
+    doing.add_argument(
+        "--task",
+        metavar="I/N",
+        help="make only every N-th piece of the data set, from the I-th (0 to N-1) on, beside "
+        "tasks on other machines that share the output folder; see launch/slurm/tokenize.sbatch",
+    )
+    doing.add_argument(
+        "--merge",
+        action="store_true",
+        help="make the data set of what tasks have made, or say which of them to run again",
+    )
+    doing.add_argument(
+        "--overwrite", action="store_true", help="replace what the output folder holds"
     )
 
 

@@ -1,32 +1,29 @@
 """From a corpus to a data set: plan, tokenise units in workers, merge the parts, publish."""
 
-import json
-import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import xxhash
 
+from mamba_dist.data.crew import Crew
 from mamba_dist.data.documents import BadDocument, read_documents
-from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, write_durably
+from mamba_dist.data.durable import exclusive_lock, hash_file, shared_lock, sync_folder, write_once
 from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
 from mamba_dist.data.manifest import (
     MANIFEST_NAME,
     BuildSettings,
-    InputSummary,
     Manifest,
     read_manifest,
     write_manifest,
 )
-from mamba_dist.data.merge import write_shards
+from mamba_dist.data.merge import merge_parts
 from mamba_dist.data.parity import BackendChoice, choose_backend
-from mamba_dist.data.parts import PartRecord, PartSettings, make_part, tokenize_units
+from mamba_dist.data.parts import PartRecord, PartSettings, make_part, place_in_unit, tokenize_units
 from mamba_dist.data.shard import token_dtype
-from mamba_dist.data.shard_index import SPLITS
+from mamba_dist.data.share import Share, check_all_made
 from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
 from mamba_dist.data.staging import (
     BAD_DOCUMENTS_NAME,
@@ -34,6 +31,7 @@ from mamba_dist.data.staging import (
     BuildPlan,
     Staging,
     check_same_build,
+    clear_remains,
     open_staging,
     publish,
 )
@@ -44,7 +42,6 @@ from mamba_dist.data.tokenization import (
     save_tokenizer,
     train_bpe,
 )
-from mamba_dist.data.workers import distribute, start_workers, stop_workers
 from mamba_dist.errors import DataError
 
 DEFAULT_MAX_BAD = 100
@@ -58,6 +55,8 @@ class BuildRequest:
     Exactly one of `tokenizer` (a file) and `train_vocab_size` (train on the corpus, reading about
     `sample_bytes` of it) is given. More than `max_bad` bad documents stop the build; empty ones are
     only counted, since source trees are full of empty files. `backend` is as in `choose_backend`.
+    With `merge_only`, parts that are not made yet are an error. With `deduplicate` only the first
+    document of each text is taken.
     """
 
     output: Path
@@ -72,6 +71,8 @@ class BuildRequest:
     batch_documents: int = 1000
     max_bad: int = DEFAULT_MAX_BAD
     overwrite: bool = False
+    merge_only: bool = False
+    deduplicate: bool = False
     sample_bytes: int = 200 << 20
     unit_bytes: int = 2 << 20
     shard_bytes: int = 512 << 20
@@ -100,6 +101,14 @@ class BuildListener(Protocol):
         """Something that the user should know."""
 
 
+@dataclass(frozen=True)
+class ShareResult:
+    """A share whose `units` are all made. `was_complete`: the whole data set was there already."""
+
+    units: int
+    was_complete: bool
+
+
 def build_dataset(request: BuildRequest, listener: BuildListener) -> BuildResult:
     """The data set at `request.output`: made, continued, or found complete.
 
@@ -107,8 +116,26 @@ def build_dataset(request: BuildRequest, listener: BuildListener) -> BuildResult
         DataError: see the messages; until the last moment the folder holds no manifest, or the
         older one.
     """
-    try:
+    with _explained(request):
         return _build(request, listener)
+
+
+def build_share(request: BuildRequest, share: Share, listener: BuildListener) -> ShareResult:
+    """Makes the units of a share, while other processes may make those of other shares.
+
+    A `build_dataset` of the same request then finds them done.
+
+    Raises:
+        DataError: see the messages.
+    """
+    with _explained(request):
+        return _build_share(request, share, listener)
+
+
+@contextlib.contextmanager
+def _explained(request: BuildRequest) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{error.filename or request.output}: {error.strerror or error}; mend that and run the "
@@ -120,17 +147,18 @@ def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
     # Loading it first: a wrong file is reported before anything is written.
     given = _load(request, request.tokenizer) if request.tokenizer is not None else None
     plan = _plan(request)
-    request.output.mkdir(parents=True, exist_ok=True)
+    _make_folder(request.output)
     with exclusive_lock(request.output):
-        if (request.output / MANIFEST_NAME).exists() and not request.overwrite:
-            manifest = read_manifest(request.output)
-            check_same_build(request.output, manifest, plan=plan)
+        if (manifest := _complete(request, plan)) is not None:
+            clear_remains(request.output, plan)
             return BuildResult(manifest, was_complete=True)
         staging = open_staging(request.output, plan, overwrite=request.overwrite)
+        if request.merge_only:
+            _check_all_made(request, staging)
         path = _stage_tokenizer(request, staging, listener)
         tokenizer = given or _load(request, path)
         records = _make_parts(request, staging, path, tokenizer=tokenizer, listener=listener)
-        manifest = _merge(request, plan, staging, path, records=records, tokenizer=tokenizer)
+        manifest = merge_parts(plan, staging, path, records=records, identity=tokenizer.identity)
         names = [shard.file for shard in manifest.shards]
         names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, path.name]
         publish(request.output, staging, names=names)
@@ -138,6 +166,54 @@ def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
         write_manifest(request.output, manifest)
         staging.discard()
         return BuildResult(manifest, was_complete=False)
+
+
+def _build_share(request: BuildRequest, share: Share, listener: BuildListener) -> ShareResult:
+    if request.tokenizer is None:
+        raise DataError(
+            "several tasks cannot train one tokenizer; train it first by `python "
+            "tools/train_tokenizer.py CORPUS --vocab-size N --output tokenizer.json`, and give it "
+            "to all by --tokenizer"
+        )
+    tokenizer = _load(request, request.tokenizer)
+    plan = _plan(request)
+    _make_folder(request.output)
+    with shared_lock(request.output):
+        if _complete(request, plan) is not None:
+            return ShareResult(0, was_complete=True)
+        staging = open_staging(request.output, plan, overwrite=False, share=share)
+        name = f".task-{share.index}-of-{share.count}.lock"
+        busy = f"another process is doing task {share}; wait for it to end"
+        with exclusive_lock(staging.folder, name=name, busy=busy):
+            path = _stage_tokenizer(request, staging, listener)
+            records = _make_parts(
+                request, staging, path, tokenizer=tokenizer, listener=listener, share=share
+            )
+            return ShareResult(len(records), was_complete=False)
+
+
+def _make_folder(output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    sync_folder(output.parent)
+
+
+def _complete(request: BuildRequest, plan: BuildPlan) -> Manifest | None:
+    """The manifest of a finished data set, if there is one to be kept."""
+    if request.overwrite or not (request.output / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(request.output)
+    check_same_build(request.output, manifest, plan=plan)
+    return manifest
+
+
+def _check_all_made(request: BuildRequest, staging: Staging) -> None:
+    units = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
+    finished = staging.finished()
+    missing = [unit.index for unit in units if unit.index not in finished]
+    counts = staging.task_counts()
+    if not finished:
+        staging.discard()
+    check_all_made(missing, units=len(units), counts=counts)
 
 
 def sample_texts(
@@ -170,6 +246,7 @@ def _plan(request: BuildRequest) -> BuildPlan:
         val_split=request.val_split,
         shard_bytes=request.shard_bytes,
         batch_tokens=request.batch_tokens,
+        deduplicate=request.deduplicate,
     )
     return BuildPlan(settings, request.unit_bytes, request.corpus.files)
 
@@ -177,7 +254,7 @@ def _plan(request: BuildRequest) -> BuildPlan:
 def _stage_tokenizer(request: BuildRequest, staging: Staging, listener: BuildListener) -> Path:
     if request.tokenizer is not None:
         path = staging.folder / dataset_file_name(request.tokenizer)
-        write_durably(path, request.tokenizer.read_bytes())
+        write_once(path, request.tokenizer.read_bytes())
         return path
     path = staging.folder / "tokenizer.json"
     if not path.exists():
@@ -200,10 +277,12 @@ def _make_parts(
     *,
     tokenizer: Tokenizer,
     listener: BuildListener,
+    share: Share | None = None,
 ) -> list[PartRecord]:
-    units = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
-    finished = staging.finished()
-    todo = [unit for unit in units if unit.index not in finished]
+    every = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
+    units = {unit.index: unit for unit in every if share is None or share.has(unit.index)}
+    finished = {index: part for index, part in staging.finished().items() if index in units}
+    todo = [unit for unit in units.values() if unit.index not in finished]
     if request.workers == 1:
         use_one_thread()
     wanted = request if todo else replace(request, backend=REFERENCE)
@@ -221,34 +300,57 @@ def _make_parts(
         train_split=request.train_split,
         batch_documents=request.batch_documents,
         backend=choice.name,
+        deduplicate=request.deduplicate,
     )
-    done_bytes = sum(unit.bytes for unit in units if unit.index in finished)
-    listener.started(total_bytes=request.corpus.bytes, done_bytes=done_bytes)
+    listener.started(
+        total_bytes=sum(unit.bytes for unit in units.values()),
+        done_bytes=sum(units[index].bytes for index in finished),
+    )
     bad = [document for record in finished.values() for document in _bad_of(record)]
     _check_bad(bad, request.max_bad)
-    for record in _records(request.workers, todo, settings, encoder=choice.encoder):
-        staging.commit(record)
-        finished[record.unit] = record
-        listener.advanced(units[record.unit], record)
-        bad += _bad_of(record)
-        _check_bad(bad, request.max_bad)
-    return [finished[unit.index] for unit in units]
+    records = _records(
+        request.workers,
+        todo,
+        settings,
+        encoder=choice.encoder,
+        staging=staging,
+        notice=listener.notice,
+    )
+    with contextlib.closing(records):
+        for together in records:
+            staging.commit(together)
+            for record in together:
+                finished[record.unit] = record
+                listener.advanced(units[record.unit], record)
+                bad += _bad_of(record)
+            _check_bad(bad, request.max_bad)
+    return [finished[index] for index in units]
 
 
 def _records(
-    workers: int, todo: list[Unit], settings: PartSettings, *, encoder: Encoder
-) -> Iterator[PartRecord]:
-    """Makes the parts, in any order."""
-    if workers == 1:
-        # Here, since a process more would import and load everything again: half a second.
-        for unit in todo:
-            yield make_part(unit, settings, encoder=encoder)
+    workers: int,
+    todo: list[Unit],
+    settings: PartSettings,
+    *,
+    encoder: Encoder,
+    staging: Staging,
+    notice: Callable[[str], None],
+) -> Generator[list[PartRecord]]:
+    """Makes the parts, in any order; those that come together are to be committed together.
+
+    One worker is this process, since a process more would import and load everything again: half a
+    second. If this process dies of a document, the next run has a crew, which says which it was.
+    """
+    if workers == 1 and not staging.died_at_work():
+        with staging.at_work():
+            for unit in todo:
+                yield [make_part(unit, settings, encoder=encoder)]
         return
-    started = start_workers(tokenize_units, [settings] * min(workers, len(todo)))
-    try:
-        yield from distribute(started, todo)
-    finally:
-        stop_workers(started)
+    if workers == 1:
+        notice("an earlier run died at its work, so this one does it in a process of its own")
+    count = min(workers, len(todo))
+    with Crew(tokenize_units, settings, count=count, place=place_in_unit, notice=notice) as crew:
+        yield from crew.answers(todo)
 
 
 def _choose(
@@ -277,79 +379,3 @@ def _check_bad(bad: list[BadDocument], max_bad: int) -> None:
             f"{len(bad)} bad documents, more than --max-bad {max_bad}; among them:{listed}\n"
             "mend or --exclude these files, check --text-field, or allow more by --max-bad"
         )
-
-
-def _merge(
-    request: BuildRequest,
-    plan: BuildPlan,
-    staging: Staging,
-    path: Path,
-    *,
-    records: list[PartRecord],
-    tokenizer: Tokenizer,
-) -> Manifest:
-    identity = tokenizer.identity
-    if staging.shards.exists():
-        shutil.rmtree(staging.shards)
-    staging.shards.mkdir()
-    inputs, bad = _write_lists(staging.shards, records)
-    if sum(record.documents for record in records) == 0:
-        staging.discard()
-        raise DataError(_no_documents(records, bad))
-    dtype = token_dtype(identity.vocab_size).name
-    shards = write_shards(staging, records, settings=plan.settings, identity=identity, dtype=dtype)
-    counts = {split: sum(s.documents for s in shards if s.split == split) for split in SPLITS}
-    if min(counts.values()) == 0:
-        staging.discard()
-        raise DataError(
-            f"the corpus has {sum(counts.values())} documents: {counts['train']} for training and "
-            f"{counts['val']} for validation (chosen by content, {request.train_split:g}/"
-            f"{request.val_split:g}), expected at least one each; give more documents or another "
-            "--train-split"
-        )
-    write_durably(staging.shards / path.name, path.read_bytes())
-    return Manifest(
-        tool_version=version("mamba-dist"),
-        dtype=dtype,
-        tokenizer=replace(identity, file=path.name),
-        settings=plan.settings,
-        inputs=InputSummary(
-            files=len(request.corpus.files),
-            bytes=request.corpus.bytes,
-            documents=sum(record.documents for record in records),
-            bad_documents=len(bad),
-            text_bytes=sum(record.text_bytes for record in records),
-            sha256=inputs,
-        ),
-        shards=tuple(shards),
-        backend=staging.backend(),
-    )
-
-
-def _write_lists(folder: Path, records: list[PartRecord]) -> tuple[str, list[BadDocument]]:
-    lines, first = [], 0
-    for record in records:
-        for file in record.files:
-            line = {
-                "name": file.name,
-                "bytes": file.bytes,
-                "xxh3": file.xxh3,
-                "documents": file.documents,
-                "first_doc_id": first,
-            }
-            lines.append(json.dumps(line))
-            first += file.documents
-    write_durably(folder / INPUTS_NAME, "".join(line + "\n" for line in lines).encode())
-    bad = [document for record in records for document in record.bad]
-    listed = [json.dumps(vars(document)) + "\n" for document in bad]
-    write_durably(folder / BAD_DOCUMENTS_NAME, "".join(listed).encode())
-    return hash_file(folder / INPUTS_NAME).sha256, bad
-
-
-def _no_documents(records: list[PartRecord], bad: list[BadDocument]) -> str:
-    files = sum(len(record.files) for record in records)
-    faults = ", ".join(f"{count} {fault}" for fault, count in Counter(b.fault for b in bad).items())
-    return (
-        f"no usable document in {files} files ({faults or 'all files are empty'}); the first: "
-        f"{bad[0] if bad else records[0].files[0].name}"
-    )

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,15 +111,26 @@ def sync_folder(path: Path) -> None:
     sync_file(path)
 
 
+def unique_sibling(path: Path) -> Path:
+    """A name beside `path` for what is to become it, that no other process on any machine takes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Writes a file so that, after a crash at any moment, it is whole, or as it was before."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    staged = unique_sibling(path)
     with staged.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
     staged.replace(path)
     sync_folder(path.parent)
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """As `write_durably`, unless the file is there with that content: others may be reading it."""
+    if not path.is_file() or path.read_bytes() != data:
+        write_durably(path, data)
 
 
 @contextlib.contextmanager
@@ -131,7 +143,11 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         DataError: another process is making it.
     """
     staged = path.with_name(f".{path.name}.partial")
-    descriptor = _lock(staged, busy=f"another process is making {path}; wait for it to end")
+    descriptor = _lock(
+        staged,
+        fcntl.LOCK_EX | fcntl.LOCK_NB,
+        busy=f"another process is making {path}; wait for it to end",
+    )
     with os.fdopen(descriptor, "r+b") as stream:
         try:
             stream.truncate(0)
@@ -178,18 +194,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
+def exclusive_lock(
+    folder: Path, *, name: str = ".lock", wait: bool = False, busy: str | None = None
+) -> Iterator[None]:
     """Holds the folder for this process alone; the kernel releases it however the process ends.
 
+    On a shared disk it holds for all machines, if the file system passes locks on. `busy` is said
+    while another process holds it.
+
     Raises:
-        DataError: another process holds it.
+        DataError: another process holds it (and not `wait`), or the disk has no locks.
     """
-    path = folder / ".lock"
-    descriptor = _lock(
-        path,
-        busy=f"another process is writing into {folder}; wait for it to end, or give another "
-        "--output",
-    )
+    path = folder / name
+    operation = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+    descriptor = _lock(path, operation, busy=busy or _is_written(folder))
     try:
         yield
     finally:
@@ -199,14 +217,39 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(path: Path, *, busy: str) -> int:
+@contextlib.contextmanager
+def shared_lock(folder: Path) -> Iterator[None]:
+    """Holds the folder together with others who share it, against `exclusive_lock`.
+
+    Raises:
+        DataError: a process holds it for itself, or the disk has no locks.
+    """
+    operation = fcntl.LOCK_SH | fcntl.LOCK_NB
+    descriptor = _lock(folder / ".lock", operation, busy=_is_written(folder))
+    try:
+        yield
+    finally:
+        os.close(descriptor)  # the file stays: others may hold it
+
+
+def _is_written(folder: Path) -> str:
+    return f"another process is writing into {folder}; wait for it to end, or give another --output"
+
+
+def _lock(path: Path, operation: int, *, busy: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, operation)
         except BlockingIOError as error:
             os.close(descriptor)
             raise DataError(busy) from error
+        except OSError as error:
+            os.close(descriptor)
+            raise DataError(
+                f"the file system of {path.parent} cannot lock files ({error.strerror}); mount it "
+                "with locks (Lustre: -o flock), or give an --output elsewhere"
+            ) from error
         if _is_still_named(descriptor, path):
             return descriptor
         os.close(descriptor)  # its last holder removed it between our open and our lock

@@ -176,6 +176,8 @@ def find_document(folder: Path, manifest: Manifest, doc_id: int) -> DocumentPlac
     raise DataError(
         f"{folder} holds no document {doc_id}; its doc_ids go from 0 to "
         f"{manifest.inputs.documents - 1}"
+        + ", without those of duplicates"
+        * (manifest.duplicates is not None)
     )
 
 

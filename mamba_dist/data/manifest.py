@@ -11,7 +11,9 @@ set.
         bad_documents.jsonl      one line a document passed over: file, line, fault
 
 Nothing here depends on the time or the number of workers; on the machine only which backend was
-proven (`backend`, absent for the reference).
+proven (`backend`, absent for the reference; where several machines had several, the others stand
+in `more_backends`). With `deduplicate` in the settings (absent: no) a text's first document in the
+order of the corpus is there alone: doc_ids count the others too, and `duplicates` says how many.
 
 Version 1 had the shards in this file, and the hashes of their batches under `batch_xxh3`; it is
 read as it is. The fingerprint rests on the shards' sha256 and is the same either way.
@@ -81,11 +83,21 @@ class BuildSettings:
     val_split: float
     shard_bytes: int
     batch_tokens: int
+    deduplicate: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written. What older versions did not have is absent unless it is used, so that
+        their data sets and unfinished builds are known again.
+        """
+        content = dataclasses.asdict(self)
+        if not self.deduplicate:
+            del content["deduplicate"]
+        return content
 
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What went in; the single files stand in inputs.jsonl."""
+    """What went in, duplicates included; the single files stand in inputs.jsonl."""
 
     files: int
     bytes: int
@@ -93,6 +105,14 @@ class InputSummary:
     bad_documents: int
     text_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class DuplicateSummary:
+    """What was left out since its text stands in the corpus before."""
+
+    documents: int
+    text_bytes: int
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,8 @@ class Manifest:
     inputs: InputSummary
     shards: Sequence[ShardRecord]
     backend: BackendProof | None = None
+    more_backends: tuple[BackendProof, ...] = ()
+    duplicates: DuplicateSummary | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", index_of(self.shards))
@@ -174,18 +196,31 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
-        "tool_version": manifest.tool_version,
-        "dtype": manifest.dtype,
-        "tokenizer": dataclasses.asdict(manifest.tokenizer),
-        "settings": dataclasses.asdict(manifest.settings),
-        "inputs": dataclasses.asdict(manifest.inputs),
+        **_plain_fields(manifest),
+        "settings": manifest.settings.to_json(),
     }
-    if manifest.backend is not None:
-        content["backend"] = dataclasses.asdict(manifest.backend)
     content["splits"] = {split: _counts(manifest.shards_of(split)) for split in SPLITS}
     content["index_sha256"] = hashlib.sha256(index).hexdigest()
     content["content_sha256"] = _content_hash(content)
     write_durably(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _plain_fields(manifest: Manifest) -> dict[str, Any]:
+    """All that a manifest has but its shards, for JSON; what is absent is left out."""
+    values = {
+        field.name: getattr(manifest, field.name)
+        for field in dataclasses.fields(manifest)
+        if field.name != "shards"
+    }
+    return {name: _plain(value) for name, value in values.items() if value not in (None, ())}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
 
 
 def _counts(table: SplitTable) -> dict[str, int]:
@@ -287,6 +322,8 @@ def _parse(content: dict[str, Any], index: ShardIndex) -> Manifest:
         inputs=InputSummary(**content["inputs"]),
         shards=index,
         backend=BackendProof(**content["backend"]) if "backend" in content else None,
+        duplicates=DuplicateSummary(**content["duplicates"]) if "duplicates" in content else None,
+        more_backends=tuple(BackendProof(**proof) for proof in content.get("more_backends", [])),
     )
 
 

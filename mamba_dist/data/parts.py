@@ -1,13 +1,16 @@
 """The work on one unit: its documents are tokenised into one part file, committed by rename.
 
 A part is the unit's ids end to end (little-endian, EOS after each document), then one int64 length
-and one uint8 split (0 train, 1 val) for each document. Its counts and hash stand in the journal.
+and one uint8 split (0 train, 1 val) for each document; if duplicates are to go, then three uint64
+for each: both halves of its text's hash, and the text's bytes. Its counts and hash stand in the
+journal.
 The bytes depend only on the unit and the settings, so a part that is made twice is the same part.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from mamba_dist.data.crew import Attempt, Station
+from mamba_dist.data.deduplication import hash_text
 from mamba_dist.data.documents import BadDocument, Document, read_documents
-from mamba_dist.data.durable import quick_hash, sync_folder
+from mamba_dist.data.durable import quick_hash, sync_folder, unique_sibling
 from mamba_dist.data.fast_backends import Encoder, load_encoder, use_one_thread
 from mamba_dist.data.sources import InputFile, Unit
 from mamba_dist.data.workers import WorkerFailure
@@ -27,6 +32,9 @@ from mamba_dist.errors import DataError
 # Documents go to the tokenizer in groups, of at most so much text.
 _GROUP_CHARACTERS = 4 << 20
 _SPLIT_SEED = 0x6D616D6261
+_KEY_BYTES = 24
+
+Note = Callable[[int, int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class PartSettings:
     train_split: float
     batch_documents: int
     backend: str
+    deduplicate: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,33 +99,66 @@ def is_training_document(text: bytes, train_split: float) -> bool:
     return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED) < int(train_split * 2**64)
 
 
-def tokenize_units(connection: Connection, settings: PartSettings) -> None:
-    """A worker's life: units come in through the pipe, part records go out."""
+def tokenize_units(connection: Connection, station: Station) -> None:
+    """A crew worker's life: units come in through the pipe, part records go out."""
+    settings: PartSettings = station.payload
     use_one_thread()
     encoder = load_encoder(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
+    station.trace.set_ready()
+    # So that a second death shows the very document, and takes the least memory. The ids do not
+    # depend on the grouping.
+    singly = dataclasses.replace(settings, batch_documents=1)
     try:
         while True:
-            connection.send(_answer(connection.recv(), settings, encoder))
+            attempt: Attempt = connection.recv()
+            chosen = singly if attempt.is_second else settings
+            connection.send(_answer(attempt.task, chosen, encoder, note=station.trace.note))
     except (EOFError, ConnectionError):
         return  # nobody wants more
 
 
-def _answer(unit: Unit, settings: PartSettings, encoder: Encoder) -> PartRecord | WorkerFailure:
+def _answer(
+    unit: Unit, settings: PartSettings, encoder: Encoder, *, note: Note
+) -> PartRecord | WorkerFailure:
     try:
-        return make_part(unit, settings, encoder=encoder)
+        return make_part(unit, settings, encoder=encoder, note=note)
     except DataError as error:
         return WorkerFailure(str(error))
 
 
-def make_part(unit: Unit, settings: PartSettings, *, encoder: Encoder) -> PartRecord:
+def place_in_unit(unit: Unit, numbers: Sequence[int]) -> str:
+    """Where a worker was, by what `make_part` noted last."""
+    first, first_line, last, last_line = numbers
+    if not first:
+        return f"at the beginning of {unit}"
+    begin = unit.slices[first - 1].file.path
+    if not last:
+        return f"reading {begin}" + f" after line {first_line}" * bool(first_line)
+    end = f"{unit.slices[last - 1].file.path}:{last_line}"
+    return (
+        f"at {end}" if f"{begin}:{first_line}" == end else f"between {begin}:{first_line} and {end}"
+    )
+
+
+def _not_noted(*numbers: int) -> None:
+    """Nobody wants to know."""
+
+
+def make_part(
+    unit: Unit, settings: PartSettings, *, encoder: Encoder, note: Note = _not_noted
+) -> PartRecord:
     """Tokenises a unit and commits its part.
+
+    `note` hears where the work is, as (slice, line, last slice, last line) with slices from 1:
+    of a group that is encoded its first and last document, while a slice is read the last document
+    before (line 0: none yet), then the last two are 0.
 
     Raises:
         DataError: an input is damaged, the tokenizer gives impossible ids, or the disk is full.
     """
     final = part_path(Path(settings.folder), unit.index)
-    staged = final.with_suffix(f".{os.getpid()}.partial")
-    writer = _PartWriter(unit, settings, encoder)
+    staged = unique_sibling(final)
+    writer = _PartWriter(unit, settings, encoder, note=note)
     try:
         with staged.open("wb") as stream:
             writer.write(stream)
@@ -135,8 +177,10 @@ def make_part(unit: Unit, settings: PartSettings, *, encoder: Encoder) -> PartRe
 
 
 class _PartWriter:
-    def __init__(self, unit: Unit, settings: PartSettings, encoder: Encoder) -> None:
+    def __init__(self, unit: Unit, settings: PartSettings, encoder: Encoder, *, note: Note) -> None:
         self._unit = unit
+        self._slice = 0
+        self._note = note
         self._settings = settings
         self._encoder = encoder
         self._dtype = np.dtype(settings.dtype).newbyteorder("<")
@@ -145,6 +189,7 @@ class _PartWriter:
         self._text_bytes = 0
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._splits: list[int] = []
+        self._keys = array("Q")
         self._files: list[FileRecord] = []
         self._bad: list[BadDocument] = []
 
@@ -157,6 +202,7 @@ class _PartWriter:
         for lengths in self._lengths:
             self._put(stream, lengths.astype("<i8"))
         self._put(stream, np.array(self._splits, dtype=np.uint8))
+        self._put(stream, np.array(self._keys, dtype="<u8"))
 
     def record(self) -> PartRecord:
         return PartRecord(
@@ -199,18 +245,26 @@ class _PartWriter:
     def _groups(self) -> Iterator[list[str]]:
         group: list[str] = []
         characters = 0
+        first = last = (0, 0)
         for document in self._documents():
             full = len(group) >= self._settings.batch_documents
             if group and (full or characters + len(document.text) > _GROUP_CHARACTERS):
+                self._note(*first, *last)
                 yield group
+                self._note(*last, 0, 0)
                 group, characters = [], 0
+            last = (self._slice, document.line)
+            first = first if group else last
             group.append(document.text)
             characters += len(document.text)
         if group:
+            self._note(*first, *last)
             yield group
 
     def _documents(self) -> Iterator[Document]:
-        for piece in self._unit.slices:
+        for number, piece in enumerate(self._unit.slices, 1):
+            self._slice = number
+            self._note(number, 0, 0, 0)
             documents = 0
             for document in read_documents(piece.file, self._settings.text_field):
                 if isinstance(document, BadDocument):
@@ -221,6 +275,8 @@ class _PartWriter:
                     0 if is_training_document(text, self._settings.train_split) else 1
                 )
                 self._text_bytes += len(text)
+                if self._settings.deduplicate:
+                    self._keys.extend((*hash_text(text), len(text)))
                 documents += 1
                 yield document
             self._files.append(_describe(piece.file, documents))
@@ -244,6 +300,16 @@ class Part:
     splits: npt.NDArray[np.uint8]
 
 
+def read_keys(folder: Path, record: PartRecord) -> npt.NDArray[np.uint64]:
+    """What the part of a journal line says of its texts, (documents, 3): the halves of their
+    hashes, and their bytes.
+    """
+    with part_path(folder, record.unit).open("rb") as stream:
+        stream.seek(record.bytes - record.documents * _KEY_BYTES)
+        data = stream.read()
+    return np.frombuffer(data, dtype="<u8").reshape(-1, 3)
+
+
 def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
     """The part of a journal line.
 
@@ -265,5 +331,5 @@ def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Part:
         ids=data[:ids_end].view(np.dtype(dtype).newbyteorder("<")),
         # A copy, since the lengths need not begin at a multiple of eight.
         lengths=np.frombuffer(data[ids_end:lengths_end].tobytes(), dtype="<i8"),
-        splits=np.asarray(data[lengths_end:]),
+        splits=np.asarray(data[lengths_end : lengths_end + record.documents]),
     )

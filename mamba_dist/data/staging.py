@@ -5,27 +5,31 @@
         tokenizer.json   the tokenizer in use, copied or trained
         parts/           one file a finished unit
         journal.jsonl    one line a finished unit, forced to disk after its part
-        backend.json     the proof of the fast backend that made parts, if one did
+        journal-I-of-N.jsonl    the same of task I of N
+        backend-….json   the proof of a fast backend that made parts
+        at_work          a process is making parts itself, or died of it
         shards/          the merge, renamed into the output folder at the end
 
 Parts of another plan cannot mix in, since another plan has another folder.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from mamba_dist.data.durable import quick_hash, write_durably
+from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder, write_once
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
 from mamba_dist.data.packing_plan import PLAN_PATTERN
 from mamba_dist.data.parts import PartRecord, part_path
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.shard_index import INDEX_NAME
+from mamba_dist.data.share import Share
 from mamba_dist.data.sources import InputFile
 from mamba_dist.errors import DataError
 
@@ -56,7 +60,7 @@ class BuildPlan:
         """The content of plan.json; a file is known by name, size and time of change."""
         inputs = [[file.name, file.bytes, file.changed_at_ns] for file in self.files]
         return {
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_json(),
             "unit_bytes": self.unit_bytes,
             "inputs": inputs,
         }
@@ -65,40 +69,64 @@ class BuildPlan:
 class Staging:
     """The folder of one unfinished build, and its journal."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, share: Share | None = None) -> None:
         self.folder = folder
         self.parts = folder / "parts"
         self.shards = folder / "shards"
-        self._journal = folder / "journal.jsonl"
-        self._backend = folder / "backend.json"
+        whose = "" if share is None else f"-{share.index}-of-{share.count}"
+        self._journal = folder / f"journal{whose}.jsonl"
+        self._at_work = folder / f"at_work{whose}"
 
     def finished(self) -> dict[int, PartRecord]:
-        """The committed parts by unit; a line that a crash cut short is dropped."""
-        if not self._journal.exists():
-            return {}
-        content = self._journal.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            write_durably(self._journal, whole)
-        records = [PartRecord.from_json(json.loads(line)) for line in whole.splitlines()]
+        """The committed parts by unit, whoever made them. What cannot be read was cut short by a
+        crash, or is being written, and counts as not made.
+        """
+        journals = sorted(self.folder.glob("journal*.jsonl"))
+        lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")]
+        records = [record for line in lines if (record := _read_line(line)) is not None]
         return {record.unit: record for record in records if self._has_part(record)}
 
-    def commit(self, record: PartRecord) -> None:
-        """Notes a finished part; after this it is never made again."""
-        with self._journal.open("ab") as stream:
-            stream.write(json.dumps(record.to_json()).encode() + b"\n")
+    def commit(self, records: Sequence[PartRecord]) -> None:
+        """Notes finished parts; after this they are never made again."""
+        is_new = not self._journal.exists()
+        with self._journal.open("ab+") as stream:
+            lines = [json.dumps(record.to_json()).encode() + b"\n" for record in records]
+            stream.write(_line_break_before(stream) + b"".join(lines))
             stream.flush()
             os.fsync(stream.fileno())
+        if is_new:
+            sync_folder(self.folder)
+
+    def task_counts(self) -> set[int]:
+        """The numbers of tasks that builds of this folder were shared among."""
+        names = [path.stem for path in self.folder.glob("journal-*-of-*.jsonl")]
+        return {int(name.rpartition("-")[2]) for name in names}
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Leaves a mark while parts are made in this very process, which a sudden death leaves."""
+        self._at_work.touch()
+        try:
+            yield
+        finally:
+            self._at_work.unlink(missing_ok=True)
+
+    def died_at_work(self) -> bool:
+        """Whether an earlier process died while it made parts itself."""
+        return self._at_work.exists()
 
     def note_backend(self, proof: BackendProof) -> None:
         """Remembers that a fast backend makes parts from now on."""
-        write_durably(self._backend, json.dumps(asdict(proof)).encode())
+        content = json.dumps(asdict(proof)).encode()
+        # A name for each proof, since tasks on other machines may have other versions.
+        path = self.folder / f"backend-{hashlib.sha256(content).hexdigest()[:16]}.json"
+        write_once(path, content)
 
-    def backend(self) -> BackendProof | None:
-        """The last fast backend that made parts, in this run or an earlier one."""
-        if not self._backend.exists():
-            return None
-        return BackendProof(**json.loads(self._backend.read_bytes()))
+    def backends(self) -> tuple[BackendProof, ...]:
+        """The fast backends that made parts, in this run, earlier ones or other tasks."""
+        paths = self.folder.glob("backend*.json")
+        proofs = [BackendProof(**json.loads(path.read_bytes())) for path in paths]
+        return tuple(sorted(proofs, key=astuple))
 
     def discard(self) -> None:
         """Removes the folder."""
@@ -109,33 +137,63 @@ class Staging:
         return path.is_file() and path.stat().st_size == record.bytes
 
 
-def open_staging(output: Path, plan: BuildPlan, *, overwrite: bool) -> Staging:
-    """The staging folder of a plan, new or as an interrupted run left it.
+def _read_line(line: bytes) -> PartRecord | None:
+    try:
+        return PartRecord.from_json(json.loads(line))
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _line_break_before(stream: BinaryIO) -> bytes:
+    """Ends the line that a crash cut short, if the journal ends in one."""
+    if not stream.tell():
+        return b""
+    stream.seek(-1, os.SEEK_END)
+    return b"" if stream.read() == b"\n" else b"\n"
+
+
+def open_staging(
+    output: Path, plan: BuildPlan, *, overwrite: bool, share: Share | None = None
+) -> Staging:
+    """The staging folder of a plan, new or as others left it.
 
     Raises:
         DataError: the output folder holds an unfinished build of another plan (and not
-        `overwrite`), or
-            files that are not ours.
+        `overwrite`), or files that are not ours.
     """
-    content = plan.to_json()
-    encoded = json.dumps(content, indent=1).encode()
-    folder = output / (_PREFIX + hashlib.sha256(encoded).hexdigest()[:16])
-    _refuse_foreign_files(output)
-    for other in sorted(output.glob(_PREFIX + "*")):
-        if other == folder:
-            continue
-        if not overwrite:
-            raise DataError(
-                f"{output} holds an unfinished data set made with other settings or inputs "
-                f"({_differences_from(other, content)}); run the earlier command again to finish "
-                f"it, or "
-                "add --overwrite to start over"
-            )
-        shutil.rmtree(other)
-    staging = Staging(folder)
-    staging.parts.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / "plan.json", encoded)
+    folder = _folder_of(output, plan)
+    # One after the other, or two tasks with different plans would not see each other.
+    with exclusive_lock(output, name=".opening.lock", wait=True):
+        _refuse_foreign_files(output)
+        for other in sorted(output.glob(_PREFIX + "*")):
+            if other == folder:
+                continue
+            if not overwrite:
+                raise DataError(
+                    f"{output} holds an unfinished data set made with other settings or inputs "
+                    f"({_differences_from(other, plan)}); run the earlier command again to finish "
+                    "it, or start over with --overwrite and without --task"
+                )
+            shutil.rmtree(other)
+        staging = Staging(folder, share)
+        staging.parts.mkdir(parents=True, exist_ok=True)
+        write_once(folder / "plan.json", _encoded(plan))
+        sync_folder(output)
     return staging
+
+
+def clear_remains(output: Path, plan: BuildPlan) -> None:
+    """Removes what a run left that was killed after it had finished the data set of `plan`."""
+    with contextlib.suppress(FileNotFoundError):
+        Staging(_folder_of(output, plan)).discard()
+
+
+def _folder_of(output: Path, plan: BuildPlan) -> Path:
+    return output / (_PREFIX + hashlib.sha256(_encoded(plan)).hexdigest()[:16])
+
+
+def _encoded(plan: BuildPlan) -> bytes:
+    return json.dumps(plan.to_json(), indent=1).encode()
 
 
 def check_same_build(output: Path, manifest: Manifest, *, plan: BuildPlan) -> None:
@@ -169,7 +227,9 @@ def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
     data set.
     """
     (output / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in _OURS:
+    # Or a power cut might keep the manifest and lose its shards.
+    sync_folder(output)
+    for pattern in (*_OURS, f".{MANIFEST_NAME}.*.partial"):
         for old in output.glob(pattern):
             old.unlink()
     for name in names:
@@ -204,12 +264,14 @@ def _refuse_foreign_files(output: Path) -> None:
         )
 
 
-def _differences_from(folder: Path, content: dict[str, Any]) -> str:
+def _differences_from(folder: Path, plan: BuildPlan) -> str:
+    content = plan.to_json()
     try:
         other = json.loads((folder / "plan.json").read_bytes())
-    except (OSError, ValueError):
+        settings = BuildSettings(**other["settings"])
+    except (OSError, ValueError, TypeError, KeyError):
         return f"{folder.name} has no readable plan"
-    differences = _setting_differences(other["settings"], content["settings"])
+    differences = _setting_differences(asdict(settings), asdict(plan.settings))
     differences += _input_differences(other["inputs"], content["inputs"])
     if other["unit_bytes"] != content["unit_bytes"]:
         differences.append(f"unit_bytes was {other['unit_bytes']}, is {content['unit_bytes']}")

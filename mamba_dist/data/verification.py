@@ -112,10 +112,12 @@ def _manifest_problems(manifest: Manifest) -> Iterator[Problem]:
             f"its fingerprint is {manifest.fingerprint}, its shards give {computed}",
         )
     documents = sum(shard.documents for shard in manifest.shards)
-    if documents != manifest.inputs.documents:
+    left_out = manifest.duplicates.documents if manifest.duplicates is not None else 0
+    if documents != manifest.inputs.documents - left_out:
         yield Problem(
             MANIFEST_NAME,
-            f"its shards hold {documents} documents, its inputs {manifest.inputs.documents}",
+            f"its shards hold {documents} documents, its inputs {manifest.inputs.documents}"
+            + f", {left_out} of them duplicates" * bool(left_out),
         )
     for shard in manifest.shards:
         for index in _misplaced(shard, manifest.dtype):

@@ -2,7 +2,7 @@
 
 A worker is a function `(connection, payload)` in a module of this package that imports no torch, so
 that starting one costs a fraction of a second. Spawn, since a fork beside the tokenizers' threads
-deadlocks.
+deadlocks. A crew (crew.py) is what shares out tasks among several and replaces those that die.
 """
 
 import atexit
@@ -10,14 +10,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
-
-from mamba_dist.errors import DataError
 
 _END_S = 5.0
 
@@ -49,13 +46,21 @@ class WorkerFailure:
 def start_workers(
     target: Callable[[Connection, Any], None], payloads: Sequence[Any]
 ) -> list[Worker]:
-    """One running worker for each payload."""
+    """One running worker for each payload.
+
+    Raises:
+        OSError: the machine has no room for a process more.
+    """
     context = multiprocessing.get_context("spawn")
-    workers = []
+    workers: list[Worker] = []
     for payload in payloads:
         ours, theirs = context.Pipe()
         process = context.Process(target=_run, args=(target, theirs, payload), daemon=True)
-        process.start()
+        try:
+            process.start()
+        except OSError:
+            stop_workers(workers)
+            raise
         # Runs before multiprocessing's own clean-up, which would wait for ever for a worker that
         # takes no SIGTERM.
         atexit.register(process.kill)
@@ -64,55 +69,6 @@ def start_workers(
         theirs.close()
         workers.append(Worker(process, ours))
     return workers
-
-
-def distribute(workers: Sequence[Worker], tasks: Sequence[Any]) -> Iterator[Any]:
-    """The answer to each task, in the order of completion; each worker has one task at a time.
-
-    Raises:
-        DataError: a worker reported a failure, or died; the message names its task.
-    """
-    waiting = deque(tasks)
-    busy: dict[Connection, tuple[Worker, Any]] = {}
-    for worker in workers:
-        _assign(worker, waiting, busy)
-    while busy:
-        for connection in wait(list(busy)):
-            assert isinstance(connection, Connection)
-            worker, task = busy.pop(connection)
-            answer = _receive(worker, task)
-            _assign(worker, waiting, busy)
-            yield answer
-
-
-def _assign(
-    worker: Worker, waiting: deque[Any], busy: dict[Connection, tuple[Worker, Any]]
-) -> None:
-    if not waiting:
-        return
-    task = waiting.popleft()
-    busy[worker.connection] = (worker, task)
-    try:
-        worker.connection.send(task)
-    except OSError as error:
-        raise _died(worker, task) from error
-
-
-def _receive(worker: Worker, task: Any) -> Any:
-    try:
-        answer = worker.connection.recv()
-    except (EOFError, OSError) as error:
-        raise _died(worker, task) from error
-    if isinstance(answer, WorkerFailure):
-        raise DataError(answer.message)
-    return answer
-
-
-def _died(worker: Worker, task: Any) -> DataError:
-    return DataError(
-        f"a worker died ({worker.describe_end()}) on {task}; run the same command again to "
-        "continue, with fewer --workers if memory is short"
-    )
 
 
 def stop_workers(workers: Sequence[Worker]) -> None:

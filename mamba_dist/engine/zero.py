@@ -30,7 +30,6 @@ from mamba_dist.engine.base import (
 )
 from mamba_dist.engine.graph import RecordedMicrosteps, Recorder
 from mamba_dist.engine.world import World
-from mamba_dist.ops.cuda_graph import record
 from mamba_dist.ops.readback import read_later
 
 _NEVER = 1 << 62
@@ -127,15 +126,16 @@ class ZeroEngine:
         optimizer: OptimizerSettings,
         settings: Mapping[str, Any],
         world: World,
-        cuda_graphs: bool = False,
-        recorder: Recorder = record,
+        recorder: Recorder | None = None,
     ) -> None:
         """See `Engine`.
 
         Args:
             settings: of `zero_settings`.
-            cuda_graphs: launch forward and backward of a micro-batch as a whole. At stage 0 only:
-                above, gradients are reduced and parameters gathered in between.
+            recorder: launch forward and backward of a micro-batch as a whole, recorded by this.
+
+        Raises:
+            ValueError: a recorder above stage 0, where gradients are reduced in between.
         """
         require_fp32(module)
         self._world = world
@@ -176,7 +176,9 @@ class ZeroEngine:
             self._watch_norm()
         self._materialise_moments()
         self._recorded: RecordedMicrosteps | None = None
-        if cuda_graphs and self._stage == 0:
+        if recorder is not None:
+            if self._stage > 0:
+                raise ValueError(f"stage {self._stage} cannot be recorded, only stage 0")
             self._recorded = RecordedMicrosteps(
                 self._loss_sum, parameters=list(self._parameters.values()), recorder=recorder
             )
@@ -272,7 +274,9 @@ class ZeroEngine:
     def _loss_sum(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """As DeepSpeed runs the module."""
         autocast = torch.autocast(
-            self._world.device.type, torch.bfloat16, enabled=self._engine.torch_autocast_enabled()
+            self._world.device.type,
+            self._engine.torch_autocast_dtype(),
+            enabled=self._engine.torch_autocast_enabled(),
         )
         with autocast:
             loss_sum: Tensor = self.module(**inputs)

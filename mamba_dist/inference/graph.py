@@ -20,7 +20,7 @@ from torch import Tensor
 from mamba_dist.errors import BackendError
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.state import LayerState
-from mamba_dist.ops.cuda_graph import record
+from mamba_dist.ops.cuda_graph import CudaRecorder
 
 Capture = Callable[[Callable[[], None], torch.device], Callable[[], None]]
 """From a computation on fixed buffers of a device to one that repeats it on what they hold then."""
@@ -39,7 +39,9 @@ def cuda_graph(compute: Callable[[], None], device: torch.device) -> Callable[[]
             f"CUDA graphs need a CUDA device, and the model is on {device}; {_WITHOUT}"
         )
     try:
-        return record(compute, device).replay
+        recorder = CudaRecorder(device)
+        recorder.warm_up(compute)
+        return recorder.record(compute)
     # What CUDA refuses while it records arrives as RuntimeError.
     except RuntimeError as error:
         raise BackendError(

@@ -30,6 +30,9 @@ from mamba_dist.model.init import audit, initialize
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import ParamClass, classify, format_table
 from mamba_dist.ops.backend import resolve_backend
+from mamba_dist.ops.causal_conv1d.gpu import has_kernel as has_convolution_kernel
+from mamba_dist.ops.cuda_graph import CudaRecorder
+from mamba_dist.ops.ssd.gpu import has_kernel as has_ssd_kernel
 from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink, TensorBoardSink
 from mamba_dist.telemetry.progress import progress as progress_bar
 from mamba_dist.train.guard import SkipGuard
@@ -181,9 +184,9 @@ def _build_engine(
         accumulation_steps=plan.accumulation_steps,
     )
     backend = ops_backend(config, device_type=world.device.type)
-    cuda_graphs = stage == 0 and records_microsteps(config, backend=backend)
-    if cuda_graphs:
-        _log.info("each micro-batch runs as one CUDA graph (engine.cuda_graphs)")
+    recorder = None
+    if stage == 0 and config.engine.cuda_graphs and backend == "gpu":
+        recorder = microstep_recorder(config, world.device)
     with zero.construction(settings):
         model = MambaLM(
             config.model,
@@ -200,17 +203,32 @@ def _build_engine(
         ),
         settings=settings,
         world=world,
-        cuda_graphs=cuda_graphs,
+        recorder=recorder,
     )
     # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
     audit(model, config.model, gather=engine.gather)
     return engine, classes
 
 
-def records_microsteps(config: RunConfig, *, backend: str) -> bool:
-    """Whether forward and backward may be launched as CUDA graphs, see `engine.cuda_graphs`."""
-    # The other backends wait for the device, to read where documents begin.
-    return config.engine.cuda_graphs and backend == "gpu"
+def microstep_recorder(config: RunConfig, device: torch.device) -> CudaRecorder | None:
+    """What records micro-batches of the gpu ops, see `engine.cuda_graphs`; None if they wait for
+    the device."""
+    model, shapes = config.model, []
+    if not has_convolution_kernel(model.d_conv):
+        shapes.append(f"model.d_conv {model.d_conv}")
+    if model.layer == "mamba2" and not has_ssd_kernel(
+        model.d_state, length=config.data.sequence_length
+    ):
+        shapes.append(f"model.d_state {model.d_state}, {config.data.sequence_length} tokens")
+    if shapes:
+        _log.info(
+            "kernels are launched one by one: %s run in PyTorch's operations, which wait for the "
+            "device to know where documents begin (engine.cuda_graphs)",
+            " and ".join(shapes),
+        )
+        return None
+    _log.info("each micro-batch is launched as one CUDA graph (engine.cuda_graphs)")
+    return CudaRecorder(device)
 
 
 def decay_groups(classes: Iterable[ParamClass], weight_decay: float) -> list[ParameterGroup]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from word_corpus import folder_contents
 
 from mamba_dist.commands.tokenize import main
 from mamba_dist.commands.train_tokenizer import main as train_tokenizer
@@ -166,9 +167,31 @@ def test_too_many_bad_documents_say_which_and_what_to_do(
     assert "--text-field" in error
 
 
+def test_tasks_and_a_merge_make_what_one_command_makes(
+    corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(corpus), "--tokenizer", str(tokenizer), "--workers", "1"]
+    there = [*options, "--output", str(tmp_path / "there")]
+    assert main([*options, "--output", str(tmp_path / "here")]) == 0
+    assert main([*there, "--task", "1/2"]) == 0
+    assert "task 1/2: its 0 units are made; once those of all 2 tasks are, the same" in (
+        capsys.readouterr().out
+    )
+    assert "no --task has run" in failed(capsys, *there, "--merge")
+    assert main([*there, "--task", "0/2"]) == 0
+    assert main([*there, "--merge"]) == 0
+    assert folder_contents(tmp_path / "there") == folder_contents(tmp_path / "here")
+    assert main([*there, "--task", "0/2"]) == 0
+    assert "is already complete" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*there, "--task", "0/2", "--overwrite"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["{corpus}", "--task", "2/2"], "--task 2/2 is none of several tasks; expected I/N"),
+        (["{corpus}", "--task", "0/2"], "several tasks cannot train one tokenizer"),
         (["nowhere"], "corpus nowhere does not exist"),
         (["{corpus}", "--tokenizer", "none.json"], "tokenizer none.json does not exist"),
         (["{corpus}", "--train-bpe", "100"], "--vocab-size 100 is too small"),
@@ -257,6 +280,7 @@ def test_the_real_message_of_a_failing_worker_reaches_stderr(
     done = run(*script, corpus, *options, cwd=cwd)
     assert done.returncode == 2
     assert "SpawnProcess" in done.stderr
-    assert "error: a worker died (exit code 1, its own message is above)" in done.stderr
+    assert "error: two workers died on " in done.stderr
+    assert "(exit code 1, its own message is above)" in done.stderr
     assert "WordLevel error: Missing [UNK] token from the vocabulary" in done.stderr
     assert "AttributeError" not in done.stderr

@@ -65,18 +65,17 @@ class SilentListener:
         self.notices.append(text)
 
 
-def build(
+def make_request(
     roots: Path | Sequence[Path],
     output: Path,
     tokenizer: Path | None,
     *,
     exclude: tuple[str, ...] = (),
-    listener: SilentListener | None = None,
     **options: Any,
-) -> BuildResult:
-    """Tokenises a corpus with small units, so that there are several."""
+) -> BuildRequest:
+    """A request for a data set, with small units, so that there are several."""
     roots = [roots] if isinstance(roots, Path) else list(roots)
-    request = BuildRequest(
+    return BuildRequest(
         output=output,
         corpus=discover(roots, DiscoveryOptions(exclude=exclude, skip=(output,))),
         tokenizer=tokenizer,
@@ -90,6 +89,18 @@ def build(
             **options,
         },
     )
+
+
+def build(
+    roots: Path | Sequence[Path],
+    output: Path,
+    tokenizer: Path | None,
+    *,
+    listener: SilentListener | None = None,
+    **options: Any,
+) -> BuildResult:
+    """Tokenises a corpus."""
+    request = make_request(roots, output, tokenizer, **options)
     return build_dataset(request, listener or SilentListener())
 
 

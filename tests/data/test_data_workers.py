@@ -1,13 +1,7 @@
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import pytest
-
-from mamba_dist.data.workers import distribute, start_workers, stop_workers
-from mamba_dist.errors import DataError
 
 PARENT = """
 import time
@@ -45,36 +39,3 @@ def is_running(process: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"  # nobody may be there to reap it
-
-
-def test_every_task_is_answered_by_any_number_of_workers() -> None:
-    for count in (1, 3):
-        workers = start_workers(square, [0] * count)
-        try:
-            assert sorted(distribute(workers, range(20))) == [n * n for n in range(20)]
-        finally:
-            stop_workers(workers)
-
-
-def test_a_worker_that_dies_is_reported_with_its_task() -> None:
-    workers = start_workers(square, [7, 7])
-    try:
-        with pytest.raises(
-            DataError, match=r"a worker died \(exit code 3, .*\) on 7; run the same"
-        ):
-            list(distribute(workers, range(20)))
-    finally:
-        stop_workers(workers)
-    assert not any(worker.process.is_alive() for worker in workers)
-
-
-def square(connection: object, fatal: int) -> None:
-    """A worker that answers with squares and dies of one number, unless that is 0."""
-    while True:
-        try:
-            number = connection.recv()  # type: ignore[attr-defined]
-        except (EOFError, ConnectionError):
-            return
-        if fatal and number == fatal:
-            os._exit(3)
-        connection.send(number * number)  # type: ignore[attr-defined]

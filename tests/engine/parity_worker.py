@@ -115,9 +115,20 @@ def parity(
 _BAD_SCALES = {"nan": float("nan"), "spike": 1e4, "infinite": 1e25}
 
 
-def skipping(stage: int, kind: str, layer: str, precision: str, world: World, plain) -> dict:
+def skipping(
+    stage: int,
+    kind: str,
+    layer: str,
+    precision: str,
+    world: World,
+    plain,
+    *,
+    recorded: bool = False,
+) -> dict:
     """One bad micro-batch of the last rank: all ranks drop just that step."""
-    engine = tiny.build_engine(stage, layer=layer, precision=precision, world=world)
+    engine = tiny.build_engine(
+        stage, layer=layer, precision=precision, world=world, recorded=recorded
+    )
     bad = {(0, world.size - 1): _BAD_SCALES[kind]}
     skipped, untouched = [], None
     for step in range(STEPS):
@@ -137,6 +148,7 @@ def skipping(stage: int, kind: str, layer: str, precision: str, world: World, pl
     return {
         "case": kind,
         "stage": stage,
+        "recorded": recorded,
         "skipped": skipped,
         "votes": world.sum_over_ranks([float(s) for s in skipped]),
         "untouched": untouched,
@@ -164,6 +176,10 @@ def main() -> None:
             # Stage 3 adds the squares up in fp64, where they are finite.
             if (stage, kind) != (3, "infinite")
         ]
+        if stage == 0:
+            results.append(
+                skipping(0, "nan", layer, precision, world, plain_skipping, recorded=True)
+            )
         if world.rank == 0:
             for result in results:
                 print(json.dumps(result), flush=True)

@@ -91,6 +91,11 @@ class _Inputs(NamedTuple):
     seq_idx: Tensor | None
 
 
+def has_kernel(width: int) -> bool:
+    """Whether a convolution of K `width` runs in a kernel, not in the torch backend."""
+    return width in _WIDTHS
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -113,7 +118,7 @@ def causal_conv1d(
     """
     if x.dtype == torch.float64:
         raise BackendError(f"ops backend 'gpu' has no fp64 causal_conv1d; {USE_TORCH}")
-    if weight.shape[1] not in _WIDTHS:
+    if not has_kernel(weight.shape[1]):
         return torch_chunked.causal_conv1d(
             x, weight, bias, seq_idx, initial_state, return_final_state, silu
         )

@@ -53,6 +53,11 @@ def require_triton() -> Any:
     return import_triton_module("mamba_dist.ops.ssd.triton_launch")
 
 
+def has_kernel(d_state: int, *, length: int) -> bool:
+    """Whether a scan of so many states and steps runs in kernels, not in the torch backend."""
+    return length > 1 and d_state <= _LARGEST_D_STATE
+
+
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -91,7 +96,7 @@ def ssd(
         )
     if A_is_log:
         A = -torch.exp(A)
-    if x.shape[1] == 1 or B.shape[3] > _LARGEST_D_STATE:
+    if not has_kernel(B.shape[3], length=x.shape[1]):
         return torch_chunked.ssd(
             x, dt, A, B, C, D, z, dt_bias, dt_softplus, seq_idx, initial_state, chunk_size
         )

@@ -6,6 +6,7 @@ several ranks runs them, without the communication: a training run on one rank t
 whatever its config says (`zero.stage_for`).
 """
 
+import torch
 from torch import Tensor
 
 from mamba_dist.commands.bench.gpu.step import (
@@ -28,7 +29,8 @@ from mamba_dist.model.init import initialize
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import classify
 from mamba_dist.ops.backend import resolve_backend
-from mamba_dist.train.build import decay_groups, records_microsteps
+from mamba_dist.ops.cuda_graph import CudaRecorder
+from mamba_dist.train.build import decay_groups, microstep_recorder
 
 _STAGES = {"zero-0": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3}
 
@@ -79,7 +81,7 @@ def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
         ),
         settings=settings,
         world=world,
-        cuda_graphs=records_microsteps(config, backend=_backend(config, world.device.type)),
+        recorder=_recorder(config, stage, world.device),
     )
 
 
@@ -89,6 +91,12 @@ def _model(config: RunConfig, device_type: str) -> MambaLM:
         backend=_backend(config, device_type),
         activation_checkpointing=config.training.activation_checkpointing,
     )
+
+
+def _recorder(config: RunConfig, stage: int, device: torch.device) -> CudaRecorder | None:
+    if stage == 0 and config.engine.cuda_graphs and _backend(config, device.type) == "gpu":
+        return microstep_recorder(config, device)
+    return None
 
 
 def _backend(config: RunConfig, device_type: str) -> str:

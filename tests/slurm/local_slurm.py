@@ -1,0 +1,198 @@
+"""A real SLURM of one machine, in a folder of its own: two nodes, no accounting, no cgroups.
+
+It needs root and the programs of Debian's packages slurm-wlm and munge; nothing of an installed
+SLURM is read or changed.
+"""
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from processes import ROOT, clean_environment, free_port
+
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol", "squeue", "scancel")
+_START_S = 30
+_MUNGE_FILES = (
+    ("socket", "socket"),
+    ("key-file", "key"),
+    ("pid-file", "pid"),
+    ("log-file", "log"),
+    ("seed-file", "seed"),
+)
+
+# cons_tres, so that jobs share a node; linuxproc and none, since cgroups need the machine's own
+# set-up; the intervals, so that a job that may start does so within a second or two.
+_CONFIG = """
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmctldPort={controller_port}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000
+ReturnToService=2
+SlurmdParameters=config_overrides
+MinJobAge=300
+KillWait=5
+{nodes}
+PartitionName=tests Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+_NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 "
+    "SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 "
+    "Gres=gpu:2 State=UNKNOWN"
+)
+
+
+def why_not() -> str | None:
+    """Why a cluster cannot be started here, None if it can."""
+    absent = [name for name in _PROGRAMS if _program(name) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed (Debian: slurm-wlm, munge)"
+    if os.geteuid() != 0:
+        return "slurmd needs root"
+    return None
+
+
+class LocalSlurm:
+    """A running cluster; commands go to it by `environment`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**clean_environment(), "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def call(self, *command: str | Path) -> str:
+        """What a command prints; it must not fail."""
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, *words: str | Path) -> str:
+        """The id of a job submitted from the repository root; `words` are sbatch's."""
+        return self.call("sbatch", "--parsable", *words)
+
+    def states(self, job: str) -> set[str]:
+        """The states of a job, of all its array tasks."""
+        return set(self.call("squeue", "--jobs", job, "--states=all", "-h", "-o", "%T").split())
+
+    def wait(self, *jobs: str, timeout_s: float = 100) -> dict[str, set[str]]:
+        """The last states of jobs, once all have ended."""
+        going = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            states = {job: self.states(job) for job in jobs}
+            if not any(found & going for found in states.values()):
+                return states
+            time.sleep(0.2)
+        raise AssertionError(f"jobs still wait or run: {states}\n{self.call('squeue')}")
+
+    def start_soon(self, job: str) -> None:
+        """Lets a requeued job begin in two seconds; by itself SLURM makes it wait for two minutes.
+
+        Not at once: a start in the second of the requeue is refused as "credential revoked".
+        """
+        self.call("scontrol", "update", f"jobid={job}", "StartTime=now+2seconds")
+
+
+@contextmanager
+def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
+    """A cluster that runs while the block lasts; `folder` is new, its path short (a socket's)."""
+    (folder / "state").mkdir()
+    host, cpus = socket.gethostname().split(".")[0], len(os.sched_getaffinity(0))
+    nodes = [
+        _NODE.format(name=name, host=host, port=free_port(), cpus=cpus) for name in ("n1", "n2")
+    ]
+    config = _CONFIG.format(
+        folder=folder,
+        host=host,
+        user=getpass.getuser(),
+        controller_port=free_port(),
+        nodes="\n".join(nodes),
+    )
+    (folder / "slurm.conf").write_text(config)
+    # GPUs that are counted and given out; a device file must stand behind each, any.
+    gpus = [f"NodeName=n[1-2] Name=gpu File=/dev/{name}\n" for name in ("null", "zero")]
+    (folder / "gres.conf").write_text("".join(gpus))
+    (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o400)
+    cluster = LocalSlurm(folder)
+    munge = [f"--{name}={folder}/munge.{end}" for name, end in _MUNGE_FILES]
+    daemons: list[subprocess.Popen[bytes]] = []
+    try:
+        daemons.append(_start(cluster, "munged", "--foreground", "--force", *munge))
+        _wait_until(lambda: (folder / "munge.socket").exists(), cluster)
+        daemons.append(_start(cluster, "slurmctld", "-D"))
+        daemons += [_start(cluster, "slurmd", "-D", "-N", name) for name in ("n1", "n2")]
+        _wait_until(lambda: _idle_nodes(cluster) == 2, cluster)
+        yield cluster
+        # What a failed test left running would outlive the daemons.
+        cluster.call("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
+        cluster.call("scancel", "--user", getpass.getuser())
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            daemon.wait(20)
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+def _start(cluster: LocalSlurm, name: str, *words: str) -> "subprocess.Popen[bytes]":
+    program = _program(name)
+    assert program is not None
+    with (cluster.folder / f"{name}.out").open("ab") as output:
+        return subprocess.Popen(
+            [program, *words], env=cluster.environment, stdout=output, stderr=output
+        )
+
+
+def _idle_nodes(cluster: LocalSlurm) -> int:
+    done = subprocess.run(
+        ["sinfo", "-h", "-t", "idle", "-o", "%D"],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    return int(done.stdout.strip() or 0) if done.returncode == 0 else 0
+
+
+def _wait_until(condition: Callable[[], bool], cluster: LocalSlurm) -> None:
+    deadline = time.monotonic() + _START_S
+    while not condition():
+        if time.monotonic() > deadline:
+            logs = [path.read_text()[-1000:] for path in sorted(cluster.folder.glob("*.out"))]
+            raise AssertionError("the cluster does not start:\n" + "\n".join(logs))
+        time.sleep(0.1)
