@@ -39,18 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     data = DataConfig() if arguments.config is None else load_config(arguments.config).config.data
-    folder = Path(arguments.dataset or data.dataset_path)
+    folders = [arguments.dataset] if arguments.dataset else [s.path for s in data.all_sources]
     length: int = arguments.sequence_length or data.sequence_length
-    manifest = open_dataset(folder).manifest
-    if arguments.compare:
-        _compare(folder, manifest, length)
-        return
     packing: Packing = arguments.packing or data.packing
-    if packing == "concat":
+    if packing == "concat" and not arguments.compare:
         raise DataError(
             "packing concat needs no plan: its sequences are windows of the stream; give --packing "
             "best_fit or pad, or set data.packing in the config"
         )
+    for folder in map(Path, folders):
+        manifest = open_dataset(folder).manifest
+        if arguments.compare:
+            _compare(folder, manifest, length)
+        else:
+            _plan(folder, manifest, packing, length)
+
+
+def _plan(folder: Path, manifest: Manifest, packing: Packing, length: int) -> None:
     begun_at = time.monotonic()
     with progress(manifest.tokens("train"), "tokens", description="planning") as bar:
         totals = make_plan(folder, manifest, packing=packing, length=length, advance=bar.advance)
@@ -86,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Plan which documents of the training split share a sequence. The plan is a "
         "file in the data set's folder; training with data.packing best_fit or pad reads it.",
     )
-    parser.add_argument("dataset", nargs="?", help="data set folder; default: the config's")
+    parser.add_argument("dataset", nargs="?", help="data set folder; default: all of the config's")
     parser.add_argument("--config", type=Path, help="the run's config")
     parser.add_argument("--packing", choices=get_args(Packing)[1:], help="default: the config's")
     parser.add_argument(

@@ -25,18 +25,14 @@ from mamba_dist.data.build import (
     build_share,
 )
 from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
-from mamba_dist.data.manifest import SPLITS
 from mamba_dist.data.part_records import PartRecord
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.share import Share, parse_share
-from mamba_dist.data.sources import (
-    Corpus,
-    Unit,
-    glob_folder,
-)
+from mamba_dist.data.sources import Corpus, Unit, glob_folder
 from mamba_dist.data.standard_input import NAME as STANDARD_INPUT_NAME
 from mamba_dist.data.standard_input import discard_standard_input
 from mamba_dist.data.tokenization import load_tokenizer
-from mamba_dist.errors import DataError, MambaDistError
+from mamba_dist.errors import ConfigError, DataError, MambaDistError
 from mamba_dist.telemetry.progress import Progress, progress
 
 EXIT_USER_ERROR = 2
@@ -194,6 +190,8 @@ def _choose_output(
     if arguments.output is not None:
         return Path(arguments.output)
     if config is not None:
+        if config.data.dataset_path is None:
+            raise ConfigError("the config has data.sources and no data.dataset_path; give --output")
         return Path(config.data.dataset_path)
     if arguments.corpus[0] == STANDARD_INPUT:
         return Path("data") / STANDARD_INPUT_NAME

@@ -1,8 +1,8 @@
 """tools/which_docs.py: which documents stand at a place of a data set, and where they came from.
 
 The samples that a training log names ("samples 128 to 191") are positions in the run's order, from
-its first sample; a sample id (`Batch.sample_ids`) is a sample of the split under the run's packing.
-The first needs the run's config, which has the seed.
+its first sample; its steps count from 1. Both need the run: its folder, or its config.yaml. A
+sample id is a sample of a split under the run's packing.
 
 Exit codes: 0 done; 2 a mistake that the message explains; anything else is a crash.
 """
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import get_args
 
 from mamba_dist.commands.arguments import not_negative_int, positive_int
+from mamba_dist.commands.run_samples import RunSamples
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import DataConfig, Packing
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.document_ids import find_document_id
 from mamba_dist.data.lookup import DocumentPlace, InputIndex, SplitIndex, find_document
-from mamba_dist.data.manifest import SPLITS, Manifest
-from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.manifest import Manifest
 from mamba_dist.data.samples import Samples, training_samples, validation_samples
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.tokenization import Tokenizer, check_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
 
@@ -32,75 +33,109 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.samples is not None and (arguments.config is None or arguments.split != "train"):
-        parser.error("--samples needs --config, the run's config.yaml, and the split train")
-    if arguments.sample_id is not None and not (arguments.sequence_length or arguments.config):
-        parser.error("--sample-id needs --sequence-length, or --config")
+    _check_question(parser, arguments)
     try:
-        _Answer(arguments).print()
+        if arguments.samples is None and arguments.step is None:
+            _print_place(arguments)
+        else:
+            _print_samples(arguments)
     except MambaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 
 
-class _Answer:
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._arguments = arguments
-        self._folder: Path = arguments.dataset
-        self._dataset = open_dataset(self._folder)
-        self._manifest: Manifest = self._dataset.manifest
-        self._index = SplitIndex(self._folder, self._manifest, arguments.split)
-        self._inputs = InputIndex(self._folder)
-        self._tokenizer: Tokenizer = check_tokenizer(
-            self._manifest, self._folder / self._manifest.tokenizer.file
+def _check_question(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.samples is not None or arguments.step is not None:
+        if arguments.config is None or arguments.split != "train":
+            parser.error("--samples and --step need --config, the run, and the split train")
+        if arguments.sequence_length is not None or arguments.packing is not None:
+            parser.error("--samples and --step take the run's own sequence length and packing")
+    elif len(arguments.dataset) != 1:
+        parser.error(f"a place in a data set needs one DATASET, found {len(arguments.dataset)}")
+    elif arguments.sample_id is not None and not (arguments.sequence_length or arguments.config):
+        parser.error("--sample-id needs --sequence-length, or --config")
+
+
+def _print_place(arguments: argparse.Namespace) -> None:
+    [folder] = arguments.dataset
+    documents = _Documents(folder, arguments.split, shown_tokens=arguments.tokens)
+    if arguments.doc_id is not None:
+        documents.print_document(arguments.doc_id)
+    elif arguments.position is not None:
+        documents.print_tokens(arguments.position, arguments.position + 1)
+    else:
+        data = DataConfig()
+        if arguments.config is not None:
+            data = load_config(arguments.config).config.data
+        documents.print_sample(
+            arguments.sample_id,
+            packing=arguments.packing or data.packing,
+            length=arguments.sequence_length or data.sequence_length,
         )
 
-    def print(self) -> None:
-        asked = self._arguments
-        if asked.doc_id is not None:
-            place = find_document(self._folder, self._manifest, asked.doc_id)
-            self._index = SplitIndex(self._folder, self._manifest, place.split)
-            self._print_places([place])
-        elif asked.position is not None:
-            self._print_places(self._index.between(asked.position, asked.position + 1))
-        elif asked.sample_id is not None:
-            self._print_sample(self._samples(), asked.sample_id)
-        else:
-            self._print_samples(asked.samples)
 
-    def _data_config(self) -> DataConfig:
-        return load_config(self._arguments.config).config.data
+def _print_samples(arguments: argparse.Namespace) -> None:
+    run = RunSamples(arguments.config, arguments.dataset)
+    samples: range = arguments.samples
+    if arguments.step is not None:
+        samples = run.positions(arguments.step)
+        print(f"step {arguments.step}: samples {samples.start} to {samples.stop - 1} of the run")
+    opened: dict[Path, _Documents] = {}
+    for position in samples:
+        found = run.find(position)
+        if found.folder not in opened:
+            opened[found.folder] = _Documents(
+                found.folder, arguments.split, shown_tokens=arguments.tokens
+            )
+        source = f"{found.folder}, " if run.is_mixture else ""
+        print(
+            f"sample {position} of the run: {source}epoch {found.epoch}, sample id {found.number}"
+        )
+        opened[found.folder].print_sample(
+            found.number, packing=run.data.packing, length=run.data.sequence_length
+        )
 
-    def _samples(self) -> Samples:
-        asked = self._arguments
-        data = DataConfig() if asked.config is None else self._data_config()
-        length = asked.sequence_length or data.sequence_length
-        if asked.split != "train":
-            return validation_samples(self._dataset, length)
-        return training_samples(self._dataset, packing=asked.packing or data.packing, length=length)
 
-    def _print_samples(self, numbers: range) -> None:
-        data, samples = self._data_config(), self._samples()
-        order = SampleOrder(len(samples), data.seed, data.shuffle)
-        for number in numbers:
-            epoch, sample = order.locate(number)
-            print(f"sample {number} of the run: epoch {epoch}, sample id {sample}")
-            self._print_sample(samples, sample)
+class _Documents:
+    """The documents of one data set, printed with their input files and first tokens."""
 
-    def _print_sample(self, samples: Samples, sample: int) -> None:
+    def __init__(self, folder: Path, split: str, *, shown_tokens: int) -> None:
+        self._folder = folder
+        self._shown_tokens = shown_tokens
+        self._dataset = open_dataset(folder)
+        self._manifest: Manifest = self._dataset.manifest
+        self._index = SplitIndex(folder, self._manifest, split)
+        self._inputs = InputIndex(folder)
+        self._tokenizer: Tokenizer = check_tokenizer(
+            self._manifest, folder / self._manifest.tokenizer.file
+        )
+
+    def print_document(self, doc_id: int) -> None:
+        place = find_document(self._folder, self._manifest, doc_id)
+        self._index = SplitIndex(self._folder, self._manifest, place.split)
+        self._print_places([place])
+
+    def print_tokens(self, start: int, stop: int) -> None:
+        self._print_places(self._index.between(start, stop))
+
+    def print_sample(self, sample: int, *, packing: Packing, length: int) -> None:
+        split = self._index.split
+        samples: Samples = (
+            training_samples(self._dataset, packing=packing, length=length)
+            if split == "train"
+            else validation_samples(self._dataset, length)
+        )
         if not 0 <= sample < len(samples):
             raise DataError(
-                f"there is no sample id {sample}: at a sequence length of {samples.length} the "
-                f"{self._arguments.split} split has {len(samples)}, from 0"
+                f"there is no sample id {sample}: at a sequence length of {length} the "
+                f"{split} split has {len(samples)}, from 0"
             )
         for span in samples.spans(sample):
             # One token more than the inputs: the label of the last.
             stop = min(span.start + span.length + 1, self._index.tokens)
-            print(
-                f"sample id {sample}: tokens {span.start} to {stop - 1} of {self._arguments.split}"
-            )
-            self._print_places(self._index.between(span.start, stop))
+            print(f"sample id {sample}: tokens {span.start} to {stop - 1} of {split}")
+            self.print_tokens(span.start, stop)
 
     def _print_places(self, places: Iterable[DocumentPlace]) -> None:
         for place in places:
@@ -123,7 +158,7 @@ class _Answer:
         return f" (id {found!r} in its source)" if found is not None else ""
 
     def _print_beginning(self, place: DocumentPlace) -> None:
-        most = self._arguments.tokens
+        most = self._shown_tokens
         if most == 0:
             return
         text = self._tokenizer.decode(self._index.read(place, most=most).tolist())
@@ -136,7 +171,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Say which documents stand at a place of a data set, from which input file "
         "each came, and how it begins.",
     )
-    parser.add_argument("dataset", type=Path, help="data set folder")
+    parser.add_argument(
+        "dataset",
+        type=Path,
+        nargs="*",
+        help="data set folder; with --samples or --step only where it is not where the run read it",
+    )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--doc-id", type=not_negative_int, metavar="N", help="a document's number")
     place.add_argument(
@@ -151,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIRST-LAST",
         help="samples of a run as its log names them; needs --config",
     )
+    place.add_argument(
+        "--step",
+        type=positive_int,
+        metavar="N",
+        help="all samples of an optimizer step, from 1, of a run; needs --config",
+    )
     parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
     parser.add_argument(
         "--sequence-length", type=positive_int, metavar="L", help="default: the config's"
@@ -158,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--packing", choices=get_args(Packing), help="default: the config's, or concat"
     )
-    parser.add_argument("--config", type=Path, help="the run's config.yaml")
+    parser.add_argument("--config", type=Path, help="run folder, or a config.yaml")
     parser.add_argument(
         "--tokens",
         type=not_negative_int,

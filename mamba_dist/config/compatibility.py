@@ -61,6 +61,8 @@ def _length_problems(config: RunConfig) -> list[Problem]:
     training = config.training
     if training.max_tokens is None or training.global_batch_size is None:
         return []
+    if "global_batch_size" in config.checkpoint.accept_changes:
+        return []  # its first steps may have had another size: only the checkpoint knows
     tokens_per_step = training.global_batch_size * config.data.sequence_length
     steps = math.ceil(training.max_tokens / tokens_per_step)
     if training.warmup_steps < steps:

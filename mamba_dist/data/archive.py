@@ -23,6 +23,7 @@ from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import FileHashes, RunningHashes, new_folder, write_durably
 from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mamba_dist.data.shard_index import INDEX_NAME
 from mamba_dist.errors import DataError
 
 PACKED_NAME = "packed.json"
@@ -72,7 +73,9 @@ def dataset_files(manifest: Manifest) -> list[str]:
     """The names of all files of a data set, the manifest last."""
     names = [shard.file for shard in manifest.shards]
     names += [DOCUMENT_IDS_NAME] if manifest.inputs.ids_sha256 is not None else []
-    return [*names, manifest.tokenizer.file, INPUTS_NAME, BAD_DOCUMENTS_NAME, MANIFEST_NAME]
+    names += [manifest.tokenizer.file, INPUTS_NAME, BAD_DOCUMENTS_NAME]
+    index = [] if manifest.index.sha256 is None else [INDEX_NAME]
+    return [*names, *index, MANIFEST_NAME]
 
 
 def pack_dataset(
@@ -224,6 +227,8 @@ def _check_against(manifest: Manifest, file: PackedFile, fault: str) -> None:
     expected[INPUTS_NAME] = manifest.inputs.sha256
     if manifest.inputs.ids_sha256 is not None:
         expected[DOCUMENT_IDS_NAME] = manifest.inputs.ids_sha256
+    if manifest.index.sha256 is not None:
+        expected[INDEX_NAME] = manifest.index.sha256
     if expected.get(file.name, file.sha256) != file.sha256:
         raise DataError(
             f"{fault}: its sha256 is {file.sha256}, the manifest says {expected[file.name]}; see "

@@ -6,7 +6,7 @@ alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED_LABEL = -100
-NO_SAMPLE = -1
+
+
+class SampleId(NamedTuple):
+    """A sample of a mixture: its source's index there, and its number in that source's epoch."""
+
+    source: int
+    number: int
+
+
+NO_SAMPLE = SampleId(-1, -1)
 
 
 @dataclass(frozen=True)
@@ -26,14 +35,14 @@ class Batch:
 
     `input_ids` (B, L) int64; `labels` (B, L) int64, the next token, or IGNORED_LABEL where that
     belongs to another document or to padding; `seq_idx` (B, L) int32, the document of each
-    position, numbered from 0 in each row, padding being one of its own; `sample_ids`, the sample of
-    each row, NO_SAMPLE for a row that only fills up.
+    position, numbered from 0 in each row, padding being one of its own; `sample_ids`, the source
+    and the sample of each row, NO_SAMPLE for a row that only fills up.
     """
 
     input_ids: "Tensor"
     labels: "Tensor"
     seq_idx: "Tensor"
-    sample_ids: tuple[int, ...]
+    sample_ids: tuple[SampleId, ...]
 
 
 @dataclass(frozen=True)
@@ -43,23 +52,26 @@ class PackedRows:
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     seq_idx: npt.NDArray[np.int32]
-    sample_ids: tuple[int, ...]
+    sample_ids: tuple[SampleId, ...]
 
 
-def pack(samples: Samples, numbers: Sequence[int], *, pad_token_id: int) -> PackedRows:
-    """Samples by their numbers as rows (B, L); NO_SAMPLE gives a row of padding.
+def pack(
+    sources: Sequence[Samples], samples: Sequence[SampleId], *, pad_token_id: int
+) -> PackedRows:
+    """Samples of sources of one length as rows (B, L); NO_SAMPLE gives a row of padding.
 
     Raises:
         DataError: a shard or a plan is damaged there.
     """
-    shape = len(numbers), samples.length
+    shape = len(samples), sources[0].length
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
     seq_idx = np.zeros(shape, dtype=np.int32)
-    for row, number in enumerate(numbers):
-        if number != NO_SAMPLE:
-            _fill(samples, number, input_ids[row], labels[row], seq_idx[row])
-    return PackedRows(input_ids, labels, seq_idx, tuple(numbers))
+    for row, sample in enumerate(samples):
+        if sample != NO_SAMPLE:
+            source = sources[sample.source]
+            _fill(source, sample.number, input_ids[row], labels[row], seq_idx[row])
+    return PackedRows(input_ids, labels, seq_idx, tuple(samples))
 
 
 def _fill(

@@ -20,16 +20,15 @@ from mamba_dist.data.documents import BadDocument
 from mamba_dist.data.durable import hash_file, write_durably
 from mamba_dist.data.input_lists import write_lists
 from mamba_dist.data.manifest import (
-    SPLITS,
     BuildSettings,
     DuplicateSummary,
     InputSummary,
     Manifest,
-    ShardRecord,
     TokenizerIdentity,
 )
 from mamba_dist.data.part_records import PartBlock, PartRecord, read_keys, read_part
 from mamba_dist.data.shard import schema_metadata, token_dtype
+from mamba_dist.data.shard_index import SPLITS, ShardRecord
 from mamba_dist.data.shard_writer import Documents, ShardWriter
 from mamba_dist.data.staging import BuildPlan, Staging
 from mamba_dist.errors import DataError

@@ -30,6 +30,7 @@ from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings,
 from mamba_dist.data.packing_plan import PLAN_PATTERN
 from mamba_dist.data.part_records import PartRecord, part_path
 from mamba_dist.data.shard import check_size
+from mamba_dist.data.shard_index import INDEX_NAME
 from mamba_dist.data.share import Share
 from mamba_dist.data.sources import InputFile
 from mamba_dist.errors import DataError
@@ -38,6 +39,7 @@ _PREFIX = ".partial-"
 _OURS = (
     "train-*.arrow",
     "val-*.arrow",
+    INDEX_NAME,
     INPUTS_NAME,
     BAD_DOCUMENTS_NAME,
     DOCUMENT_IDS_NAME,

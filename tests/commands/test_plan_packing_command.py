@@ -1,4 +1,5 @@
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,18 @@ def test_a_config_says_it_all_and_single_words_go_before_it(
     assert names == ["train-best_fit-32.plan", "train-pad-64.plan"]
     dataset = open_dataset(made.folder)
     assert len(training_samples(dataset, packing="pad", length=64)) > 100
+
+
+def test_every_data_set_of_a_mixture_gets_its_plan(made: MadeDataset, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(made.folder, other)
+    config = tmp_path / "config.yaml"
+    data = {"sources": [{"path": str(made.folder)}, {"path": str(other)}], "packing": "pad"}
+    training = {"max_steps": 2000, "gradient_accumulation_steps": 1}
+    config.write_text(yaml.safe_dump({"schema_version": 2, "training": training, "data": data}))
+    assert main(["--config", str(config)]) == 0
+    assert (made.folder / "train-pad-2048.plan").is_file()
+    assert (other / "train-pad-2048.plan").is_file()
 
 
 def test_comparing_prints_a_line_for_each_mode_and_writes_nothing(

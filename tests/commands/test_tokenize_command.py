@@ -115,6 +115,17 @@ def test_the_data_section_of_a_config_acts_and_flags_override_it(
     assert manifest.tokenizer.vocab_size == 280
 
 
+def test_a_config_of_a_mixture_does_not_say_where_to_write(
+    corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    training = {"max_steps": 2000, "gradient_accumulation_steps": 1}
+    data = {"tokenizer_path": str(tokenizer), "sources": [{"path": "a"}, {"path": "b"}]}
+    config.write_text(yaml.safe_dump({"schema_version": 2, "training": training, "data": data}))
+    error = failed(capsys, corpus, "--config", config)
+    assert "data.sources and no data.dataset_path; give --output" in error
+
+
 def test_a_tokenizer_that_the_config_names_must_exist(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,13 @@ def test_a_run_whose_steps_depend_on_the_ranks_is_not_judged(
     load_config(write_config(minimal), overrides)
 
 
+def test_a_run_that_may_have_begun_with_another_batch_size_is_not_judged(
+    write_config: WriteConfig, minimal: dict[str, Any]
+) -> None:
+    overrides = ["training.max_tokens=1", "checkpoint.accept_changes=[global_batch_size]"]
+    load_config(write_config(minimal), overrides)
+
+
 @pytest.mark.parametrize(("every", "fits"), [(500, True), (1000, True), (750, False), (250, False)])
 def test_checkpoints_to_keep_are_among_those_written(
     problems: Problems, write_config: WriteConfig, minimal: dict[str, Any], every: int, fits: bool

@@ -89,7 +89,8 @@ RANGES: list[Row] = [
         "an integer of at least 0 and below 9223372036854775808",
     ),
     ("training.deterministic", [True, False], ["yes"], "true or false"),
-    ("data.dataset_path", ["x"], [None, 1], "text"),
+    ("data.dataset_path", ["x"], [1], "text or null"),
+    ("data.sources", [], ["x", 3], "a list, each entry a mapping of its fields"),
     ("data.tokenizer_path", ["x"], [None, 1], "text"),
     ("data.sequence_length", [1, 2**24], [0, 2**24 + 1], "an integer from 1 to 16777216"),
     (
@@ -129,6 +130,12 @@ RANGES: list[Row] = [
         ["auto", "required", "never"],
         [True],
         "one of 'auto', 'required', 'never'",
+    ),
+    (
+        "checkpoint.accept_changes",
+        [],
+        ["seed", True],
+        "a list, each entry one of 'data_mixture', 'global_batch_size'",
     ),
     ("telemetry.log_steps", [1, NOTHING], [0], "an integer of at least 1"),
     ("telemetry.tensorboard", [True, False], ["maybe"], "true or false"),

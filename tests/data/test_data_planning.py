@@ -12,7 +12,7 @@ from made_data import EOS, made_documents, write_dataset
 
 from mamba_dist.config.schema import Packing
 from mamba_dist.data import planning
-from mamba_dist.data.batch import IGNORED_LABEL, PackedRows, pack
+from mamba_dist.data.batch import IGNORED_LABEL, PackedRows, SampleId, pack
 from mamba_dist.data.dataset import TokenDataset
 from mamba_dist.data.packing_plan import PLAN_FORMAT_VERSION, plan_key, plan_path
 from mamba_dist.data.planning import cut_documents, make_plan, packing_totals, regroup
@@ -35,7 +35,9 @@ def plan(dataset: TokenDataset, packing: Packing, length: int) -> Path:
 def epoch(dataset: TokenDataset, packing: Packing, length: int) -> PackedRows:
     """All samples, in their order."""
     samples = training_samples(dataset, packing=packing, length=length)
-    return pack(samples, range(len(samples)), pad_token_id=PAD)
+    return pack(
+        [samples], [SampleId(0, number) for number in range(len(samples))], pad_token_id=PAD
+    )
 
 
 def pieces_of(document: list[int], length: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

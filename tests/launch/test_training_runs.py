@@ -17,7 +17,7 @@ from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.checkpoint.manifest import read_manifest
 from mamba_dist.commands.plan_packing import main as plan_packing
 from mamba_dist.config.schema import Packing
-from mamba_dist.data.batch import IGNORED_LABEL, pack
+from mamba_dist.data.batch import IGNORED_LABEL, SampleId, pack
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.order import SampleOrder
 from mamba_dist.data.samples import training_samples
@@ -291,8 +291,9 @@ def test_a_planned_packing_trains_on_its_labels_and_is_compared_with_baselines(
     records = [r for r in read_metrics(run_dir) if "loss" in r]
     labels = 0
     for step, record in enumerate(records):
-        numbers = [order.locate(position)[1] for position in range(8 * step, 8 * step + 8)]
-        own = int((pack(samples, numbers, pad_token_id=0).labels != IGNORED_LABEL).sum())
+        positions = range(8 * step, 8 * step + 8)
+        ids = [SampleId(0, order.locate(position)[1]) for position in positions]
+        own = int((pack([samples], ids, pad_token_id=0).labels != IGNORED_LABEL).sum())
         labels += own
         assert record["tokens"] == labels
         assert record["unlabelled_share"] == pytest.approx(1 - own / (8 * 128))

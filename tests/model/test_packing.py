@@ -10,7 +10,7 @@ from small_models import LAYERS, perturbed, small_config, tokens
 from torch import Tensor
 
 from mamba_dist.config.schema import Packing
-from mamba_dist.data.batch import IGNORED_LABEL, pack
+from mamba_dist.data.batch import IGNORED_LABEL, SampleId, pack
 from mamba_dist.data.planning import make_plan
 from mamba_dist.data.samples import training_samples
 from mamba_dist.model.lm import MambaLM
@@ -117,7 +117,7 @@ def epoch(folder: Path, packing: Packing, docs: list[list[int]]) -> tuple[Tensor
             advance=lambda tokens: None,
         )
     samples = training_samples(dataset, packing=packing, length=EPOCH_LENGTH)
-    rows = pack(samples, range(len(samples)), pad_token_id=0)
+    rows = pack([samples], [SampleId(0, number) for number in range(len(samples))], pad_token_id=0)
     return tuple(map(torch.from_numpy, (rows.input_ids, rows.labels, rows.seq_idx)))
 
 
