@@ -259,6 +259,7 @@ def _build_metrics(
         world_size=world.size,
         flops_per_token=cost.total_flops,
         advance_to=bar.advance_to,
+        loader_workers=config.data.num_workers,
     )
     return metrics, meter
 

@@ -37,6 +37,7 @@ class Setting:
             world_size=world_size,
             flops_per_token=3e9,
             advance_to=self.bar.append,
+            loader_workers=1,
         )
         self._trained = 0
 
