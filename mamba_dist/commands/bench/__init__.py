@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench import data, ops, train
+from mamba_dist.commands.bench import data, data_large, ops, train
 from mamba_dist.commands.bench.child import ChildWorker
 from mamba_dist.commands.bench.gpu import decode as gpu_decode
 from mamba_dist.commands.bench.gpu import ops as gpu_ops
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "data":
             return 0 if data.run(words, arguments) else EXIT_WRONG
+        if arguments.command == "data-large":
+            return 0 if data_large.run(words, arguments) else EXIT_WRONG
         if arguments.command == "data-read":
             return 0 if reading.run(words, arguments) else EXIT_WRONG
         if arguments.command == "gpu-ops":
@@ -169,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     data.add_arguments(
         commands.add_parser("data", help="tokenising, beside the libraries alone and other ways")
     )
+    data_large.add_arguments(
+        commands.add_parser("data-large", help="the memory of tokenising a corpus of any size")
+    )
     reading.add_arguments(
         commands.add_parser("data-read", help="opening and reading token files, ours and others'")
     )
@@ -223,6 +228,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return f"--json: {arguments.json} is a folder, expected a file to write"
     if arguments.command == "data":
         return data.problem(arguments)
+    if arguments.command == "data-large":
+        return data_large.problem(arguments)
     if arguments.command == "data-read":
         return reading.problem(arguments)
     if arguments.command == "gpu-ops":
