@@ -80,6 +80,11 @@ def test_a_data_set_of_more_batches_than_are_kept_in_mind_reads_the_same(
     assert len(stream._places) <= 2
 
 
+def test_nothing_is_read_at_the_very_end(dataset: TokenDataset) -> None:
+    ids, begins = dataset.train.read(dataset.train.tokens, dataset.train.tokens)
+    assert ids.size == begins.size == 0
+
+
 @pytest.mark.parametrize("first", [0, 7])
 def test_a_document_index_of_zeros_is_named(tmp_path: Path, first: int) -> None:
     made = write_dataset(tmp_path / "set", DOCUMENTS[:40], made_documents(9, seed=2))
