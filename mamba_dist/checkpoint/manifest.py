@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.config.schema import RunConfig
+from mamba_dist.data.segments import Segment
 from mamba_dist.errors import CheckpointError
 
 
@@ -33,7 +34,10 @@ class Progress(_Record):
     global_batch_size: int
     """Sequences per optimizer step."""
     data_fingerprint: str
-    """Fingerprint of the data set's manifest."""
+    """Fingerprint of the data set's manifest, or of all those of the mixture."""
+    segments: tuple[Segment, ...] = ()
+    """The order of samples from the first to the last. None: the checkpoint is older than mixtures,
+    and the run has read one data set in one batch size all along."""
 
 
 class TokenizerRecord(_Record):

@@ -10,7 +10,7 @@ Exit codes: 0 done; 2 a mistake that the message explains; anything else is a cr
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,22 +18,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mamba_dist.checkpoint.history import recorded_order
 from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.config.batch import BatchPlan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.config.text import write_text
-from mamba_dist.data.batch import IGNORED_LABEL, Batch, pack
-from mamba_dist.data.dataset import TokenDataset
-from mamba_dist.data.loader import TrainLoader, ValidationLoader, training_windows
+from mamba_dist.data.batch import IGNORED_LABEL, Batch, SampleId, pack
+from mamba_dist.data.dataset import TokenStream
+from mamba_dist.data.loader import ValidationLoader
 from mamba_dist.data.ngram import NgramCounts, baseline_losses, count_ngrams
+from mamba_dist.data.segments import SourceRecord, mixture_fingerprint
+from mamba_dist.data.training_sources import TrainingSource, source_records
 from mamba_dist.errors import CheckpointError, MambaDistError
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.weights import load_parameters
 from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.telemetry.metrics import read_metrics
 from mamba_dist.telemetry.progress import progress
-from mamba_dist.train.build import open_matching_dataset
+from mamba_dist.train.build import open_matching_sources
 from mamba_dist.train.evaluate import label_count, model_inputs
 
 EXIT_USER_ERROR = 2
@@ -72,13 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{run_dir}: is one checkpoint; --baselines writes summary.json into a run folder, "
                 "name that"
             )
-        dataset = open_matching_dataset(reader.config)
-        _require_trained_on(dataset, reader)
-        batches = _validation(reader.config, dataset, max_sequences=arguments.max_sequences)
+        sources = open_matching_sources(reader.config)
+        records = source_records(sources, sequence_length=reader.config.data.sequence_length)
+        _require_trained_on(records, reader)
+        batches = _validation(reader.config, sources, max_sequences=arguments.max_sequences)
         loss, tokens = _validation_loss(reader, batches)
         print(f"step {reader.step}: validation loss {loss:.4f} over {tokens:,} tokens")
         if arguments.baselines:
-            summary = _summary(run_dir, reader, dataset, batches, val_loss=loss)
+            summary = _summary(run_dir, reader, sources, batches, val_loss=loss)
             write_text(json.dumps(asdict(summary), indent=2) + "\n", run_dir / SUMMARY_FILE)
             _print_summary(summary)
     except MambaDistError as error:
@@ -103,18 +106,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require_trained_on(dataset: TokenDataset, reader: CheckpointReader) -> None:
-    trained_on = reader.manifest.progress.data_fingerprint
-    if dataset.fingerprint != trained_on:
+def _require_trained_on(records: Sequence[SourceRecord], reader: CheckpointReader) -> None:
+    trained_on, now = reader.manifest.progress.data_fingerprint, mixture_fingerprint(records)
+    if now != trained_on:
+        paths = ", ".join(record.path for record in records)
         raise CheckpointError(
             f"{reader.folder}: was trained on another data set (fingerprint {trained_on}) than "
-            f"{dataset.path} holds now ({dataset.fingerprint}); restore the data"
+            f"{paths} holds now ({now}); restore the data"
         )
 
 
-def _validation(config: RunConfig, dataset: TokenDataset, *, max_sequences: int) -> list[Batch]:
+def _validation(
+    config: RunConfig, sources: Sequence[TrainingSource], *, max_sequences: int
+) -> list[Batch]:
     loader = ValidationLoader(
-        dataset,
+        sources,
         config.data,
         micro_batch_size=config.training.micro_batch_size,
         max_sequences=max_sequences,
@@ -150,22 +156,25 @@ def _validation_loss(reader: CheckpointReader, batches: Sequence[Batch]) -> tupl
 def _summary(
     run_dir: Path,
     reader: CheckpointReader,
-    dataset: TokenDataset,
+    sources: Sequence[TrainingSource],
     batches: Sequence[Batch],
     *,
     val_loss: float,
 ) -> Summary:
-    config, vocab_size = reader.config, reader.config.model.vocab_size
-    length = config.data.sequence_length
-    trained = _trained_windows(reader, dataset)
-    everything = range(training_windows(dataset, length))
+    vocab_size, length = reader.config.model.vocab_size, reader.config.data.sequence_length
+    records = source_records(sources, sequence_length=length)
+    everything = (
+        SampleId(source, number)
+        for source, record in enumerate(records)
+        for number in range(record.samples)
+    )
+    streams = [source.dataset.train for source in sources]
     val_pairs = [(b.input_ids.numpy(), b.labels.numpy()) for b in batches]
 
-    def counts(windows: Iterable[int]) -> NgramCounts:
-        pairs = _pairs(dataset, iter(windows), length=length)
-        return count_ngrams(pairs, vocab_size=vocab_size)
+    def counts(samples: Iterator[SampleId]) -> NgramCounts:
+        return count_ngrams(_pairs(streams, samples, length=length), vocab_size=vocab_size)
 
-    fitted = baseline_losses(counts(trained), val_pairs)
+    fitted = baseline_losses(counts(_trained_samples(reader, records)), val_pairs)
     full = baseline_losses(counts(everything), val_pairs)
     train_loss, seconds = _training_history(run_dir)
     return Summary(
@@ -180,27 +189,31 @@ def _summary(
     )
 
 
-def _trained_windows(reader: CheckpointReader, dataset: TokenDataset) -> Iterator[int]:
-    """The window of every sample that the run has read, those of skipped steps included."""
-    samples = reader.manifest.progress.global_batch_size
-    loader = TrainLoader(
-        dataset,
-        reader.config.data.model_copy(update={"num_workers": 0}),
-        plan=BatchPlan(samples, 1, samples),
-        rank=0,
-        world_size=1,
-    )
-    return (window for step in range(reader.step) for window in loader.sample_ids(step))
+def _trained_samples(
+    reader: CheckpointReader, records: Sequence[SourceRecord]
+) -> Iterator[SampleId]:
+    """Every sample that the run has read, those of skipped steps included, by place in `records`.
 
-
-def _pairs(dataset: TokenDataset, windows: Iterator[int], *, length: int) -> Pairs:
-    while some := list(islice(windows, _ROWS_PER_READ)):
-        rows = pack(
-            dataset.train,
-            some,
-            length=length,
-            pad_token_id=IGNORED_LABEL,
+    Raises:
+        CheckpointError: the run also read data sets that have left the mixture.
+    """
+    order = recorded_order(reader.manifest, folder=reader.folder, sources=records)
+    place = {record.fingerprint: index for index, record in enumerate(records)}
+    gone = {s.path for one in order.segments for s in one.sources if s.fingerprint not in place}
+    if gone:
+        raise CheckpointError(
+            f"{reader.folder}: the run also read {', '.join(sorted(gone))}, no longer in its "
+            "mixture; baselines are fitted on all that was read, leave --baselines out"
         )
+    for position in range(reader.manifest.progress.next_sample):
+        sample = order.locate(position)
+        source = order.segments[sample.segment].sources[sample.source]
+        yield SampleId(place[source.fingerprint], sample.number)
+
+
+def _pairs(streams: Sequence[TokenStream], samples: Iterator[SampleId], *, length: int) -> Pairs:
+    while some := list(islice(samples, _ROWS_PER_READ)):
+        rows = pack(streams, some, length=length, pad_token_id=IGNORED_LABEL)
         yield rows.input_ids, rows.labels
 
 

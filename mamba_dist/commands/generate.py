@@ -108,9 +108,9 @@ def _load(checkpoint: Path, tokenizer: str | None) -> _Trained:
 
 
 def _tokenizer_of(config: RunConfig) -> Path:
-    """The configured tokenizer, or the copy that the data set keeps if that is gone."""
+    """The configured tokenizer, or the copy that every data set keeps if that is gone."""
     configured = Path(config.data.tokenizer_path)
-    copy = Path(config.data.dataset_path) / dataset_file_name(configured)
+    copy = Path(config.data.all_sources[0].path) / dataset_file_name(configured)
     return copy if copy.is_file() and not configured.is_file() else configured
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from mamba_dist.commands.arguments import not_negative_int, positive_int
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import SplitIndex
-from mamba_dist.data.manifest import SPLITS, Manifest
+from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.statistics import SplitStatistics, sample_documents, split_statistics
 from mamba_dist.data.tokenization import Tokenizer, check_tokenizer
 from mamba_dist.errors import DataError, MambaDistError

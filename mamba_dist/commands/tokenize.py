@@ -22,10 +22,10 @@ from mamba_dist.data.build import (
     build_dataset,
 )
 from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
-from mamba_dist.data.manifest import SPLITS
 from mamba_dist.data.parts import PartRecord
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.sources import Corpus, DiscoveryOptions, Unit, discover
-from mamba_dist.errors import DataError, MambaDistError
+from mamba_dist.errors import ConfigError, DataError, MambaDistError
 from mamba_dist.telemetry.progress import Progress, progress
 
 EXIT_USER_ERROR = 2
@@ -154,6 +154,8 @@ def _choose_output(
     if arguments.output is not None:
         return Path(arguments.output)
     if config is not None:
+        if config.data.dataset_path is None:
+            raise ConfigError("the config has data.sources and no data.dataset_path; give --output")
         return Path(config.data.dataset_path)
     first = Path(os.path.realpath(roots[0]))
     return Path("data") / (first.name if first.is_dir() else first.name.split(".")[0])

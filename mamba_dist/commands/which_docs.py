@@ -1,8 +1,8 @@
 """tools/which_docs.py: which documents stand at a place of a data set, and where they came from.
 
 The samples that a training log names ("samples 128 to 191") are positions in the run's order, from
-its first sample; a sample id (`Batch.sample_ids`) is a window of the split. The first needs the
-run's config, which has the seed.
+its first sample; its steps count from 1. Both need the run: its folder, or its config.yaml. A
+sample id is a window of a split.
 
 Exit codes: 0 done; 2 a mistake that the message explains; anything else is a crash.
 """
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mamba_dist.commands.arguments import not_negative_int, positive_int
+from mamba_dist.commands.run_samples import RunSamples
 from mamba_dist.config.load import load_config
-from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.batch import count_windows
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import DocumentPlace, InputIndex, SplitIndex, find_document
-from mamba_dist.data.manifest import SPLITS, Manifest
-from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.tokenization import Tokenizer, check_tokenizer
 from mamba_dist.errors import DataError, MambaDistError
 
@@ -30,72 +30,98 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.samples is not None and (arguments.config is None or arguments.split != "train"):
-        parser.error("--samples needs --config, the run's config.yaml, and the split train")
-    if arguments.sample_id is not None and not (arguments.sequence_length or arguments.config):
-        parser.error("--sample-id needs --sequence-length, or --config")
+    _check_question(parser, arguments)
     try:
-        _Answer(arguments).print()
+        if arguments.samples is None and arguments.step is None:
+            _print_place(arguments)
+        else:
+            _print_samples(arguments)
     except MambaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 
 
-class _Answer:
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._arguments = arguments
-        self._folder: Path = arguments.dataset
-        self._manifest: Manifest = open_dataset(self._folder).manifest
-        self._index = SplitIndex(self._folder, self._manifest, arguments.split)
-        self._inputs = InputIndex(self._folder)
+def _check_question(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.samples is not None or arguments.step is not None:
+        if arguments.config is None or arguments.split != "train":
+            parser.error("--samples and --step need --config, the run, and the split train")
+        if arguments.sequence_length is not None:
+            parser.error("--samples and --step take the run's own sequence length")
+    elif len(arguments.dataset) != 1:
+        parser.error(f"a place in a data set needs one DATASET, found {len(arguments.dataset)}")
+    elif arguments.sample_id is not None and not (arguments.sequence_length or arguments.config):
+        parser.error("--sample-id needs --sequence-length, or --config")
+
+
+def _print_place(arguments: argparse.Namespace) -> None:
+    [folder] = arguments.dataset
+    documents = _Documents(folder, arguments.split, shown_tokens=arguments.tokens)
+    if arguments.doc_id is not None:
+        documents.print_document(arguments.doc_id)
+    elif arguments.position is not None:
+        documents.print_tokens(arguments.position, arguments.position + 1)
+    else:
+        given: int | None = arguments.sequence_length
+        if given is None:
+            given = load_config(arguments.config).config.data.sequence_length
+        documents.print_window(arguments.sample_id, given)
+
+
+def _print_samples(arguments: argparse.Namespace) -> None:
+    run = RunSamples(arguments.config, arguments.dataset)
+    samples: range = arguments.samples
+    if arguments.step is not None:
+        samples = run.positions(arguments.step)
+        print(f"step {arguments.step}: samples {samples.start} to {samples.stop - 1} of the run")
+    opened: dict[Path, _Documents] = {}
+    for position in samples:
+        found = run.find(position)
+        if found.folder not in opened:
+            opened[found.folder] = _Documents(
+                found.folder, arguments.split, shown_tokens=arguments.tokens
+            )
+        source = f"{found.folder}, " if run.is_mixture else ""
+        print(
+            f"sample {position} of the run: {source}epoch {found.epoch}, sample id {found.number}"
+        )
+        opened[found.folder].print_window(found.number, run.data.sequence_length)
+
+
+class _Documents:
+    """The documents of one data set, printed with their input files and first tokens."""
+
+    def __init__(self, folder: Path, split: str, *, shown_tokens: int) -> None:
+        self._folder = folder
+        self._shown_tokens = shown_tokens
+        self._manifest: Manifest = open_dataset(folder).manifest
+        self._index = SplitIndex(folder, self._manifest, split)
+        self._inputs = InputIndex(folder)
         self._tokenizer: Tokenizer = check_tokenizer(
-            self._manifest, self._folder / self._manifest.tokenizer.file
+            self._manifest, folder / self._manifest.tokenizer.file
         )
 
-    def print(self) -> None:
-        asked = self._arguments
-        if asked.doc_id is not None:
-            place = find_document(self._folder, self._manifest, asked.doc_id)
-            self._index = SplitIndex(self._folder, self._manifest, place.split)
-            self._print_places([place])
-        elif asked.position is not None:
-            self._print_places(self._index.between(asked.position, asked.position + 1))
-        elif asked.sample_id is not None:
-            self._print_window(asked.sample_id, self._length())
-        else:
-            self._print_samples(asked.samples)
+    def print_document(self, doc_id: int) -> None:
+        place = find_document(self._folder, self._manifest, doc_id)
+        self._index = SplitIndex(self._folder, self._manifest, place.split)
+        self._print_places([place])
 
-    def _length(self) -> int:
-        given: int | None = self._arguments.sequence_length
-        return given if given is not None else self._data_config().sequence_length
+    def print_tokens(self, start: int, stop: int) -> None:
+        self._print_places(self._index.between(start, stop))
 
-    def _data_config(self) -> DataConfig:
-        return load_config(self._arguments.config).config.data
-
-    def _windows(self, length: int) -> int:
-        return count_windows(self._index.tokens, length, pad_tail=self._arguments.split != "train")
-
-    def _print_samples(self, samples: range) -> None:
-        data, length = self._data_config(), self._length()
-        order = SampleOrder(self._windows(length), data.seed, data.shuffle)
-        for sample in samples:
-            epoch, window = order.locate(sample)
-            print(f"sample {sample} of the run: epoch {epoch}, sample id {window}")
-            self._print_window(window, length)
-
-    def _print_window(self, window: int, length: int) -> None:
-        windows = self._windows(length)
+    def print_window(self, window: int, length: int) -> None:
+        split, tokens = self._index.split, self._index.tokens
+        windows = count_windows(tokens, length, pad_tail=split != "train")
         if not 0 <= window < windows:
             raise DataError(
                 f"there is no sample id {window}: at a sequence length of {length} the "
-                f"{self._arguments.split} split has {windows}, from 0"
+                f"{split} split has {windows}, from 0"
             )
         start = window * length
         # One token more than the length: the label of the last input.
-        stop = min(start + length + 1, self._index.tokens)
-        print(f"sample id {window}: tokens {start} to {stop - 1} of {self._arguments.split}")
-        self._print_places(self._index.between(start, stop))
+        stop = min(start + length + 1, tokens)
+        print(f"sample id {window}: tokens {start} to {stop - 1} of {split}")
+        self.print_tokens(start, stop)
 
     def _print_places(self, places: Iterable[DocumentPlace]) -> None:
         for place in places:
@@ -111,7 +137,7 @@ class _Answer:
             self._print_beginning(place)
 
     def _print_beginning(self, place: DocumentPlace) -> None:
-        most = self._arguments.tokens
+        most = self._shown_tokens
         if most == 0:
             return
         text = self._tokenizer.decode(self._index.read(place, most=most).tolist())
@@ -124,7 +150,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Say which documents stand at a place of a data set, from which input file "
         "each came, and how it begins.",
     )
-    parser.add_argument("dataset", type=Path, help="data set folder")
+    parser.add_argument(
+        "dataset",
+        type=Path,
+        nargs="*",
+        help="data set folder; with --samples or --step only where it is not where the run read it",
+    )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--doc-id", type=not_negative_int, metavar="N", help="a document's number")
     place.add_argument(
@@ -139,11 +170,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIRST-LAST",
         help="samples of a run as its log names them; needs --config",
     )
+    place.add_argument(
+        "--step",
+        type=positive_int,
+        metavar="N",
+        help="all samples of an optimizer step, from 1, of a run; needs --config",
+    )
     parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
     parser.add_argument(
         "--sequence-length", type=positive_int, metavar="L", help="default: the config's"
     )
-    parser.add_argument("--config", type=Path, help="the run's config.yaml")
+    parser.add_argument("--config", type=Path, help="run folder, or a config.yaml")
     parser.add_argument(
         "--tokens",
         type=not_negative_int,

@@ -11,6 +11,7 @@ from mamba_dist.errors import ConfigError
 _EXACTLY_ONE_OF = (
     ("training.global_batch_size", "training.gradient_accumulation_steps"),
     ("training.num_epochs", "training.max_steps", "training.max_tokens"),
+    ("data.dataset_path", "data.sources"),
 )
 
 

@@ -16,6 +16,7 @@ from mamba_dist.config.schema import RunConfig, Section
 from mamba_dist.errors import ConfigError
 
 _SHOWN_LETTERS = 80
+_FIELDS = "a mapping of its fields"
 
 
 @dataclass(frozen=True)
@@ -100,20 +101,45 @@ def schema_problems(error: ValidationError) -> list[Problem]:
     """What pydantic found in a RunConfig, one problem per dotted path, in the file's order."""
     problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
-        # A union reports each of its members one level deeper.
-        location = tuple(str(part) for part in detail["loc"][:2])
+        location = _location(detail["loc"])
         path = ".".join(location)
         kind = detail["type"]
         if kind == "value_error":
             message = str(detail["ctx"]["error"])
         elif kind in ("extra_forbidden", "invalid_key"):
-            message = unknown_key(path, known_paths())
-        elif kind == "missing":
+            message = unknown_key(path, _known_beside(location))
+        elif kind == "missing" and len(location) == 1:
             message = "missing; every config has this section"
+        elif kind == "missing":
+            message = f"missing, expected {_expectation(location)}"
         else:
             message = found_instead(detail["input"], _expectation(location))
         problems.setdefault(path, Problem(path, message))
     return list(problems.values())
+
+
+def _location(parts: Sequence[int | str]) -> tuple[str, ...]:
+    """Where a problem is, as the user would name it: section, field, and the entry of a list."""
+    named = tuple(str(part) for part in parts)
+    # Beyond the field itself a union reports each of its members one level deeper.
+    return named[:4] if len(named) > 2 and _entry_model(named) is not None else named[:2]
+
+
+def _entry_model(location: tuple[str, ...]) -> type[Section] | None:
+    """The model of the entries of the list at `section.field`, if they are mappings."""
+    section, name = location[:2]
+    return _entry(section_models()[section].model_fields[name].annotation)
+
+
+def _entry(annotation: Any) -> type[Section] | None:
+    entry = (typing.get_args(annotation) or (None,))[0]
+    return entry if isinstance(entry, type) and issubclass(entry, Section) else None
+
+
+def _known_beside(location: tuple[str, ...]) -> list[str]:
+    if len(location) < 4 or (model := _entry_model(location)) is None:
+        return known_paths()
+    return [".".join([*location[:3], name]) for name in model.model_fields]
 
 
 def _expectation(location: tuple[str, ...]) -> str:
@@ -121,6 +147,9 @@ def _expectation(location: tuple[str, ...]) -> str:
     field = RunConfig.model_fields[section]
     if rest:
         field = section_models()[section].model_fields[rest[0]]
+    entries = _entry_model(location) if len(rest) > 1 else None
+    if entries is not None:
+        return expectation(entries.model_fields[rest[2]]) if len(rest) > 2 else _FIELDS
     return expectation(field)
 
 
@@ -136,11 +165,14 @@ def _member(member: Any, bounds: Iterable[object]) -> str:
     if typing.get_origin(member) is Literal:
         values = [shown(value) for value in typing.get_args(member)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
+    if typing.get_origin(member) is tuple:
+        entry = typing.get_args(member)[0]
+        return f"a list, each entry {_member(entry, ())}"
     names = {bool: "true or false", str: "text", type(None): "null"}
     if member in names:
         return names[member]
     if isinstance(member, type) and issubclass(member, Section):
-        return "a mapping of its fields"
+        return _FIELDS
     noun = "an integer" if member is int else "a number"
     return " ".join([noun, *_range(bounds)])
 

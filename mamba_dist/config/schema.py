@@ -8,7 +8,7 @@ Letters: B batch, L length, D d_model, E d_inner, N d_state, H heads, P headdim,
 """
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -207,11 +207,26 @@ class TrainingConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    """One data set of a mixture."""
+
+    path: str
+    """Folder of Arrow shards with manifest.json."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples, relative to the other sources; they need not sum to 1."""
+    max_epochs: int | None = Field(default=None, ge=1)
+    """The source ends after so many passes, and the others share its place; null repeats it."""
+
+
 class DataConfig(Section):
     """Where the shards and the tokenizer are, and in which order samples are read."""
 
-    dataset_path: str = "data/"
-    """Folder of Arrow shards with manifest.json, written by data_prep/tokenize.py."""
+    dataset_path: str | None = None
+    """Folder of Arrow shards with manifest.json, written by data_prep/tokenize.py. Exactly one of
+    this and the next; without both, data/."""
+    # Read from a YAML list; a tuple keeps the section immutable.
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
+    """A weighted mixture of data sets of one tokenizer, instead of dataset_path."""
     tokenizer_path: str = "tokenizer.model"
     """SentencePiece .model or Hugging Face tokenizer.json; used by tokenising and generation."""
     sequence_length: int = Field(default=2048, ge=1, le=2**24)
@@ -228,6 +243,32 @@ class DataConfig(Section):
     """Share of documents for validation; the two splits sum to 1."""
     tokenize_batch_documents: int = Field(default=1000, ge=1, le=10**6)
     """Documents per call of the tokenizer while tokenising."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dataset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "dataset_path" in values or values.get("sources"):
+            return values
+        return {**values, "dataset_path": "data/"}
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "DataConfig":
+        if (self.dataset_path is None) != bool(self.sources):
+            raise ValueError(
+                f"give exactly one of dataset_path and sources; found {self.dataset_path!r} and "
+                f"{len(self.sources)} sources"
+            )
+        paths = [source.path for source in self.sources]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"sources must have different paths, found {', '.join(paths)}")
+        return self
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, the one of dataset_path included."""
+        if self.dataset_path is None:
+            return self.sources
+        return (SourceConfig(path=self.dataset_path),)
 
     @model_validator(mode="after")
     def _check_splits(self) -> "DataConfig":
@@ -268,6 +309,11 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this are kept for ever."""
     resume: Literal["auto", "required", "never"] = "auto"
     """auto continues the newest whole checkpoint of the run folder, if it holds any."""
+    # Read from a YAML list; a tuple keeps the section immutable.
+    accept_changes: Annotated[
+        tuple[Literal["data_mixture", "global_batch_size"], ...], Field(strict=False)
+    ] = ()
+    """What may differ from the checkpoint at a resume; the run goes on with a new segment there."""
 
 
 class TelemetryConfig(Section):

@@ -21,6 +21,7 @@ import zstandard
 
 from mamba_dist.data.durable import FileHashes, RunningHashes, new_folder, write_durably
 from mamba_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mamba_dist.data.shard_index import INDEX_NAME
 from mamba_dist.data.staging import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.errors import DataError
 
@@ -70,7 +71,9 @@ class PackedDataset:
 def dataset_files(manifest: Manifest) -> list[str]:
     """The names of all files of a data set, the manifest last."""
     names = [shard.file for shard in manifest.shards]
-    return [*names, manifest.tokenizer.file, INPUTS_NAME, BAD_DOCUMENTS_NAME, MANIFEST_NAME]
+    names += [manifest.tokenizer.file, INPUTS_NAME, BAD_DOCUMENTS_NAME]
+    index = [] if manifest.index.sha256 is None else [INDEX_NAME]
+    return [*names, *index, MANIFEST_NAME]
 
 
 def pack_dataset(
@@ -220,6 +223,8 @@ def _check_against(manifest: Manifest, file: PackedFile, fault: str) -> None:
     expected = {shard.file: shard.sha256 for shard in manifest.shards}
     expected[manifest.tokenizer.file] = manifest.tokenizer.sha256
     expected[INPUTS_NAME] = manifest.inputs.sha256
+    if manifest.index.sha256 is not None:
+        expected[INDEX_NAME] = manifest.index.sha256
     if expected.get(file.name, file.sha256) != file.sha256:
         raise DataError(
             f"{fault}: its sha256 is {file.sha256}, the manifest says {expected[file.name]}; see "

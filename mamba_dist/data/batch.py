@@ -10,7 +10,7 @@ alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED_LABEL = -100
-NO_SAMPLE = -1
+
+
+class SampleId(NamedTuple):
+    """A sample of a mixture: its source's index there, and its number in that source's epoch."""
+
+    source: int
+    number: int
+
+
+NO_SAMPLE = SampleId(-1, -1)
 
 
 @dataclass(frozen=True)
@@ -30,14 +39,14 @@ class Batch:
 
     `input_ids` (B, L) int64; `labels` (B, L) int64, the next token, or IGNORED_LABEL where that
     belongs to another document or to padding; `seq_idx` (B, L) int32, the document of each
-    position, numbered from 0 in each row, padding being one of its own; `sample_ids`, the window of
-    each row, NO_SAMPLE for a row that only fills up.
+    position, numbered from 0 in each row, padding being one of its own; `sample_ids`, the source
+    and the window of each row, NO_SAMPLE for a row that only fills up.
     """
 
     input_ids: "Tensor"
     labels: "Tensor"
     seq_idx: "Tensor"
-    sample_ids: tuple[int, ...]
+    sample_ids: tuple[SampleId, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class PackedRows:
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     seq_idx: npt.NDArray[np.int32]
-    sample_ids: tuple[int, ...]
+    sample_ids: tuple[SampleId, ...]
 
 
 def count_windows(tokens: int, length: int, *, pad_tail: bool) -> int:
@@ -59,17 +68,22 @@ def count_windows(tokens: int, length: int, *, pad_tail: bool) -> int:
 
 
 def pack(
-    stream: TokenStream, windows: Sequence[int], *, length: int, pad_token_id: int
+    streams: Sequence[TokenStream],
+    samples: Sequence[SampleId],
+    *,
+    length: int,
+    pad_token_id: int,
 ) -> PackedRows:
-    """The windows of a split as rows (B, L); NO_SAMPLE gives a row of padding."""
-    rows = len(windows)
+    """Windows of the sources' streams as rows (B, L); NO_SAMPLE gives a row of padding."""
+    rows = len(samples)
     input_ids = np.full((rows, length), pad_token_id, dtype=np.int64)
     labels = np.full((rows, length), IGNORED_LABEL, dtype=np.int64)
     seq_idx = np.zeros((rows, length), dtype=np.int32)
-    for row, window in enumerate(windows):
-        if window != NO_SAMPLE:
-            _fill(stream, window * length, input_ids[row], labels[row], seq_idx[row])
-    return PackedRows(input_ids, labels, seq_idx, tuple(windows))
+    for row, sample in enumerate(samples):
+        if sample != NO_SAMPLE:
+            start = sample.number * length
+            _fill(streams[sample.source], start, input_ids[row], labels[row], seq_idx[row])
+    return PackedRows(input_ids, labels, seq_idx, tuple(samples))
 
 
 def _fill(

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mamba_dist.data.manifest import BatchRecord, Manifest
+from mamba_dist.data.manifest import Manifest
 from mamba_dist.data.shard import shard_schema
+from mamba_dist.data.shard_index import BatchRecord
 
 _ALIGNMENT = 8  # Arrow's messages begin at a multiple of it
 _HEAD_BYTES = 8  # "ARROW1" and two zeros, before the first message

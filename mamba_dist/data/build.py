@@ -16,7 +16,6 @@ from mamba_dist.data.durable import exclusive_lock, hash_file, sync_folder, writ
 from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
 from mamba_dist.data.manifest import (
     MANIFEST_NAME,
-    SPLITS,
     BuildSettings,
     InputSummary,
     Manifest,
@@ -27,6 +26,7 @@ from mamba_dist.data.merge import write_shards
 from mamba_dist.data.parity import BackendChoice, choose_backend
 from mamba_dist.data.parts import PartRecord, PartSettings, make_part, tokenize_units
 from mamba_dist.data.shard import token_dtype
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.sources import Corpus, InputFile, Unit, cut_units
 from mamba_dist.data.staging import (
     BAD_DOCUMENTS_NAME,

@@ -4,7 +4,7 @@ communicates.
 G global batch, B micro batch, L sequence length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -13,24 +13,24 @@ import torch
 
 from mamba_dist.config.batch import BatchPlan
 from mamba_dist.config.schema import DataConfig
-from mamba_dist.data.batch import NO_SAMPLE, Batch, PackedRows, count_windows, pack
-from mamba_dist.data.dataset import TokenDataset
-from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.batch import NO_SAMPLE, Batch, PackedRows, SampleId, pack
+from mamba_dist.data.mixture import Mixture
 from mamba_dist.data.prefetch import MicrostepPlan, PrefetchJob, read_ahead, read_here
-from mamba_dist.errors import DataError
+from mamba_dist.data.segments import exact_weight
+from mamba_dist.data.training_sources import RunData, TrainingSource, validation_windows
 
 
 class TrainLoader:
     """Yields, for every optimizer step from `start_step` on, the list of this rank's microbatches.
 
-    The samples of a step depend on the data set, the seed and G alone: not on the world size, the
-    number of workers, the accumulation, or where a run was resumed. Ends before `end_step`, or
-    never.
+    The samples of a step depend on the run's segments (data sets, weights, G) and the seed alone:
+    not on the world size, the number of workers, the accumulation, or where a run was resumed. Ends
+    before `end_step`, or never. Steps before the last segment are read by nobody.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        data: RunData,
         config: DataConfig,
         *,
         plan: BatchPlan,
@@ -44,18 +44,16 @@ class TrainLoader:
             raise ValueError(f"{plan} does not fit {world_size} ranks")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
-        self._dataset = dataset
+        segment = data.order.segments[-1]
+        if plan.global_batch_size != segment.global_batch_size or start_step < segment.first_step:
+            raise ValueError(f"{plan} from step {start_step} on does not fit {segment}")
+        self._datasets = [source.dataset for source in data.sources]
         self._workers = config.num_workers
         self._accumulation_steps = plan.accumulation_steps
-        self._global_batch_size = plan.global_batch_size
-        self.total_windows = training_windows(dataset, config.sequence_length)
-        order = SampleOrder(self.total_windows, config.seed, config.shuffle)
         self._job = PrefetchJob(
-            path=dataset.path,
-            fingerprint=dataset.fingerprint,
-            plan=MicrostepPlan(
-                order, plan.micro_batch_size, plan.accumulation_steps, plan.global_batch_size, rank
-            ),
+            paths=tuple(dataset.path for dataset in self._datasets),
+            fingerprints=tuple(dataset.fingerprint for dataset in self._datasets),
+            plan=MicrostepPlan(data.order, plan.micro_batch_size, plan.accumulation_steps, rank),
             sequence_length=config.sequence_length,
             pad_token_id=pad_token_id,
             first=start_step * plan.accumulation_steps,
@@ -63,16 +61,11 @@ class TrainLoader:
             end=None if end_step is None else end_step * plan.accumulation_steps,
         )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every window of the training split is read, rounded up."""
-        return -(-self.total_windows // self._global_batch_size)
-
-    def sample_ids(self, step: int) -> tuple[int, ...]:
-        """The windows that this rank reads in an optimizer step; nothing is read."""
+    def sample_ids(self, step: int) -> tuple[SampleId, ...]:
+        """The samples that this rank reads in an optimizer step; nothing is read."""
         first = step * self._accumulation_steps
         microsteps = range(first, first + self._accumulation_steps)
-        return tuple(window for m in microsteps for window in self._job.plan.windows(m))
+        return tuple(sample for m in microsteps for sample in self._job.plan.samples(m))
 
     def __iter__(self) -> Iterator[list[Batch]]:
         rows = self._rows()
@@ -84,7 +77,7 @@ class TrainLoader:
 
     def _rows(self) -> Iterator[PackedRows]:
         if self._workers == 0:
-            return read_here(self._dataset, self._job)
+            return read_here(self._datasets, self._job)
         first = self._job.first
         return read_ahead(
             [
@@ -97,13 +90,14 @@ class TrainLoader:
 class ValidationLoader:
     """Yields this rank's validation microbatches, equally many on every rank.
 
-    At most `max_sequences` windows over all ranks, spread evenly over the split and the same each
-    time. Rows that fill up the last batches have no labels and the sample id NO_SAMPLE.
+    At most `max_sequences` windows over all ranks, allotted to the sources by weight as far as each
+    has windows, spread evenly over its split, and the same each time. Rows that fill up the last
+    batches have no labels and the sample id NO_SAMPLE.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        sources: Sequence[TrainingSource],
         config: DataConfig,
         *,
         micro_batch_size: int,
@@ -112,54 +106,37 @@ class ValidationLoader:
         world_size: int,
         pad_token_id: int = 0,
     ) -> None:
-        self._stream = dataset.val
+        self._streams = [source.dataset.val for source in sources]
+        self._weights = [exact_weight(source.weight) for source in sources]
         self._length = config.sequence_length
         self._pad_token_id = pad_token_id
         self._micro_batch_size = micro_batch_size
-        self.total_windows = count_windows(self._stream.tokens, self._length, pad_tail=True)
-        if self.total_windows == 0:
-            raise DataError(_no_windows(dataset, "val"))
+        self._available = [validation_windows(s.dataset, self._length) for s in sources]
         self._rank = rank
         self._world_size = world_size
         self._max_sequences = max_sequences
 
     def __len__(self) -> int:
-        return -(-len(self._windows) // (self._micro_batch_size * self._world_size))
+        return -(-len(self._samples) // (self._micro_batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[Batch]:
         rows_per_batch = self._micro_batch_size * self._world_size
         for index in range(len(self)):
             first = index * rows_per_batch + self._rank * self._micro_batch_size
-            windows = self._windows[first : first + self._micro_batch_size]
-            filled = [*windows, *[NO_SAMPLE] * (self._micro_batch_size - len(windows))]
+            samples = self._samples[first : first + self._micro_batch_size]
+            filled = [*samples, *[NO_SAMPLE] * (self._micro_batch_size - len(samples))]
             yield _to_torch(
-                pack(self._stream, filled, length=self._length, pad_token_id=self._pad_token_id)
+                pack(self._streams, filled, length=self._length, pad_token_id=self._pad_token_id)
             )
 
     @cached_property
-    def _windows(self) -> list[int]:
-        chosen = min(self._max_sequences, self.total_windows)
-        return [index * self.total_windows // chosen for index in range(chosen)]
-
-
-def training_windows(dataset: TokenDataset, sequence_length: int) -> int:
-    """Samples in one epoch of the training split.
-
-    Raises:
-        DataError: there is none.
-    """
-    windows = count_windows(dataset.train.tokens, sequence_length, pad_tail=False)
-    if windows == 0:
-        raise DataError(_no_windows(dataset, "train"))
-    return windows
-
-
-def _no_windows(dataset: TokenDataset, split: str) -> str:
-    return (
-        f"{dataset.path} has {dataset.manifest.tokens(split)} {split} tokens, too few to predict "
-        f"any; "
-        "tokenize a larger corpus"
-    )
+    def _samples(self) -> list[SampleId]:
+        chosen = Mixture(self._weights, self._available).counts(self._max_sequences)
+        return [
+            SampleId(source, index * available // count)
+            for source, (count, available) in enumerate(zip(chosen, self._available, strict=True))
+            for index in range(count)
+        ]
 
 
 def _to_torch(rows: PackedRows) -> Batch:

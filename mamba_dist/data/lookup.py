@@ -7,15 +7,15 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mamba_dist.data.manifest import SPLITS, Manifest
-from mamba_dist.data.shard import ShardReader
+from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.shard import ShardReader, SplitReaders
+from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.staging import INPUTS_NAME
 from mamba_dist.errors import DataError
 
@@ -53,29 +53,20 @@ class SplitIndex:
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
         self.split = split
         self._vocab_size = manifest.tokenizer.vocab_size
-        self._readers: list[tuple[ShardReader, int]] = []
-        self._shard_begins: list[int] = []
-        documents, tokens, begin = [0], [0], 0
-        for record in manifest.shards_of(split):
-            shard = ShardReader(folder / record.file, record, manifest)
-            for index, batch in enumerate(record.batches):
-                self._readers.append((shard, index))
-                self._shard_begins.append(begin)
-                documents.append(batch.documents)
-                tokens.append(batch.tokens)
-            begin += record.tokens
-        self._first_documents = list(accumulate(documents))
-        self._begins = list(accumulate(tokens))
+        self._readers = SplitReaders(folder, manifest, split)
+        self._table = manifest.shards_of(split)
+        self._first_documents = self._table.document_begins
+        self._begins = self._table.token_begins
 
     @property
     def tokens(self) -> int:
         """Tokens of the split."""
-        return self._begins[-1]
+        return self._table.tokens
 
     @property
     def documents(self) -> int:
         """Documents of the split."""
-        return self._first_documents[-1]
+        return self._table.documents
 
     def nth(self, number: int) -> DocumentPlace:
         """The document of a number, from 0 in reading order.
@@ -98,7 +89,7 @@ class SplitIndex:
                 f"{self.tokens}, from 0"
             )
         while start < stop:
-            batch = bisect_right(self._begins, start) - 1
+            batch = self._table.batch_at(start)
             shard, index = self._readers[batch]
             within = start - self._begins[batch]
             row = int(np.searchsorted(shard.offsets(index), within, side="right")) - 1
@@ -138,7 +129,7 @@ class SplitIndex:
         Raises:
             DataError: a shard is missing or damaged.
         """
-        batch = bisect_right(self._begins, place.position) - 1
+        batch = self._table.batch_at(place.position)
         shard, index = self._readers[batch]
         first = place.position - self._begins[batch]
         ids = shard.tokens(index)[first : first + min(most, place.tokens)]
@@ -162,7 +153,7 @@ class SplitIndex:
             row=row,
             tokens=end - begin,
             position=position,
-            shard_position=position - self._shard_begins[batch],
+            shard_position=position - self._begins[batch - index],
         )
 
 

@@ -2,7 +2,8 @@
 set.
 
     DATASET/
-        manifest.json            this file
+        manifest.json            this file: small, whatever the data set's size
+        index.npy                every shard and record batch (format: shard_index.py)
         train-00000.arrow …      shards of the training split (format: shard.py)
         val-00000.arrow …        shards of the validation split
         tokenizer.json|.model    copy of the tokenizer that made the ids
@@ -12,24 +13,36 @@ set.
 Nothing here depends on the time or the number of workers; on the machine only which backend was
 proven (`backend`, absent for the reference).
 
-The hashes of single batches stand beside the shards, under `batch_xxh3`: a program that does not
-know them passes over them, and a data set written before them is read without. They tell where a
-shard is damaged; the fingerprint rests on the shards' sha256 alone, and is the same either way.
+Version 1 had the shards in this file, and the hashes of their batches under `batch_xxh3`; it is
+read as it is. The fingerprint rests on the shards' sha256 and is the same either way.
 """
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mamba_dist.data.durable import write_durably
+from mamba_dist.data.shard_index import (
+    INDEX_NAME,
+    SPLITS,
+    BatchRecord,
+    ShardIndex,
+    ShardRecord,
+    SplitTable,
+    index_bytes,
+    index_of,
+    map_index,
+)
 from mamba_dist.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-SPLITS = ("train", "val")
+# Enters every fingerprint; the format may change without the data becoming other data.
+_FINGERPRINT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -51,36 +64,6 @@ class TokenizerIdentity:
     eos_token: str
     eos_id: int
     probes: tuple[Probe, ...]
-
-
-@dataclass(frozen=True)
-class BatchRecord:
-    """One record batch of a shard; the offsets are bytes from the beginning of the file.
-
-    `xxh3` covers the bytes from the end of the batch before (the file's beginning for the first) to
-    the end of this one's last buffer. None: written before such hashes were kept.
-    """
-
-    documents: int
-    tokens: int
-    offsets_at: int
-    values_at: int
-    doc_ids_at: int
-    xxh3: str | None = None
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One Arrow file."""
-
-    split: str
-    file: str
-    bytes: int
-    documents: int
-    tokens: int
-    xxh3: str
-    sha256: str
-    batches: tuple[BatchRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -130,63 +113,98 @@ class BackendProof:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole record of a data set."""
+    """The whole record of a data set; `shards` are listed split by split."""
 
     tool_version: str
     dtype: str
     tokenizer: TokenizerIdentity
     settings: BuildSettings
     inputs: InputSummary
-    shards: tuple[ShardRecord, ...]
+    shards: Sequence[ShardRecord]
     backend: BackendProof | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", index_of(self.shards))
+
+    @property
+    def index(self) -> ShardIndex:
+        """The shards as a table that is read where it is asked."""
+        assert isinstance(self.shards, ShardIndex)
+        return self.shards
 
     @property
     def fingerprint(self) -> str:
         """A hash that differs if any token, its order, its split or its meaning differs."""
+        known = self.index.known_fingerprint
+        if known is not None and known[0] == self._meaning():
+            return known[1]
+        return self.computed_fingerprint()
+
+    def computed_fingerprint(self) -> str:
+        """The fingerprint, from every shard's record, whatever the file says of it."""
         shards = [[s.split, s.documents, s.tokens, s.sha256] for s in self.shards]
+        content = [_FINGERPRINT_VERSION, *self._meaning(), shards]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _meaning(self) -> list[object]:
         tokenizer = self.tokenizer
-        content = [
-            FORMAT_VERSION,
+        return [
             self.dtype,
             [tokenizer.sha256, tokenizer.vocab_size, tokenizer.eos_id],
             [self.settings.train_split, self.settings.val_split],
-            shards,
         ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def shards_of(self, split: str) -> tuple[ShardRecord, ...]:
+    def shards_of(self, split: str) -> SplitTable:
         """The shards of one split, in reading order."""
-        return tuple(shard for shard in self.shards if shard.split == split)
+        return self.index.split(split)
 
     def tokens(self, split: str) -> int:
         """Tokens of one split, each document's EOS included."""
-        return sum(shard.tokens for shard in self.shards_of(split))
+        return self.shards_of(split).tokens
 
     def documents(self, split: str) -> int:
         """Documents of one split."""
-        return sum(shard.documents for shard in self.shards_of(split))
+        return self.shards_of(split).documents
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json atomically; from then on the folder is a data set."""
-    content = {
+    """Writes index.npy, then manifest.json atomically; from then on the folder is a data set."""
+    index = index_bytes(manifest.index)
+    write_durably(folder / INDEX_NAME, index)
+    content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "fingerprint": manifest.fingerprint,
-        **dataclasses.asdict(manifest),
+        "tool_version": manifest.tool_version,
+        "dtype": manifest.dtype,
+        "tokenizer": dataclasses.asdict(manifest.tokenizer),
+        "settings": dataclasses.asdict(manifest.settings),
+        "inputs": dataclasses.asdict(manifest.inputs),
     }
-    if manifest.backend is None:
-        del content["backend"]
-    for shard in content["shards"]:
-        hashes = [batch.pop("xxh3") for batch in shard["batches"]]
-        if None not in hashes:
-            content.setdefault("batch_xxh3", {})[shard["file"]] = hashes
-        # One short line a batch: a large data set has many thousands.
-        shard["batches"] = [list(batch.values()) for batch in shard["batches"]]
+    if manifest.backend is not None:
+        content["backend"] = dataclasses.asdict(manifest.backend)
+    content["splits"] = {split: _counts(manifest.shards_of(split)) for split in SPLITS}
+    content["index_sha256"] = hashlib.sha256(index).hexdigest()
+    content["content_sha256"] = _content_hash(content)
     write_durably(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _counts(table: SplitTable) -> dict[str, int]:
+    return {
+        "shards": len(table),
+        "batches": table.batches,
+        "documents": table.documents,
+        "tokens": table.tokens,
+        "bytes": table.bytes,
+    }
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    kept = {key: value for key, value in content.items() if key != "content_sha256"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a data set folder.
+    """The manifest of a data set folder, its index mapped.
 
     Raises:
         DataError: there is none, it is damaged, or of a newer format.
@@ -202,22 +220,31 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; tokenize again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise DataError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; update the "
-            "program or tokenize again"
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}; "
+            "update the program or tokenize again"
         )
     try:
-        manifest = _parse(content)
+        index = _parse_shards(content) if version == 1 else _map_shards(folder, content)
+        manifest = _parse(content, index)
+        is_whole = (
+            manifest.fingerprint == content.get("fingerprint")
+            if version == 1
+            else content["content_sha256"] == _content_hash(content)
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}); tokenize again"
         ) from error
-    if manifest.fingerprint != content.get("fingerprint"):
+    if not is_whole:
         raise DataError(
-            f"{path} was changed by hand: its fingerprint is {content.get('fingerprint')}, its "
-            f"content gives {manifest.fingerprint}; tokenize again"
+            f"{path} was changed by hand: its content does not give the hash that stands in it; "
+            "tokenize again"
         )
+    if version == 1:
+        return manifest
+    index.known_fingerprint = (manifest._meaning(), content["fingerprint"])
     return manifest
 
 
@@ -249,35 +276,46 @@ def check_vocabulary(manifest: Manifest, vocab_size: int) -> None:
         )
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
+def _parse(content: dict[str, Any], index: ShardIndex) -> Manifest:
     tokenizer = dict(content["tokenizer"])
     tokenizer["probes"] = tuple(Probe(p["text"], tuple(p["ids"])) for p in tokenizer["probes"])
-    batch_hashes = dict(content.get("batch_xxh3", {}))
     return Manifest(
         tool_version=content["tool_version"],
         dtype=content["dtype"],
         tokenizer=TokenizerIdentity(**tokenizer),
         settings=BuildSettings(**content["settings"]),
         inputs=InputSummary(**content["inputs"]),
-        shards=tuple(
-            _parse_shard(shard, batch_hashes.get(shard["file"])) for shard in content["shards"]
-        ),
+        shards=index,
         backend=BackendProof(**content["backend"]) if "backend" in content else None,
     )
 
 
-def _parse_shard(content: dict[str, Any], hashes: list[str] | None) -> ShardRecord:
-    known = hashes if hashes is not None else [None] * len(content["batches"])
-    batches = tuple(
-        _parse_batch(*map(int, batch), xxh3=xxh3)
-        for batch, xxh3 in zip(content["batches"], known, strict=True)
+def _map_shards(folder: Path, content: dict[str, Any]) -> ShardIndex:
+    counts = [content["splits"][split] for split in SPLITS]
+    index = map_index(
+        folder,
+        [(int(one["shards"]), int(one["batches"])) for one in counts],
+        sha256=content["index_sha256"],
     )
-    shard = ShardRecord(**{**content, "batches": batches})
-    if shard.split not in SPLITS or Path(shard.file).name != shard.file:
-        raise ValueError(f"shard {shard.file!r} of split {shard.split!r}")
-    if sum(b.tokens for b in batches) != shard.tokens:
-        raise ValueError(f"the batches of {shard.file} do not add up to {shard.tokens} tokens")
-    return shard
+    for split, expected in zip(SPLITS, counts, strict=True):
+        for name in ("documents", "tokens"):
+            if (found := getattr(index.split(split), name)) != expected[name]:
+                raise ValueError(f"{INDEX_NAME} has {found} {split} {name}, not {expected[name]}")
+    return index
+
+
+def _parse_shards(content: dict[str, Any]) -> ShardIndex:
+    """The shards of version 1, which stand in the manifest itself."""
+    batch_hashes = dict(content.get("batch_xxh3", {}))
+    shards = []
+    for shard in content["shards"]:
+        known = batch_hashes.get(shard["file"], [None] * len(shard["batches"]))
+        batches = tuple(
+            _parse_batch(*map(int, batch), xxh3=xxh3)
+            for batch, xxh3 in zip(shard["batches"], known, strict=True)
+        )
+        shards.append(ShardRecord(**{**shard, "batches": batches}))
+    return index_of(shards)
 
 
 def _parse_batch(

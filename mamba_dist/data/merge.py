@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mamba_dist.data.manifest import SPLITS, BuildSettings, ShardRecord, TokenizerIdentity
+from mamba_dist.data.manifest import BuildSettings, TokenizerIdentity
 from mamba_dist.data.parts import Part, PartRecord, read_part
 from mamba_dist.data.shard import schema_metadata
+from mamba_dist.data.shard_index import SPLITS, ShardRecord
 from mamba_dist.data.shard_writer import Documents, ShardWriter
 from mamba_dist.data.staging import Staging
 

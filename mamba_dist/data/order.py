@@ -15,15 +15,17 @@ _MASK_64 = 2**64 - 1
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The endless sequence of windows that a run reads, one epoch after another.
+    """The endless sequence of windows that a run reads of one data set, one epoch after another.
 
-    Position g counts samples from the beginning of the run. With `shuffle`, each epoch has an order
-    of its own that depends on the seed; without, every epoch goes through the windows from 0 up.
+    Positions count that data set's samples from the beginning of the run. With `shuffle`, each
+    epoch has an order of its own that depends on the seed and on `key`, which tells the data sets
+    of a mixture apart; without, every epoch goes through the windows from 0 up.
     """
 
     windows: int
     seed: int
     shuffle: bool = True
+    key: str = ""
 
     def __post_init__(self) -> None:
         if self.windows < 1:
@@ -36,11 +38,12 @@ class SampleOrder:
         epoch, index = divmod(position, self.windows)
         if not self.shuffle:
             return epoch, index
-        return epoch, _permute(index, self.windows, keys=_round_keys(self.seed, epoch))
+        return epoch, _permute(index, self.windows, keys=_round_keys(self.seed, epoch, self.key))
 
 
-def _round_keys(seed: int, epoch: int) -> list[int]:
-    digest = hashlib.blake2b(f"mamba-dist order {seed} {epoch}".encode()).digest()
+def _round_keys(seed: int, epoch: int, key: str) -> list[int]:
+    text = f"mamba-dist order {seed} {epoch} {key}".rstrip()
+    digest = hashlib.blake2b(text.encode()).digest()
     return [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
 
 

@@ -1,19 +1,19 @@
 """The order of microbatches of one rank, and processes that read them ahead.
 
 step = optimizer step; microstep = one forward-backward of this rank, counted over the whole run;
-position = sample of the run, over all ranks (see order.py). With G samples a step, rank r reads the
-r-th slice of positions s·G … (s+1)·G - 1, so the samples of a step are the same for any world.
+position = sample of the run, over all ranks (see segments.py). Rank r reads the r-th slice of the
+positions of a step, so the samples of a step are the same for any world.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from mamba_dist.data.batch import PackedRows, pack
+from mamba_dist.data.batch import PackedRows, SampleId, pack
 from mamba_dist.data.dataset import TokenDataset, open_dataset
-from mamba_dist.data.order import SampleOrder
+from mamba_dist.data.segments import RunOrder
 from mamba_dist.data.workers import Worker, WorkerFailure, start_workers, stop_workers
 from mamba_dist.errors import DataError
 
@@ -22,29 +22,29 @@ from mamba_dist.errors import DataError
 class MicrostepPlan:
     """Which samples each microstep of one rank reads."""
 
-    order: SampleOrder
+    order: RunOrder
     micro_batch_size: int
     accumulation_steps: int
-    global_batch_size: int
     rank: int
 
-    def windows(self, microstep: int) -> tuple[int, ...]:
-        """The windows of the training split that a microstep reads, in row order."""
+    def samples(self, microstep: int) -> tuple[SampleId, ...]:
+        """The samples that a microstep reads, in row order."""
         step, micro = divmod(microstep, self.accumulation_steps)
-        slice_begins = step * self.global_batch_size + (
-            self.rank * self.micro_batch_size * self.accumulation_steps
-        )
-        first = slice_begins + micro * self.micro_batch_size
-        positions = range(first, first + self.micro_batch_size)
-        return tuple(self.order.locate(position)[1] for position in positions)
+        first = (self.rank * self.accumulation_steps + micro) * self.micro_batch_size
+        positions = self.order.positions(step)[first : first + self.micro_batch_size]
+        located = [self.order.locate(position) for position in positions]
+        return tuple(SampleId(sample.source, sample.number) for sample in located)
 
 
 @dataclass(frozen=True)
 class PrefetchJob:
-    """What a loader process needs; it reads every `stride`-th microstep from `first` on."""
+    """What a loader process needs; it reads every `stride`-th microstep from `first` on.
 
-    path: Path
-    fingerprint: str
+    `paths` and `fingerprints` are those of the mixture's sources, in its order.
+    """
+
+    paths: tuple[Path, ...]
+    fingerprints: tuple[str, ...]
     plan: MicrostepPlan
     sequence_length: int
     pad_token_id: int
@@ -53,12 +53,13 @@ class PrefetchJob:
     end: int | None
 
 
-def read_here(dataset: TokenDataset, job: PrefetchJob) -> Iterator[PackedRows]:
+def read_here(datasets: Sequence[TokenDataset], job: PrefetchJob) -> Iterator[PackedRows]:
     """The microbatches of a job, read when asked for."""
+    streams = [dataset.train for dataset in datasets]
     for microstep in _microsteps(job):
         yield pack(
-            dataset.train,
-            job.plan.windows(microstep),
+            streams,
+            job.plan.samples(microstep),
             length=job.sequence_length,
             pad_token_id=job.pad_token_id,
         )
@@ -102,10 +103,13 @@ def _take(worker: Worker) -> PackedRows:
 
 def _prefetch(connection: Connection, job: PrefetchJob) -> None:
     try:
-        dataset = open_dataset(job.path)
-        if dataset.fingerprint != job.fingerprint:
-            raise DataError(f"{job.path} was replaced while it was read; start the run again")
-        for rows in read_here(dataset, job):
+        datasets = [open_dataset(path) for path in job.paths]
+        for dataset, fingerprint in zip(datasets, job.fingerprints, strict=True):
+            if dataset.fingerprint != fingerprint:
+                raise DataError(
+                    f"{dataset.path} was replaced while it was read; start the run again"
+                )
+        for rows in read_here(datasets, job):
             connection.send(rows)
     except DataError as error:
         connection.send(WorkerFailure(str(error)))

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mamba_dist.data.manifest import BatchRecord, Manifest, ShardRecord
+from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.shard_index import BatchRecord, ShardRecord
 from mamba_dist.errors import DataError
 
 _MAGIC = b"ARROW1"
@@ -171,6 +172,33 @@ def _map_file(path: Path) -> mmap.mmap:
 def _map_once(path: Path) -> mmap.mmap:
     with path.open("rb") as stream:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+class SplitReaders:
+    """The batches of one split by number, each with its shard's reader, made when asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._table = manifest.shards_of(split)
+        self._readers: dict[int, ShardReader] = {}
+
+    def __len__(self) -> int:
+        return self._table.batches
+
+    def __getitem__(self, batch: int) -> tuple[ShardReader, int]:
+        """The reader of the shard that holds a batch, and the batch's place in it.
+
+        Raises:
+            DataError: the index is damaged there.
+        """
+        number, place = self._table.find_batch(batch)
+        reader = self._readers.get(number)
+        if reader is None:
+            record = self._table[number]
+            reader = ShardReader(self._folder / record.file, record, self._manifest)
+            self._readers[number] = reader
+        return reader, place
 
 
 def header_faults(file: pa.NativeFile, record: ShardRecord, manifest: Manifest) -> Iterator[str]:

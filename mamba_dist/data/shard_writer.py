@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mamba_dist.data.durable import hash_file, stretch_hashes, sync_file
-from mamba_dist.data.manifest import ShardRecord
 from mamba_dist.data.shard import batch_end, locate_buffers, shard_schema
+from mamba_dist.data.shard_index import ShardRecord, shard_name
 from mamba_dist.errors import DataError
 
 Ids = npt.NDArray[np.unsignedinteger]
@@ -115,7 +115,7 @@ class ShardWriter:
 
     def _writer(self) -> pa.RecordBatchFileWriter:
         if self._open is None:
-            path = self._folder / f"{self._split}-{len(self._finished):05d}.arrow"
+            path = self._folder / shard_name(self._split, len(self._finished))
             sink = pa.OSFile(str(path), "wb")
             self._open = (path, sink, pa.ipc.new_file(sink, self._schema))
             self._open_tokens = 0

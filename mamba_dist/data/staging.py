@@ -24,13 +24,21 @@ from mamba_dist.data.durable import quick_hash, write_durably
 from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
 from mamba_dist.data.parts import PartRecord, part_path
 from mamba_dist.data.shard import check_size
+from mamba_dist.data.shard_index import INDEX_NAME
 from mamba_dist.data.sources import InputFile
 from mamba_dist.errors import DataError
 
 INPUTS_NAME = "inputs.jsonl"
 BAD_DOCUMENTS_NAME = "bad_documents.jsonl"
 _PREFIX = ".partial-"
-_OURS = ("train-*.arrow", "val-*.arrow", INPUTS_NAME, BAD_DOCUMENTS_NAME, "tokenizer.*")
+_OURS = (
+    "train-*.arrow",
+    "val-*.arrow",
+    INDEX_NAME,
+    INPUTS_NAME,
+    BAD_DOCUMENTS_NAME,
+    "tokenizer.*",
+)
 _NAMED_DIFFERENCES = 3
 
 

@@ -19,8 +19,9 @@ import xxhash
 
 from mamba_dist.data.batch_check import batch_faults
 from mamba_dist.data.durable import hash_file
-from mamba_dist.data.manifest import MANIFEST_NAME, BatchRecord, Manifest, ShardRecord
+from mamba_dist.data.manifest import MANIFEST_NAME, Manifest
 from mamba_dist.data.shard import batch_end, header_faults
+from mamba_dist.data.shard_index import INDEX_NAME, BatchRecord, ShardRecord
 from mamba_dist.data.staging import BAD_DOCUMENTS_NAME, INPUTS_NAME
 from mamba_dist.errors import DataError
 
@@ -55,6 +56,10 @@ def dataset_problems(
 ) -> Iterator[Problem]:
     """Everything wrong with the files of a data set; `advance` hears of shard bytes as they are
     read."""
+    if (fault := _index_fault(folder, manifest)) is not None:
+        # Nothing that it says of the shards can be relied on.
+        yield Problem(INDEX_NAME, fault)
+        return
     yield from _manifest_problems(manifest)
     yield from _companion_problems(folder, manifest, depth=depth)
     known = {shard.file for shard in manifest.shards}
@@ -91,8 +96,21 @@ def shard_problems(
         yield Problem(record.file, f"cannot be read: {error.strerror or error}; check the disk")
 
 
+def _index_fault(folder: Path, manifest: Manifest) -> str | None:
+    expected = manifest.index.sha256
+    if expected is None:
+        return None
+    found = hash_file(folder / INDEX_NAME).sha256
+    return None if found == expected else f"was changed: its sha256 is {found}, not {expected}"
+
+
 def _manifest_problems(manifest: Manifest) -> Iterator[Problem]:
     """What the manifest says against itself."""
+    if (computed := manifest.computed_fingerprint()) != manifest.fingerprint:
+        yield Problem(
+            MANIFEST_NAME,
+            f"its fingerprint is {manifest.fingerprint}, its shards give {computed}",
+        )
     documents = sum(shard.documents for shard in manifest.shards)
     if documents != manifest.inputs.documents:
         yield Problem(
@@ -100,11 +118,6 @@ def _manifest_problems(manifest: Manifest) -> Iterator[Problem]:
             f"its shards hold {documents} documents, its inputs {manifest.inputs.documents}",
         )
     for shard in manifest.shards:
-        if sum(batch.documents for batch in shard.batches) != shard.documents:
-            yield Problem(
-                MANIFEST_NAME,
-                f"the batches of {shard.file} do not add up to its {shard.documents} documents",
-            )
         for index in _misplaced(shard, manifest.dtype):
             yield Problem(
                 MANIFEST_NAME,

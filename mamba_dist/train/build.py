@@ -16,14 +16,15 @@ from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.batch import Batch
-from mamba_dist.data.dataset import TokenDataset, open_dataset
-from mamba_dist.data.loader import TrainLoader, ValidationLoader, training_windows
+from mamba_dist.data.loader import TrainLoader, ValidationLoader
 from mamba_dist.data.manifest import check_splits, check_vocabulary
+from mamba_dist.data.segments import RunOrder
 from mamba_dist.data.tokenization import check_tokenizer
+from mamba_dist.data.training_sources import RunData, TrainingSource, new_run, open_sources
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
-from mamba_dist.errors import BackendError
+from mamba_dist.errors import BackendError, ConfigError, DataError
 from mamba_dist.model.flops import flops_per_token
 from mamba_dist.model.init import audit, initialize
 from mamba_dist.model.lm import MambaLM
@@ -34,7 +35,7 @@ from mamba_dist.telemetry.progress import progress as progress_bar
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.schedule import total_steps
-from mamba_dist.train.state import beginning, resume, run_folder
+from mamba_dist.train.state import run_folder, starting_point
 from mamba_dist.train.stop import StopRequest
 
 _log = logging.getLogger(__name__)
@@ -70,31 +71,29 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         DataError, CheckpointError, EngineError, ModelError: a part cannot be built as configured.
     """
     plan = batch_plan(config, world.size)
-    dataset = open_matching_dataset(config)
-    steps = planned_steps(config, plan=plan, dataset=dataset)
+    sources = open_matching_sources(config)
+    fresh = new_run(sources, config.data, global_batch_size=plan.global_batch_size)
+    start = starting_point(config, world=world, fresh=fresh.order)
+    data = RunData(start.order, sources)
+    steps = planned_steps(config, data.order)
     engine, classes = _build_engine(config, plan=plan, world=world)
-    fresh = beginning(
-        global_batch_size=plan.global_batch_size, data_fingerprint=dataset.fingerprint
-    )
-    start = resume(config, engine=engine, world=world, fresh=fresh)
+    start.load(engine)
     if world.rank == 0:
         _describe_run(config, classes)
-    metrics, meter = _build_metrics(config, world=world, start=start, steps=steps)
+    metrics, meter = _build_metrics(config, world=world, start=start.progress, steps=steps)
+    tokenizer = sources[0].dataset.manifest.tokenizer
     return Run(
         config=config,
         world=world,
         engine=engine,
         engine_name=f"zero-{zero.stage_for(config.engine, ranks=world.size)}",
-        tokenizer=TokenizerRecord(
-            sha256=dataset.manifest.tokenizer.sha256,
-            eos_token=dataset.manifest.tokenizer.eos_token,
-        ),
+        tokenizer=TokenizerRecord(sha256=tokenizer.sha256, eos_token=tokenizer.eos_token),
         versions=_versions(),
-        start=start,
+        start=start.progress,
         total_steps=steps,
-        steps=_build_steps(config, dataset, plan=plan, world=world, start=start, end=steps),
+        steps=_build_steps(config, data, plan=plan, world=world, start=start.progress, end=steps),
         validation=ValidationLoader(
-            dataset,
+            sources,
             config.data,
             micro_batch_size=plan.micro_batch_size,
             max_sequences=config.training.eval_sequences,
@@ -109,41 +108,58 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
     )
 
 
-def open_matching_dataset(config: RunConfig) -> TokenDataset:
-    """The data set that the config names.
+def open_matching_sources(config: RunConfig) -> tuple[TrainingSource, ...]:
+    """The data sets that the config names, in the order of the mixture.
 
     Raises:
-        DataError: it cannot be opened, or was tokenised for another vocabulary, with other splits,
-            or with another tokenizer than the one that now stands at data.tokenizer_path.
+        DataError: one cannot be opened, or was tokenised for another vocabulary, with other splits,
+            or with another tokenizer than the others or than the one that now stands at
+            data.tokenizer_path.
     """
-    dataset = open_dataset(config.data.dataset_path)
-    check_vocabulary(dataset.manifest, config.model.vocab_size)
-    check_splits(
-        dataset.manifest, train_split=config.data.train_split, val_split=config.data.val_split
-    )
+    sources = open_sources(config.data)
+    data = config.data
+    for dataset in (source.dataset for source in sources):
+        try:
+            check_vocabulary(dataset.manifest, config.model.vocab_size)
+            check_splits(dataset.manifest, train_split=data.train_split, val_split=data.val_split)
+        except DataError as error:
+            raise DataError(f"{dataset.path}: {error}") from error
     tokenizer = Path(config.data.tokenizer_path)
     if tokenizer.exists():
-        check_tokenizer(dataset.manifest, tokenizer)
+        check_tokenizer(sources[0].dataset.manifest, tokenizer)
     else:
         _log.warning(
             "data.tokenizer_path %s does not exist; generation will use the data set's own copy",
             tokenizer,
         )
-    return dataset
+    return sources
 
 
-def planned_steps(config: RunConfig, *, plan: BatchPlan, dataset: TokenDataset) -> int:
-    """Optimizer steps of the whole run.
+def planned_steps(config: RunConfig, order: RunOrder) -> int:
+    """Optimizer steps of the whole run; an epoch of a mixture is as long as all its sources.
 
     Raises:
-        ConfigError: the run is not longer than its warm-up.
+        ConfigError: the run is not longer than its warm-up, or longer than its data.
     """
-    return total_steps(
+    segment = order.segments[-1]
+    steps = total_steps(
         config.training,
-        epoch_sequences=training_windows(dataset, config.data.sequence_length),
-        global_batch_size=plan.global_batch_size,
+        epoch_sequences=sum(source.samples for source in segment.sources),
+        global_batch_size=segment.global_batch_size,
         sequence_length=config.data.sequence_length,
+        done_steps=segment.first_step,
+        done_sequences=segment.first_position,
     )
+    if order.end is not None and steps > segment.first_step:
+        needed = order.positions(steps - 1).stop
+        if needed > order.end:
+            possible = (order.end - segment.first_position) // segment.global_batch_size
+            raise ConfigError(
+                f"data.sources are exhausted after {order.end:,} samples, since all of them have "
+                f"max_epochs; the run of {steps:,} steps needs {needed:,}: raise max_epochs of a "
+                f"source, or shorten the run to {segment.first_step + possible:,} steps"
+            )
+    return steps
 
 
 def _build_engine(
@@ -215,7 +231,7 @@ def ops_backend(config: RunConfig, *, device_type: str) -> str:
 
 def _build_steps(
     config: RunConfig,
-    dataset: TokenDataset,
+    data: RunData,
     *,
     plan: BatchPlan,
     world: World,
@@ -223,7 +239,7 @@ def _build_steps(
     end: int,
 ) -> Iterator[list[Batch]]:
     loader = TrainLoader(
-        dataset,
+        data,
         config.data,
         plan=plan,
         rank=world.rank,

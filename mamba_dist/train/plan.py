@@ -2,10 +2,11 @@
 
 from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import RunConfig
-from mamba_dist.data.loader import training_windows
+from mamba_dist.data.segments import Segment, shares
+from mamba_dist.data.training_sources import new_run
 from mamba_dist.engine import zero
 from mamba_dist.model.flops import flops_per_token, parameter_count
-from mamba_dist.train.build import open_matching_dataset, planned_steps
+from mamba_dist.train.build import open_matching_sources, planned_steps
 from mamba_dist.train.state import run_folder
 
 
@@ -17,13 +18,14 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
         DataError: the data set cannot be opened.
     """
     plan = batch_plan(config, world_size)
-    dataset = open_matching_dataset(config)
-    steps = planned_steps(config, plan=plan, dataset=dataset)
+    sources = open_matching_sources(config)
+    data = new_run(sources, config.data, global_batch_size=plan.global_batch_size)
+    steps = planned_steps(config, data.order)
     step_tokens = plan.global_batch_size * config.data.sequence_length
     parameters = parameter_count(config.model)
     cost = flops_per_token(config.model, sequence_length=config.data.sequence_length)
-    windows = training_windows(dataset, config.data.sequence_length)
-    epochs = steps * plan.global_batch_size / windows
+    [segment] = data.order.segments
+    epochs = steps * plan.global_batch_size / sum(source.samples for source in segment.sources)
     model, training = config.model, config.training
     stage = zero.stage_for(config.engine, ranks=world_size)
     asked = config.engine.zero_stage
@@ -38,8 +40,7 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
         "training state": f"{state_gib:.3f} GiB a rank: parameters, gradients, AdamW's moments",
         "batch": f"{plan.micro_batch_size} x {plan.accumulation_steps} micro-batches x "
         f"{world_size} ranks = {plan.global_batch_size} sequences, {step_tokens:,} tokens per step",
-        "data": f"{config.data.dataset_path}: {windows:,} training sequences of "
-        f"{config.data.sequence_length} tokens",
+        "data": _described(segment, config.data.sequence_length),
         "length": f"{steps:,} steps, {steps * step_tokens:,} tokens, {epochs:.2f} epochs",
         "learning rate": f"{training.learning_rate:g}, {training.lr_schedule}, "
         f"{training.warmup_steps} warm-up steps",
@@ -48,3 +49,14 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items())
+
+
+def _described(segment: Segment, sequence_length: int) -> str:
+    share = shares(segment.sources)
+    sources = [
+        f"{source.path}: {source.samples:,} training sequences of {sequence_length} tokens"
+        + f", {float(share[source.fingerprint]):.4%} of the samples" * (len(share) > 1)
+        + ("" if source.max_epochs is None else f", at most {source.max_epochs} epochs")
+        for source in segment.sources
+    ]
+    return "; ".join(sources)

@@ -37,9 +37,17 @@ def learning_rate(config: TrainingConfig, *, step: int, total_steps: int) -> flo
 
 
 def total_steps(
-    config: TrainingConfig, *, epoch_sequences: int, global_batch_size: int, sequence_length: int
+    config: TrainingConfig,
+    *,
+    epoch_sequences: int,
+    global_batch_size: int,
+    sequence_length: int,
+    done_steps: int = 0,
+    done_sequences: int = 0,
 ) -> int:
     """Optimizer steps of the whole run, from whichever length the config gives.
+
+    `global_batch_size` holds after `done_steps`, in which `done_sequences` were read.
 
     Raises:
         ConfigError: the run is not longer than its warm-up.
@@ -47,10 +55,11 @@ def total_steps(
     if config.max_steps is not None:
         steps = config.max_steps
     elif config.max_tokens is not None:
-        steps = math.ceil(config.max_tokens / (global_batch_size * sequence_length))
+        left_tokens = max(0, config.max_tokens - done_sequences * sequence_length)
+        steps = done_steps + math.ceil(left_tokens / (global_batch_size * sequence_length))
     else:
-        epochs = config.num_epochs or 1
-        steps = max(1, epochs * epoch_sequences // global_batch_size)
+        left_sequences = max(0, (config.num_epochs or 1) * epoch_sequences - done_sequences)
+        steps = max(1, done_steps + left_sequences // global_batch_size)
     if config.warmup_steps >= steps:
         raise ConfigError(
             f"training.warmup_steps is {config.warmup_steps}, but the run is only {steps} steps "

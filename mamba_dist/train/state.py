@@ -6,7 +6,9 @@ No random state is kept: the data order derives from (seed, step), and Mamba has
 import fcntl
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
 from mamba_dist.checkpoint.manifest import Progress
@@ -17,22 +19,37 @@ from mamba_dist.checkpoint.store import (
     set_aside_newer,
 )
 from mamba_dist.config.schema import RunConfig
+from mamba_dist.data.segments import RunOrder, mixture_fingerprint
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
 from mamba_dist.errors import CheckpointError, TrainingError
+from mamba_dist.train.continuation import continued_order
 
 _log = logging.getLogger(__name__)
 
 
-def beginning(*, global_batch_size: int, data_fingerprint: str) -> Progress:
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run goes on, `reader` being the checkpoint to load, None at its very beginning."""
+
+    progress: Progress
+    order: RunOrder
+    reader: CheckpointReader | None
+
+    def load(self, engine: Engine) -> None:
+        """Brings the engine to the state of the checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the engine.
+        """
+        if self.reader is not None:
+            engine.load_fragments(self.reader, adam_steps=self.reader.manifest.adam_steps)
+            _log.info("resumed after step %d from %s", self.reader.step, self.reader.folder)
+
+
+def beginning(order: RunOrder) -> Progress:
     """The progress of a run that has not trained yet."""
-    return Progress(
-        step=0,
-        next_sample=0,
-        trained_tokens=0,
-        global_batch_size=global_batch_size,
-        data_fingerprint=data_fingerprint,
-    )
+    return Progress(step=0, next_sample=0, trained_tokens=0, **_described(order))
 
 
 def advanced(progress: Progress, *, tokens: int) -> Progress:
@@ -46,22 +63,23 @@ def advanced(progress: Progress, *, tokens: int) -> Progress:
     )
 
 
-def resume(config: RunConfig, *, engine: Engine, world: World, fresh: Progress) -> Progress:
-    """The progress to go on from, with the engine's state loaded to match.
+def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> StartingPoint:
+    """Where to go on; `fresh` is the order that the config would begin with.
 
     Raises:
-        CheckpointError: the checkpoints are damaged, belong to another model or another data set,
-        or the
-            config's checkpoint.resume contradicts what the run folder holds.
+        CheckpointError: the checkpoints are damaged, belong to another model, to other data or
+            another batch size (and the config accepts no such change), or the config's
+            checkpoint.resume contradicts what the run folder holds.
     """
     run_dir = run_folder(config)
+    start = StartingPoint(beginning(fresh), fresh, None)
     if config.checkpoint.resume == "never":
         if world.any_rank(bool(committed_steps(run_dir))):
             raise CheckpointError(
                 f"{run_dir}: holds checkpoints, but checkpoint.resume is never; "
                 "set it to auto, or train in another run folder (training.run_dir=…)"
             )
-        return fresh
+        return start
     reader = find_checkpoint(run_dir, ranks=world, notice=_log.warning)
     if reader is None:
         if config.checkpoint.resume == "required":
@@ -69,17 +87,18 @@ def resume(config: RunConfig, *, engine: Engine, world: World, fresh: Progress) 
                 f"{run_dir}: no checkpoint to resume, but checkpoint.resume is required; "
                 "check training.run_dir, or set checkpoint.resume=auto to start afresh"
             )
-        return fresh
-    _require_same_run(reader, config, fresh)
+        return start
+    require_same_model(reader, config.model)
+    order = continued_order(reader, config, fresh)
     if world.rank == 0:
         for name in set_aside_newer(run_dir, reader.step):
             _log.warning("damaged checkpoint set aside as %s", name)
     world.barrier()
     for line in _changes(reader.config, config):
         _log.warning("changed since step %d: %s", reader.step, line)
-    engine.load_fragments(reader, adam_steps=reader.manifest.adam_steps)
-    _log.info("resumed after step %d from %s", reader.step, reader.folder)
-    return reader.manifest.progress
+    return StartingPoint(
+        reader.manifest.progress.model_copy(update=_described(order)), order, reader
+    )
 
 
 def prepare_run_folder(config: RunConfig, *, world: World) -> AbstractContextManager[object]:
@@ -130,26 +149,11 @@ def _changes(saved: RunConfig, now: RunConfig) -> list[str]:
     return lines
 
 
-def _require_same_run(reader: CheckpointReader, config: RunConfig, fresh: Progress) -> None:
-    require_same_model(reader, config.model)
-    saved = reader.manifest.progress
-    if saved.data_fingerprint != fresh.data_fingerprint:
-        raise CheckpointError(
-            f"{reader.folder}: was trained on another data set (fingerprint "
-            f"{saved.data_fingerprint}) than {config.data.dataset_path} holds now "
-            f"({fresh.data_fingerprint}); restore the data, or "
-            "train in another run folder (training.run_dir=…)"
-        )
-    if saved.global_batch_size != fresh.global_batch_size:
-        raise CheckpointError(
-            f"{reader.folder}: the run has {saved.global_batch_size} sequences per step, this "
-            f"start would have {fresh.global_batch_size}; set training.global_batch_size="
-            f"{saved.global_batch_size} (and remove gradient_accumulation_steps)"
-        )
-    for field in ("sequence_length", "shuffle", "seed"):
-        theirs, ours = getattr(reader.config.data, field), getattr(config.data, field)
-        if theirs != ours:
-            raise CheckpointError(
-                f"{reader.folder}: was trained with data.{field} = {theirs!r}, the config says "
-                f"{ours!r}; restore it: the order of samples depends on it"
-            )
+def _described(order: RunOrder) -> dict[str, Any]:
+    """The fields of a Progress that say what is read."""
+    last = order.segments[-1]
+    return {
+        "global_batch_size": last.global_batch_size,
+        "data_fingerprint": mixture_fingerprint(last.sources),
+        "segments": order.segments,
+    }

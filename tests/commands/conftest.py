@@ -8,6 +8,7 @@ import pytest
 from made_dataset import MadeDataset
 
 from mamba_dist.data.build import BuildRequest, build_dataset
+from mamba_dist.data.manifest import Manifest
 from mamba_dist.data.parts import PartRecord
 from mamba_dist.data.sources import DiscoveryOptions, Unit, discover
 from mamba_dist.data.tokenization import train_bpe
@@ -38,8 +39,27 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeDataset:
     (corpus / "041-empty.txt").touch()
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text(train_bpe(texts.values(), vocab_size=320), encoding="utf-8")
+    manifest = _tokenize(corpus, tokenizer, folder / "set")
+    assert len(manifest.shards_of("train")) >= 3
+    assert len(manifest.shards[0].batches) >= 3
+    return MadeDataset(folder / "set", texts)
+
+
+@pytest.fixture(scope="session")
+def made_beside(made_once: MadeDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller data set of other texts and the same tokenizer."""
+    folder = tmp_path_factory.mktemp("made_beside")
+    (folder / "corpus").mkdir()
+    for number in range(60):
+        text = f"beside {number} " + "scan model state " * (5 + number % 7)
+        (folder / f"corpus/{number:02}.txt").write_text(text, encoding="utf-8")
+    _tokenize(folder / "corpus", made_once.folder / "tokenizer.json", folder / "set")
+    return folder / "set"
+
+
+def _tokenize(corpus: Path, tokenizer: Path, output: Path) -> Manifest:
     request = BuildRequest(
-        output=folder / "set",
+        output=output,
         corpus=discover([corpus], DiscoveryOptions()),
         tokenizer=tokenizer,
         train_vocab_size=None,
@@ -49,10 +69,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeDataset:
         shard_bytes=2500,
         batch_tokens=400,
     )
-    manifest = build_dataset(request, _Silent()).manifest
-    assert len(manifest.shards_of("train")) >= 3
-    assert len(manifest.shards[0].batches) >= 3
-    return MadeDataset(folder / "set", texts)
+    return build_dataset(request, _Silent()).manifest
 
 
 @pytest.fixture

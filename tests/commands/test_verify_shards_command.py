@@ -1,19 +1,20 @@
-import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from made_dataset import MadeDataset
+from old_manifest import write_version_1
 
 from mamba_dist.commands.verify_shards import main
 from mamba_dist.data import verification
-from mamba_dist.data.manifest import ShardRecord, read_manifest
+from mamba_dist.data.manifest import read_manifest, write_manifest
 from mamba_dist.data.shard import batch_end
+from mamba_dist.data.shard_index import ShardRecord
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,13 +40,6 @@ def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
-
-
-def edit(made: MadeDataset, change: Callable[[dict[str, Any]], object]) -> None:
-    path = made.folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("options", [(), ("--quick",), ("--sha256",)])
@@ -178,7 +172,9 @@ def test_a_data_set_from_before_batch_hashes_says_that_the_place_is_unknown(
     made: MadeDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fingerprint = read_manifest(made.folder).fingerprint
-    edit(made, lambda content: content.pop("batch_xxh3"))
+    write_version_1(
+        made.folder, read_manifest(made.folder), change=lambda content: content.pop("batch_xxh3")
+    )
     assert read_manifest(made.folder).fingerprint == fingerprint
     assert verify(capsys, made) == (0, [])
     shard = record(made)
@@ -194,7 +190,10 @@ def test_a_data_set_from_before_batch_hashes_says_that_the_place_is_unknown(
 def test_a_wrong_hash_in_the_manifest_is_not_laid_on_the_shard(
     made: MadeDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit(made, lambda content: content["shards"][1].update(xxh3="0" * 16))
+    manifest = read_manifest(made.folder)
+    shards = list(manifest.shards)
+    shards[1] = replace(shards[1], xxh3="0" * 16)
+    write_manifest(made.folder, replace(manifest, shards=shards))
     file = record(made, 1).file
     for options in ((), ("--sha256",)):
         code, problems = verify(capsys, made, *options)
@@ -211,7 +210,7 @@ def test_a_manifest_that_contradicts_itself_or_the_files_is_named(
         content["shards"][1]["batches"][1][3] = 10**12
         content["inputs"]["documents"] += 1
 
-    edit(made, change)
+    write_version_1(made.folder, read_manifest(made.folder), change=change)
     code, problems = verify(capsys, made)
     found = "\n".join(problems)
     assert code == 2
@@ -219,6 +218,31 @@ def test_a_manifest_that_contradicts_itself_or_the_files_is_named(
     assert "does not lie as the manifest says" in found
     assert f"it places batch 1 of {record(made, 1).file} outside the file" in found
     assert "manifest.json: its shards hold 150 documents, its inputs 151" in found
+
+
+def test_a_flipped_byte_in_the_index_is_named(
+    made: MadeDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(made.folder / "index.npy", 500)
+    for options in ((), ("--quick",)):
+        code, problems = verify(capsys, made, *options)
+        assert code == 2
+        assert len(problems) == 1
+        assert problems[0].startswith("index.npy: was changed: its sha256 is")
+
+
+def test_an_index_of_other_shards_under_the_same_fingerprint_is_named(
+    made: MadeDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(made.folder)
+    known = manifest.index.known_fingerprint
+    shards = list(manifest.shards)
+    shards[0] = replace(shards[0], sha256="0" * 64)
+    forged = replace(manifest, shards=shards)
+    forged.index.known_fingerprint = known
+    write_manifest(made.folder, forged)
+    found = verify(capsys, made)[1]
+    assert found[0].startswith("manifest.json: its fingerprint is")
 
 
 def test_a_shard_of_another_split_is_named_even_by_a_quick_look(

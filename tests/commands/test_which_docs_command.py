@@ -1,5 +1,5 @@
-import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +7,10 @@ import yaml
 from made_dataset import MadeDataset
 
 from mamba_dist.commands.which_docs import main
-from mamba_dist.data.batch import pack
+from mamba_dist.data.batch import SampleId, pack
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.lookup import SplitIndex
+from mamba_dist.data.manifest import write_manifest
 from mamba_dist.data.order import SampleOrder
 from mamba_dist.data.tokenization import load_tokenizer
 
@@ -78,7 +79,7 @@ def test_a_sample_id_names_every_document_of_its_window(
     printed = which(capsys, made_once, "--sample-id", 4, "--sequence-length", 128)
     found = named(printed)
     assert "sample id 4: tokens 512 to 640 of train" in printed
-    row = pack(dataset.train, [4], length=128, pad_token_id=0)
+    row = pack([dataset.train], [SampleId(0, 4)], length=128, pad_token_id=0)
     # The label of the last position may belong to one document more.
     assert len(found) - (int(row.seq_idx[0, -1]) + 1) in (0, 1)
     tokenizer = load_tokenizer(made_once.folder / "tokenizer.json")
@@ -147,10 +148,10 @@ def test_damage_is_one_clear_error(made: MadeDataset, capsys: pytest.CaptureFixt
         error = which(capsys, made, "--sample-id", 0, "--sequence-length", 200, code=2)
         assert f"shard {path} is damaged: " in error
         assert "batch 0" in error
-    manifest = made.folder / "manifest.json"
-    parsed = json.loads(manifest.read_text())
-    parsed["shards"][0]["batches"][0][2] = 10**9
-    manifest.write_text(json.dumps(parsed))
+    manifest = open_dataset(made.folder).manifest
+    first, *others = shard.batches
+    misplaced = replace(shard, batches=[replace(first, offsets_at=10**9), *others])
+    write_manifest(made.folder, replace(manifest, shards=[misplaced, *manifest.shards[1:]]))
     error = which(capsys, made, "--position", 0, code=2)
     assert f"at byte 1000000000 of shard {path}" in error
 

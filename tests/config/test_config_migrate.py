@@ -179,7 +179,7 @@ BAD = [
     ("training.gradient_checkpointing", 1, "true or false"),
     ("data.max_seq_length", 0, "an integer from 1 to 16777216"),
     ("data.tokenizer_path", 3, "text"),
-    ("data.dataset_path", 3, "text"),
+    ("data.dataset_path", 3, "text or null"),
     ("data.num_workers", 257, "an integer from 0 to 256"),
     ("data.preprocessing_batch_size", 0, "an integer from 1 to 1000000"),
     ("data.train_split", 1, "a number above 0 and below 1"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.build import BuildRequest, BuildResult, build_dataset
 from mamba_dist.data.dataset import TokenDataset, open_dataset
 from mamba_dist.data.manifest import (
@@ -21,6 +22,7 @@ from mamba_dist.data.parts import PartRecord
 from mamba_dist.data.shard import schema_metadata
 from mamba_dist.data.shard_writer import Documents, ShardWriter
 from mamba_dist.data.sources import DiscoveryOptions, Unit, discover
+from mamba_dist.data.training_sources import RunData, TrainingSource, new_run
 
 VOCAB_SIZE = 1000
 EOS = 0
@@ -150,3 +152,13 @@ def write_dataset(
     )
     write_manifest(folder, manifest)
     return open_dataset(folder)
+
+
+def alone(dataset: TokenDataset) -> tuple[TrainingSource, ...]:
+    """The sources of a run that reads one data set."""
+    return (TrainingSource(dataset, 1.0, None),)
+
+
+def run_of(dataset: TokenDataset, config: DataConfig, *, global_batch_size: int) -> RunData:
+    """A new run over one data set."""
+    return new_run(alone(dataset), config, global_batch_size=global_batch_size)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_data import EOS, made_documents, write_dataset
 
-from mamba_dist.data.batch import IGNORED_LABEL, NO_SAMPLE, count_windows, pack
+from mamba_dist.data.batch import IGNORED_LABEL, NO_SAMPLE, SampleId, count_windows, pack
 from mamba_dist.data.dataset import TokenDataset
 
 PAD = 7
@@ -47,8 +47,9 @@ def test_rows_equal_the_naive_construction(
             Path(folder), documents, [[1, EOS]], shard_bytes=80, batch_tokens=batch_tokens
         )
         windows = list(range(count_windows(dataset.train.tokens, length, pad_tail=True)))
-        rows = pack(dataset.train, windows, length=length, pad_token_id=PAD)
-    assert rows.sample_ids == tuple(windows)
+        samples = [SampleId(0, window) for window in windows]
+        rows = pack([dataset.train], samples, length=length, pad_token_id=PAD)
+    assert rows.sample_ids == tuple(samples)
     for window in windows:
         inputs, labels, owners = naive(documents, window, length)
         assert rows.input_ids[window].tolist() == inputs
@@ -64,22 +65,22 @@ def dataset(tmp_path: Path) -> TokenDataset:
 
 
 def test_types_are_those_of_the_model(dataset: TokenDataset) -> None:
-    rows = pack(dataset.train, [0, 3], length=16, pad_token_id=PAD)
+    rows = pack([dataset.train], [SampleId(0, 0), SampleId(0, 3)], length=16, pad_token_id=PAD)
     assert (rows.input_ids.dtype, rows.labels.dtype) == (np.int64, np.int64)
     assert rows.seq_idx.dtype == np.int32
     assert rows.input_ids.shape == rows.labels.shape == rows.seq_idx.shape == (2, 16)
 
 
 def test_a_row_without_a_sample_is_all_padding(dataset: TokenDataset) -> None:
-    rows = pack(dataset.train, [NO_SAMPLE], length=16, pad_token_id=PAD)
+    rows = pack([dataset.train], [NO_SAMPLE], length=16, pad_token_id=PAD)
     assert (rows.input_ids == PAD).all()
     assert (rows.labels == IGNORED_LABEL).all()
 
 
 def test_every_label_of_the_stream_comes_once_over_all_windows(dataset: TokenDataset) -> None:
     stream = dataset.val
-    windows = list(range(count_windows(stream.tokens, 16, pad_tail=True)))
-    rows = pack(stream, windows, length=16, pad_token_id=PAD)
+    windows = range(count_windows(stream.tokens, 16, pad_tail=True))
+    rows = pack([stream], [SampleId(0, window) for window in windows], length=16, pad_token_id=PAD)
     documents = dataset.manifest.documents("val")
     assert int((rows.labels != IGNORED_LABEL).sum()) == stream.tokens - documents
 
@@ -91,3 +92,17 @@ def test_every_label_of_the_stream_comes_once_over_all_windows(dataset: TokenDat
 def test_training_drops_the_tail_and_validation_pads_it(tokens: int, train: int, val: int) -> None:
     assert count_windows(tokens, 8, pad_tail=False) == train
     assert count_windows(tokens, 8, pad_tail=True) == val
+
+
+def test_rows_of_several_sources_come_from_their_own_stream(dataset: TokenDataset) -> None:
+    streams = [dataset.train, dataset.val]
+    mixed = [SampleId(1, 2), SampleId(0, 2), NO_SAMPLE, SampleId(1, 0)]
+    rows = pack(streams, mixed, length=16, pad_token_id=PAD)
+    assert rows.sample_ids == tuple(mixed)
+    for row, (source, number) in enumerate(mixed):
+        if source >= 0:
+            stream = streams[source]
+            assert (
+                rows.input_ids[row].tolist()
+                == stream.read(number * 16, number * 16 + 16)[0].tolist()
+            )

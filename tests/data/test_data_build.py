@@ -46,7 +46,7 @@ def test_every_document_is_there_once_with_its_end_token(
 def test_a_data_set_folder_holds_nothing_but_its_files(finished: Path) -> None:
     manifest = open_dataset(finished).manifest
     shards = {shard.file for shard in manifest.shards}
-    lists = {"manifest.json", "inputs.jsonl", "bad_documents.jsonl", "tokenizer.json"}
+    lists = {"manifest.json", "index.npy", "inputs.jsonl", "bad_documents.jsonl", "tokenizer.json"}
     assert {path.name for path in finished.iterdir()} == shards | lists
     assert len(shards) >= 3
 

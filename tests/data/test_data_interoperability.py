@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from mamba_dist.data.dataset import open_dataset
-from mamba_dist.data.manifest import ShardRecord
+from mamba_dist.data.shard_index import ShardRecord
 
 
 @pytest.fixture

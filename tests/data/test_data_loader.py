@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_data import made_documents, write_dataset
+from made_data import alone, made_documents, run_of, write_dataset
 
 from mamba_dist.config.batch import BatchPlan
 from mamba_dist.config.schema import DataConfig
-from mamba_dist.data.batch import IGNORED_LABEL, NO_SAMPLE, Batch
+from mamba_dist.data.batch import IGNORED_LABEL, NO_SAMPLE, Batch, SampleId
 from mamba_dist.data.dataset import TokenDataset
 from mamba_dist.data.loader import TrainLoader, ValidationLoader
+from mamba_dist.data.training_sources import training_windows, validation_windows
 from mamba_dist.errors import DataError
 
 LENGTH = 16
@@ -46,9 +47,10 @@ def loader(
     start_step: int = 0,
     end_step: int | None = None,
 ) -> TrainLoader:
+    config = data_config(workers)
     return TrainLoader(
-        dataset,
-        data_config(workers),
+        run_of(dataset, config, global_batch_size=GLOBAL),
+        config,
         plan=BatchPlan(micro, GLOBAL // micro // world_size, GLOBAL),
         rank=rank,
         world_size=world_size,
@@ -57,7 +59,7 @@ def loader(
     )
 
 
-def together(steps: list[list[Batch]]) -> tuple[torch.Tensor, tuple[int, ...]]:
+def together(steps: list[list[Batch]]) -> tuple[torch.Tensor, tuple[SampleId, ...]]:
     """All rows of the batches of one step, and their samples."""
     batches = [batch for rank in steps for batch in rank]
     rows = torch.cat([torch.stack([b.input_ids, b.labels, b.seq_idx.long()], 1) for b in batches])
@@ -117,14 +119,12 @@ def test_a_run_resumed_at_any_step_reads_what_it_would_have_read(
 def test_every_window_comes_once_in_an_epoch_and_the_next_one_differs(
     dataset: TokenDataset,
 ) -> None:
-    one = loader(dataset)
-    steps = islice(one, 2 * one.steps_per_epoch)
-    samples = [sample for step in steps for batch in step for sample in batch.sample_ids]
-    count = one.total_windows
+    count = training_windows(dataset, LENGTH)
+    steps = islice(loader(dataset), 2 * -(-count // GLOBAL))
+    samples = [sample.number for step in steps for batch in step for sample in batch.sample_ids]
     first, second = samples[:count], samples[count : 2 * count]
     assert sorted(first) == sorted(second) == list(range(count))
     assert first != second
-    assert one.steps_per_epoch == -(-one.total_windows // GLOBAL)
 
 
 def test_the_samples_of_a_step_can_be_named_without_reading(dataset: TokenDataset) -> None:
@@ -134,15 +134,19 @@ def test_the_samples_of_a_step_can_be_named_without_reading(dataset: TokenDatase
 
 
 def test_shuffle_can_be_turned_off(dataset: TokenDataset) -> None:
-    plain = TrainLoader(
-        dataset, data_config(shuffle=False), plan=BatchPlan(4, 1, 4), rank=0, world_size=1
-    )
-    assert [b.sample_ids for [b] in islice(plain, 2)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    config = data_config(shuffle=False)
+    data = run_of(dataset, config, global_batch_size=4)
+    plain = TrainLoader(data, config, plan=BatchPlan(4, 1, 4), rank=0, world_size=1)
+    numbers = [[sample.number for sample in b.sample_ids] for [b] in islice(plain, 2)]
+    assert numbers == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_a_plan_of_another_world_is_a_programming_error(dataset: TokenDataset) -> None:
+    data = run_of(dataset, data_config(), global_batch_size=8)
     with pytest.raises(ValueError, match="does not fit 3 ranks"):
-        TrainLoader(dataset, data_config(), plan=BatchPlan(2, 2, 8), rank=0, world_size=3)
+        TrainLoader(data, data_config(), plan=BatchPlan(2, 2, 8), rank=0, world_size=3)
+    with pytest.raises(ValueError, match="does not fit Segment"):
+        TrainLoader(data, data_config(), plan=BatchPlan(2, 2, 4), rank=0, world_size=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -193,13 +197,17 @@ def test_signals_to_the_group_leave_the_loader_at_work(dataset: TokenDataset) ->
 TRAINER = """
 import sys
 from dataclasses import replace
-from mamba_dist.data.dataset import open_dataset
-from mamba_dist.data.order import SampleOrder
+from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.prefetch import MicrostepPlan, PrefetchJob, read_ahead
+from mamba_dist.data.training_sources import new_run, open_sources
 if __name__ == "__main__":
-    dataset = open_dataset(sys.argv[1])
-    plan = MicrostepPlan(SampleOrder(50, 0), 2, 1, 2, 0)
-    job = PrefetchJob(dataset.path, dataset.fingerprint, plan, 16, 0, first=0, stride=2, end=None)
+    config = DataConfig(dataset_path=sys.argv[1], sequence_length=16)
+    data = new_run(open_sources(config), config, global_batch_size=2)
+    dataset = data.sources[0].dataset
+    plan = MicrostepPlan(data.order, 2, 1, 0)
+    job = PrefetchJob(
+        (dataset.path,), (dataset.fingerprint,), plan, 16, 0, first=0, stride=2, end=None
+    )
     rows = read_ahead([job, replace(job, first=1)])
     next(rows)
     print("reading, torch:", "torch" in sys.modules, flush=True)
@@ -264,7 +272,7 @@ def test_validation_gives_every_rank_as_many_batches_and_every_sample_once(
 ) -> None:
     ranks = [
         ValidationLoader(
-            dataset,
+            alone(dataset),
             data_config(),
             micro_batch_size=2,
             max_sequences=max_sequences,
@@ -277,7 +285,7 @@ def test_validation_gives_every_rank_as_many_batches_and_every_sample_once(
     assert {len(found) for found in batches} == {len(ranks[0])}
     samples = [s for step in zip(*batches, strict=True) for b in step for s in b.sample_ids]
     kept = [sample for sample in samples if sample != NO_SAMPLE]
-    expected = min(max_sequences, ranks[0].total_windows)
+    expected = min(max_sequences, validation_windows(dataset, LENGTH))
     assert len(kept) == len(set(kept)) == expected
     for batch in (b for found in batches for b in found):
         for row, sample in enumerate(batch.sample_ids):
@@ -287,7 +295,7 @@ def test_validation_gives_every_rank_as_many_batches_and_every_sample_once(
 
 def test_validation_on_all_windows_sees_every_label_of_the_split(dataset: TokenDataset) -> None:
     everything = ValidationLoader(
-        dataset, data_config(), micro_batch_size=3, max_sequences=10**6, rank=0, world_size=1
+        alone(dataset), data_config(), micro_batch_size=3, max_sequences=10**6, rank=0, world_size=1
     )
     labels = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in everything)
     assert labels == dataset.val.tokens - dataset.manifest.documents("val")
@@ -301,7 +309,7 @@ def test_a_split_with_nothing_to_predict_is_refused(tmp_path: Path) -> None:
         loader(small)
     with pytest.raises(DataError, match="1 val tokens, too few"):
         ValidationLoader(
-            small, data_config(), micro_batch_size=1, max_sequences=1, rank=0, world_size=1
+            alone(small), data_config(), micro_batch_size=1, max_sequences=1, rank=0, world_size=1
         )
 
 
@@ -309,7 +317,7 @@ def test_a_corpus_shorter_than_one_window_is_padded_rather_than_lost(tmp_path: P
     small = write_dataset(tmp_path, [[5, 6, 0]], [[5, 6, 0]])
     [[batch]] = list(
         TrainLoader(
-            small,
+            run_of(small, data_config(), global_batch_size=1),
             data_config(),
             plan=BatchPlan(1, 1, 1),
             rank=0,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from made_data import made_documents, write_dataset
+from old_manifest import write_version_1
 
 from mamba_dist.data.dataset import TokenDataset, open_dataset
 from mamba_dist.data.manifest import check_splits, check_vocabulary, read_manifest
@@ -41,8 +42,8 @@ def test_a_torn_manifest_is_one_clear_error(dataset: TokenDataset) -> None:
 
 
 def test_a_newer_format_is_refused_by_its_version(dataset: TokenDataset) -> None:
-    edit(dataset, lambda content: content.update(format_version=2))
-    with pytest.raises(DataError, match="format version 2, this program reads 1"):
+    edit(dataset, lambda content: content.update(format_version=3))
+    with pytest.raises(DataError, match="format version 3, this program reads up to 2"):
         open_dataset(dataset.path)
 
 
@@ -59,17 +60,22 @@ def test_a_changed_field_is_noticed_by_the_fingerprint(dataset: TokenDataset) ->
 
 
 def test_a_shard_outside_the_folder_is_refused(dataset: TokenDataset) -> None:
-    edit(dataset, lambda content: content["shards"][0].update(file="../other.arrow"))
+    write_version_1(
+        dataset.path,
+        dataset.manifest,
+        change=lambda content: content["shards"][0].update(file="../other.arrow"),
+    )
     with pytest.raises(DataError, match="is damaged"):
         open_dataset(dataset.path)
 
 
 def test_the_fingerprint_follows_tokens_tokenizer_and_splits(dataset: TokenDataset) -> None:
     manifest = dataset.manifest
-    shard = replace(manifest.shards[0], sha256="1" * 64)
+    first, second, *rest = manifest.shards
+    exchanged = [replace(second, file=first.file), replace(first, file=second.file)]
     others = [
-        replace(manifest, shards=(shard, *manifest.shards[1:])),
-        replace(manifest, shards=manifest.shards[::-1]),
+        replace(manifest, shards=(replace(first, sha256="1" * 64), second, *rest)),
+        replace(manifest, shards=(*exchanged, *rest)),
         replace(manifest, tokenizer=replace(manifest.tokenizer, sha256="1" * 64)),
         replace(manifest, settings=replace(manifest.settings, train_split=0.8)),
     ]

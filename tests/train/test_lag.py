@@ -18,6 +18,7 @@ from mamba_dist.config.batch import BatchPlan
 from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.loader import TrainLoader
+from mamba_dist.data.training_sources import TrainingSource, new_run
 from mamba_dist.engine.base import StepStats
 from mamba_dist.telemetry.metrics import Metrics
 from mamba_dist.train.lag import LoaderLag
@@ -74,10 +75,11 @@ def test_neither_the_start_of_the_loader_nor_short_waits_are_told(heard: Heard) 
 
 def test_a_loader_process_that_stands_still_is_noticed(tmp_path: Path, heard: Heard) -> None:
     make_set(tmp_path, 400_000)
+    # A batch of 650 kB, more than fits into the pipe: none waits there ready.
+    config = DataConfig(sequence_length=4096, num_workers=1, dataset_path=str(tmp_path))
     loader = TrainLoader(
-        open_dataset(tmp_path),
-        # A batch of 650 kB, more than fits into the pipe: none waits there ready.
-        DataConfig(sequence_length=4096, num_workers=1, dataset_path=str(tmp_path)),
+        new_run((TrainingSource(open_dataset(tmp_path), 1.0, None),), config, global_batch_size=8),
+        config,
         plan=BatchPlan(8, 1, 8),
         rank=0,
         world_size=1,

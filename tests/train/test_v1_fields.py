@@ -15,7 +15,7 @@ from mamba_dist.config import ConfigLoader
 from mamba_dist.config.migrate import FIELDS_1
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.errors import DataError
-from mamba_dist.train.build import open_matching_dataset
+from mamba_dist.train.build import open_matching_sources
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def refusal(made: Made, document: dict, monkeypatch: pytest.MonkeyPatch) -> str:
     path = made.folder / "other.json"
     path.write_text(json.dumps(document))
     with pytest.raises(DataError) as error:
-        open_matching_dataset(ConfigLoader.load_from_file(path))
+        open_matching_sources(ConfigLoader.load_from_file(path))
     return str(error.value)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mamba_dist.config.load import load_config
 from mamba_dist.engine.world import World, start_world, stop_world
 from mamba_dist.telemetry.metrics import Metrics, Record, TrainRecord
-from mamba_dist.train.build import Run, build_run, open_matching_dataset
+from mamba_dist.train.build import Run, build_run, open_matching_sources
 from mamba_dist.train.loop import train
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.state import prepare_run_folder
@@ -45,12 +45,13 @@ def weights_of(run: Run) -> dict[str, Tensor]:
 
 def padded_ids(run: Run) -> list[int]:
     """What stands where the validation batches hold no token of the data set."""
-    tokens = open_matching_dataset(run.config).val.tokens
+    [source] = open_matching_sources(run.config)
+    tokens = source.dataset.val.tokens
     length = run.config.data.sequence_length
     found: set[int] = set()
     for batch in run.validation:
-        for window, row in zip(batch.sample_ids, batch.input_ids, strict=True):
-            present = 0 if window < 0 else min(length, tokens - window * length)
+        for sample, row in zip(batch.sample_ids, batch.input_ids, strict=True):
+            present = 0 if sample.number < 0 else min(length, tokens - sample.number * length)
             found |= set(row[present:].tolist())
     return sorted(found)
 
@@ -86,7 +87,7 @@ def one_step(run: Run) -> dict[str, object]:
     return {
         "microbatches": len(batches),
         "shapes": sorted({tuple(b.input_ids.shape) for b in batches}),
-        "sample_ids": [window for b in batches for window in b.sample_ids],
+        "sample_ids": [sample.number for b in batches for sample in b.sample_ids],
         "product_dtypes": sorted(products),
         "saved_bytes": sum(kept),
         # After one step AdamW's first moment is the clipped gradient times 1 - beta1.

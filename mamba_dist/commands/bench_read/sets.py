@@ -16,11 +16,11 @@ from mamba_dist.data.manifest import (
     BuildSettings,
     InputSummary,
     Manifest,
-    ShardRecord,
     TokenizerIdentity,
     write_manifest,
 )
 from mamba_dist.data.shard import schema_metadata
+from mamba_dist.data.shard_index import ShardRecord, shard_name
 from mamba_dist.data.shard_writer import Documents, ShardWriter
 
 _VOCAB_SIZE: Final = 50_277
@@ -69,7 +69,7 @@ def make_sparse_set(folder: Path, tokens: int) -> None:
     path.unlink()
     shards = []
     for number in range(-(-tokens // template.tokens)):
-        record = dataclasses.replace(template, file=f"train-{number:05d}.arrow")
+        record = dataclasses.replace(template, file=shard_name("train", number))
         _write_with_holes(folder / record.file, record, gaps, number=number)
         shards.append(record)
     shards += _written(folder, "val", _random_documents(np.random.default_rng(0), _VAL_TOKENS))
@@ -111,8 +111,8 @@ class SetTokens:
 
     def compared(self) -> tuple[int, ...]:
         """Windows to compare: such as hold the beginning of a batch, and any others."""
-        lengths = [b.tokens for s in self._manifest.shards_of("train") for b in s.batches]
-        at_batches = np.cumsum([0, *lengths[:-1]]) // WINDOW_TOKENS
+        begins = self._manifest.shards_of("train").token_begins
+        at_batches = np.array(begins)[:-1] // WINDOW_TOKENS
         spread = at_batches[np.linspace(0, len(at_batches) - 1, _COMPARED).astype(np.int64)]
         others = np.random.default_rng(1).integers(0, self.windows, _COMPARED)
         return tuple(sorted({min(int(n), self.windows - 1) for n in (*spread, *others)}))
