@@ -47,6 +47,8 @@ class TokenStream:
         # begins[i] is the position of the first token of batch i; the last entry is the end.
         self._begins = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).data
         self._places: dict[int, _Place] = {}
+        # Of all batches but the last, which are nearly equal.
+        self._batch_tokens = max(1, self._begins[len(lengths) - 1] // max(1, len(lengths) - 1))
         self._vocab_size = manifest.tokenizer.vocab_size
         self.tokens = int(self._begins[-1])
 
@@ -59,8 +61,11 @@ class TokenStream:
         """
         if start == stop:
             return np.empty(0, _INT64), np.empty(0, _BOOL)
-        batch = bisect_right(self._begins, start) - 1
-        begin, end, tokens, offsets = self._places.get(batch) or self._place(batch)
+        # A guess first, since it is right nearly always and a search takes 0.2 us more.
+        guessed = self._places.get(start // self._batch_tokens)
+        begin, end, tokens, offsets = guessed or self._place(start)
+        if not begin <= start < end:
+            begin, end, tokens, offsets = self._place(start)
         if stop > end:
             return self._read_across(start, stop)
         # Measured for windows of 2,049 tokens: argmax takes 0.3 us where max takes 1 to 2, and
@@ -68,7 +73,7 @@ class TokenStream:
         first, count = start - begin, stop - start
         stored = tokens[first : first + count]
         if (largest := stored.item(stored.argmax())) >= self._vocab_size:
-            raise self._wrong_id(batch, largest)
+            raise self._wrong_id(start, largest)
         begins = np.zeros(count, _BOOL)
         try:
             document = bisect_left(offsets, first)
@@ -77,7 +82,7 @@ class TokenStream:
                 document += 1
         except IndexError as error:
             raise DataError(
-                f"shard {self._batches[batch][0].path} has a damaged document index; restore it or "
+                f"shard {self._path_at(start)} has a damaged document index; restore it or "
                 "tokenize again with --overwrite"
             ) from error
         return stored.astype(_INT64), begins
@@ -95,7 +100,11 @@ class TokenStream:
             at = end
         return ids, begins
 
-    def _place(self, batch: int) -> _Place:
+    def _place(self, start: int) -> _Place:
+        """Where a position lies, kept for the next one there."""
+        batch = bisect_right(self._begins, start) - 1
+        if (known := self._places.get(batch)) is not None:
+            return known
         shard, index = self._batches[batch]
         if len(self._places) == _KEPT_PLACES:
             self._places.clear()
@@ -107,9 +116,12 @@ class TokenStream:
         )
         return place
 
-    def _wrong_id(self, batch: int, found: int) -> DataError:
+    def _path_at(self, start: int) -> Path:
+        return self._batches[bisect_right(self._begins, start) - 1][0].path
+
+    def _wrong_id(self, start: int, found: int) -> DataError:
         return DataError(
-            f"shard {self._batches[batch][0].path} holds id {found}, outside the vocabulary of "
+            f"shard {self._path_at(start)} holds id {found}, outside the vocabulary of "
             f"{self._vocab_size}: the file is damaged; restore it or tokenize again with "
             "--overwrite"
         )
