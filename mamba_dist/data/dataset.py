@@ -4,7 +4,7 @@ Opening reads the manifest and the sizes of some shards, a few pages in all; the
 shard are mapped, and looked at where something is read.
 """
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,9 @@ class TokenStream:
         self._table = manifest.shards_of(split)
         self._begins = self._table.token_begins
         self._places: dict[int, _Place] = {}
+        # Of all batches but the last, which are nearly equal.
+        last = self._table.batches - 1
+        self._batch_tokens = max(1, self._begins[last] // max(1, last))
         self._vocab_size = manifest.tokenizer.vocab_size
         self.tokens = manifest.tokens(split)
 
@@ -59,16 +62,19 @@ class TokenStream:
         """
         if start == stop:
             return np.empty(0, _INT64), np.empty(0, _BOOL)
-        batch = bisect_right(self._begins, start) - 1
-        begin, end, tokens, offsets = self._places.get(batch) or self._place(batch)
-        if not begin <= start < stop <= end:
+        # A guess first, since it is right nearly always and a search takes 0.2 us more.
+        guessed = self._places.get(start // self._batch_tokens)
+        begin, end, tokens, offsets = guessed or self._place(start)
+        if not begin <= start < end:
+            begin, end, tokens, offsets = self._place(start)
+        if stop > end:
             return self._read_across(start, stop)
         # Measured for windows of 2,049 tokens: argmax takes 0.3 us where max takes 1 to 2, and
         # single steps on Python's numbers a third of numpy's calls, since documents are few.
         first, count = start - begin, stop - start
         stored = tokens[first : first + count]
         if (largest := stored.item(stored.argmax())) >= self._vocab_size:
-            raise self._wrong_id(batch, largest)
+            raise self._wrong_id(start, largest)
         begins = np.zeros(count, _BOOL)
         try:
             document = bisect_left(offsets, first)
@@ -77,7 +83,7 @@ class TokenStream:
                 document += 1
         except IndexError as error:
             raise DataError(
-                f"shard {self._batches[batch][0].path} has a damaged document index; restore it or "
+                f"shard {self._path_at(start)} has a damaged document index; restore it or "
                 "tokenize again with --overwrite"
             ) from error
         return stored.astype(_INT64), begins
@@ -85,7 +91,7 @@ class TokenStream:
     def _read_across(
         self, start: int, stop: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """The same over the ends of batches, and where the index is damaged."""
+        """The same over the ends of batches."""
         ids = np.empty(stop - start, dtype=np.int64)
         begins = np.empty(stop - start, dtype=np.bool_)
         at = start
@@ -95,7 +101,11 @@ class TokenStream:
             at = end
         return ids, begins
 
-    def _place(self, batch: int) -> _Place:
+    def _place(self, start: int) -> _Place:
+        """Where a position lies, kept for the next one there."""
+        batch = self._table.batch_at(start)
+        if (known := self._places.get(batch)) is not None:
+            return known
         shard, index = self._batches[batch]
         if len(self._places) == _KEPT_PLACES:
             self._places.clear()
@@ -107,9 +117,12 @@ class TokenStream:
         )
         return place
 
-    def _wrong_id(self, batch: int, found: int) -> DataError:
+    def _path_at(self, start: int) -> Path:
+        return self._batches[self._table.batch_at(start)][0].path
+
+    def _wrong_id(self, start: int, found: int) -> DataError:
         return DataError(
-            f"shard {self._batches[batch][0].path} holds id {found}, outside the vocabulary of "
+            f"shard {self._path_at(start)} holds id {found}, outside the vocabulary of "
             f"{self._vocab_size}: the file is damaged; restore it or tokenize again with "
             "--overwrite"
         )

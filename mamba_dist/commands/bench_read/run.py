@@ -34,7 +34,13 @@ from mamba_dist.commands.bench_read.spec import (
     VARIANTS,
     Job,
 )
-from mamba_dist.commands.bench_read.turns import WarmReader, import_s, make_files, open_cold
+from mamba_dist.commands.bench_read.turns import (
+    WarmReader,
+    import_s,
+    make_files,
+    open_cold,
+    warm_files,
+)
 from mamba_dist.config.text import write_text
 from mamba_dist.errors import DataError
 
@@ -169,6 +175,7 @@ def _open(found: Runs, job: Job) -> None:
 
 def _warm_round(found: Runs, jobs: Sequence[Job]) -> None:
     """All processes at once, in turns of a moment, since a machine changes its speed."""
+    warm_files(jobs)
     with ExitStack() as stack:
         readers = {}
         for job in jobs:
