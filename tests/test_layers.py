@@ -46,6 +46,8 @@ OWNERS = {
     "transformers": {"checkpoint"},
     "mambapy": set(),
     "datasets": set(),
+    "streaming": set(),
+    "litdata": set(),
 }
 
 # What tools/bench.py measures against: optional packages, each known to one file.
@@ -54,6 +56,10 @@ PEERS = {
     "commands/bench/peers_mambapy.py": {"mambapy"},
     "commands/bench/peers_datasets.py": {"datasets", "transformers"},
     "commands/bench/peers_tokenize.py": {"tokenizers"},
+    "commands/bench_read/peers_arrow.py": {"pyarrow"},
+    "commands/bench_read/peers_datasets.py": {"datasets"},
+    "commands/bench_read/peers_streaming.py": {"streaming"},
+    "commands/bench_read/peers_litdata.py": {"litdata"},
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
@@ -69,6 +75,7 @@ LATE_IMPORTS = {
         "mamba_dist.commands.bench.peers_mambapy",
     },
     "commands/bench/data_worker.py": {"mamba_dist.commands.bench.peers_datasets"},
+    "commands/bench_read/maker.py": {"mamba_dist.commands.bench_read"},
 }
 
 

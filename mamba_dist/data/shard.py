@@ -8,8 +8,11 @@ says where; reading is a numpy view at that offset. pyarrow's `get_batch` on a m
 measured to pull in 356 of 405 MB at start, the map here 8 KB.
 """
 
+import errno
 import mmap
+import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,8 +134,7 @@ class ShardReader:
     @cached_property
     def _map(self) -> mmap.mmap:
         check_size(self.path, self.record)
-        with self.path.open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = _map_file(self.path)
         mapped.madvise(self._advice)
         for fault in header_faults(
             pa.BufferReader(pa.py_buffer(mapped)), self.record, self._manifest
@@ -141,6 +143,35 @@ class ShardReader:
                 f"shard {self.path} {fault}; restore it or tokenize again with --overwrite"
             )
         return mapped
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    """The file in memory. Python keeps a descriptor open for each map (3.13 need not), so that a
+    data set of many shards meets the usual soft limit of 1,024; it is raised when it is met.
+
+    Raises:
+        DataError: it cannot be opened or mapped, or the hard limit is reached.
+    """
+    try:
+        return _map_once(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError):  # macOS calls its limit infinite, and takes less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    try:
+        return _map_once(path)
+    except OSError as error:
+        raise DataError(
+            f"shard {path} cannot be read: {error.strerror}; a process keeps each shard that it "
+            f"has read open, and may open {limit} files; raise that limit (ulimit -Hn)"
+        ) from error
+
+
+def _map_once(path: Path) -> mmap.mmap:
+    with path.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class SplitReaders:

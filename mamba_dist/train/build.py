@@ -304,6 +304,7 @@ def _build_metrics(
         step_positions=start.global_batch_size * config.data.sequence_length,
         flops_per_token=cost.total_flops,
         advance_to=bar.advance_to,
+        loader_workers=config.data.num_workers,
     )
     return metrics, meter
 

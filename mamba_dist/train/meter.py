@@ -9,6 +9,7 @@ from mamba_dist.engine.base import StepStats
 from mamba_dist.errors import DataError
 from mamba_dist.telemetry.metrics import Metrics, TrainRecord
 from mamba_dist.telemetry.timers import Stopwatch, peak_memory_gib
+from mamba_dist.train.lag import LoaderLag
 
 
 class Meter:
@@ -26,6 +27,7 @@ class Meter:
         step_positions: int,
         flops_per_token: float,
         advance_to: Callable[[int], None],
+        loader_workers: int,
     ) -> None:
         self._metrics = metrics
         self._log_steps = log_steps
@@ -34,6 +36,7 @@ class Meter:
         self._flops_per_token = flops_per_token
         self._advance_to = advance_to
         self._data_wait = Stopwatch()
+        self._lag = LoaderLag(workers=loader_workers)
         self._step_started_at = time.perf_counter()
         self._clear()
 
@@ -67,6 +70,8 @@ class Meter:
         if not self._steps:
             return
         tokens_per_s = self._tokens / self._seconds
+        step_s, wait_s = self._seconds / self._steps, self._data_wait.reset() / self._steps
+        self._lag.observe(progress.step, wait_s=wait_s, step_s=step_s)
         self._metrics.write(
             TrainRecord(
                 step=progress.step,
@@ -79,8 +84,8 @@ class Meter:
                 tokens_per_s=tokens_per_s,
                 tokens_per_s_per_device=tokens_per_s / self._world_size,
                 model_tflops_per_s=tokens_per_s * self._flops_per_token / 1e12,
-                step_s=self._seconds / self._steps,
-                data_wait_s=self._data_wait.reset() / self._steps,
+                step_s=step_s,
+                data_wait_s=wait_s,
                 peak_memory_gib=peak_memory_gib(),
             )
         )

@@ -38,6 +38,7 @@ class Setting:
             step_positions=20,
             flops_per_token=3e9,
             advance_to=self.bar.append,
+            loader_workers=1,
         )
         self._trained = 0
 

@@ -67,6 +67,7 @@ def one_step(run: Run) -> dict[str, object]:
         step_positions=1,
         flops_per_token=1.0,
         advance_to=lambda step: None,
+        loader_workers=0,
     )
     mixer = run.engine.module.get_submodule("backbone.layers.0.mixer")
     products: set[str] = set()

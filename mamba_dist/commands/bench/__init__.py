@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench import data, ops, train
+from mamba_dist.commands.bench import data, data_large, ops, train
 from mamba_dist.commands.bench.child import ChildWorker
 from mamba_dist.commands.bench.gpu import decode as gpu_decode
 from mamba_dist.commands.bench.gpu import ops as gpu_ops
@@ -26,6 +26,7 @@ from mamba_dist.commands.bench.gpu import train as gpu_train
 from mamba_dist.commands.bench.measure import Plan, run_in_turns
 from mamba_dist.commands.bench.report import Figures, figures, records, table
 from mamba_dist.commands.bench.spec import DTYPES, Allocator, Group
+from mamba_dist.commands.bench_read import run as reading
 from mamba_dist.commands.machine import package_version, this_machine
 from mamba_dist.config.text import write_text
 from mamba_dist.errors import MambaDistError
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "data":
             return 0 if data.run(words, arguments) else EXIT_WRONG
+        if arguments.command == "data-large":
+            return 0 if data_large.run(words, arguments) else EXIT_WRONG
+        if arguments.command == "data-read":
+            return 0 if reading.run(words, arguments) else EXIT_WRONG
         if arguments.command == "gpu-ops":
             return 0 if gpu_ops.run(words, arguments) else EXIT_WRONG
         if arguments.command == "gpu-decode":
@@ -166,6 +171,12 @@ def _parser() -> argparse.ArgumentParser:
     data.add_arguments(
         commands.add_parser("data", help="tokenising, beside the libraries alone and other ways")
     )
+    data_large.add_arguments(
+        commands.add_parser("data-large", help="the memory of tokenising a corpus of any size")
+    )
+    reading.add_arguments(
+        commands.add_parser("data-read", help="opening and reading token files, ours and others'")
+    )
     gpu_decode.add_arguments(
         commands.add_parser("gpu-decode", help="tokens per second of greedy decoding on one GPU")
     )
@@ -217,6 +228,10 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return f"--json: {arguments.json} is a folder, expected a file to write"
     if arguments.command == "data":
         return data.problem(arguments)
+    if arguments.command == "data-large":
+        return data_large.problem(arguments)
+    if arguments.command == "data-read":
+        return reading.problem(arguments)
     if arguments.command == "gpu-ops":
         return gpu_ops.problem(arguments)
     if arguments.command == "gpu-decode":

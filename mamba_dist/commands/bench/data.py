@@ -39,7 +39,8 @@ _FAST: Final = (*FAST_BACKENDS, *(RAW + name for name in FAST_BACKENDS))
 _VOCAB_SIZE: Final = 8192
 _TRAINED_ON_BYTES: Final = 4 << 20
 _LAST_WORDS: Final = 3
-_TOKENIZE: Final = "from mamba_dist.commands.tokenize import main; raise SystemExit(main())"
+TOKENIZE: Final = "from mamba_dist.commands.tokenize import main; raise SystemExit(main())"
+"""Python's program, since a script has no place in an installed package."""
 _ONE_THREAD: Final = ("env", "TOKENIZERS_PARALLELISM=false", "RAYON_NUM_THREADS=1")
 
 
@@ -130,9 +131,9 @@ def run(words: Sequence[str], arguments: argparse.Namespace) -> bool:
 def _prepare(arguments: argparse.Namespace, folder: Path) -> _Inputs:
     roots = arguments.corpus or [Path(sysconfig.get_path("stdlib"))]
     files = discover(roots, DiscoveryOptions(exclude=("site-packages", "dist-packages"))).files
-    whole = _write(folder / "whole.jsonl", _texts(files), keep=1.0)
+    whole = _write(folder / "whole.jsonl", corpus_texts(files), keep=1.0)
     share = arguments.slow_mb * 1e6 / whole.text_bytes
-    part = _write(folder / "part.jsonl", _texts(files), keep=share) if share < 1 else whole
+    part = _write(folder / "part.jsonl", corpus_texts(files), keep=share) if share < 1 else whole
     tokenizer = arguments.tokenizer
     if tokenizer is None:
         tokenizer = folder / "tokenizer.json"
@@ -146,7 +147,8 @@ def _prepare(arguments: argparse.Namespace, folder: Path) -> _Inputs:
     return _Inputs(whole, part, tokenizer)
 
 
-def _texts(files: Sequence[InputFile]) -> Iterator[str]:
+def corpus_texts(files: Sequence[InputFile]) -> Iterator[str]:
+    """The texts of all good documents."""
     for file in files:
         for found in read_documents(file, "text"):
             if not isinstance(found, BadDocument):
@@ -177,7 +179,7 @@ def _turn(variant: str, inputs: _Inputs, folder: Path) -> Turn | str:
     if variant in OURS:
         options = ["--tokenizer", str(inputs.tokenizer), "--output", str(folder / "set")]
         options += ["--backend", variant, "--workers", "1"]
-        words = ["-c", _TOKENIZE, str(corpus.path), *options]
+        words = ["-c", TOKENIZE, str(corpus.path), *options]
     else:
         paths = map(str, (corpus.path, inputs.tokenizer, folder))
         words = ["-m", f"{__package__}.data_worker", variant, *paths]

@@ -2,8 +2,7 @@
 
 import datetime
 import shlex
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -63,20 +62,21 @@ class Runs:
 
     def speed(self, variant: str) -> Spread:
         """MB of text per CPU-second."""
-        return _spread(self._speeds(variant))
+        return Spread.of(self._speeds(variant))
 
     def ratio(self, variant: str, other: str) -> Spread:
         """How many times faster than `other`, within rounds."""
         pairs = zip(self._speeds(variant), self._speeds(other), strict=True)
-        return _spread([one / two for one, two in pairs])
+        return Spread.of([one / two for one, two in pairs])
 
     def _speeds(self, variant: str) -> list[float]:
         return [self.texts[variant][0] / 1e6 / turn.cpu_s for turn in self.turns[variant]]
 
 
-def heading(words: Sequence[str]) -> str:
-    """Machine, versions and the command."""
-    versions = ", ".join(f"{n} {v}" for n, v in _versions().items() if v is not None)
+def heading(words: Sequence[str], packages: Sequence[str] = _PACKAGES) -> str:
+    """Machine, versions of the packages that are there, and the command."""
+    found = {name: package_version(name) for name in packages}
+    versions = ", ".join(f"{n} {v}" for n, v in found.items() if v is not None)
     return (
         f"Machine: {this_machine()}; {versions}; {datetime.date.today()}.\n"
         f"Command: `tools/bench.py {shlex.join(words)}`\n"
@@ -96,15 +96,10 @@ def table(found: Runs) -> str:
     for name in found.turns:
         size, documents = found.texts[name]
         cells = [description(name), f"{size / 1e6:.1f}", f"{documents:,}"]
-        cells.append(_cell(found.speed(name), "{:.2f}".format))
+        cells.append(found.speed(name).text("{:.2f}"))
         alone = RAW + name
-        cells.append(
-            _cell(found.ratio(name, alone), "{:.0%}".format) if alone in found.turns else ""
-        )
-        cells += [
-            _cell(found.ratio(name, peer), "{:.1f}x".format) if peer != name else ""
-            for peer in peers
-        ]
+        cells.append(found.ratio(name, alone).text("{:.0%}") if alone in found.turns else "")
+        cells += [found.ratio(name, peer).text("{:.1f}x") if peer != name else "" for peer in peers]
         lines.append("| " + " | ".join(cells) + " |")
     rounds = max((len(turns) for turns in found.turns.values()), default=0)
     notes = [f"Medians of {rounds} rounds (smallest to largest)."] if rounds else []
@@ -119,7 +114,7 @@ def document(words: Sequence[str], found: Runs) -> dict[str, Any]:
         "command": list(words),
         "date": str(datetime.date.today()),
         "machine": asdict(this_machine()),
-        "versions": _versions(),
+        "versions": {name: package_version(name) for name in _PACKAGES},
         "records": [
             {
                 "variant": name,
@@ -141,15 +136,3 @@ def description(variant: str) -> str:
         return _PEERS[variant]
     backend = "tokenizers" if variant.removeprefix(RAW) == REFERENCE else variant.removeprefix(RAW)
     return f"{backend} alone" if variant.startswith(RAW) else f"ours, {backend}, end to end"
-
-
-def _versions() -> dict[str, str | None]:
-    return {name: package_version(name) for name in _PACKAGES}
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
-
-
-def _cell(found: Spread, text: Callable[[float], str]) -> str:
-    return f"{text(found.median)} ({text(found.low)} to {text(found.high)})"

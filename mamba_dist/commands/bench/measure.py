@@ -51,6 +51,15 @@ class Spread:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """That of some values."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def text(self, form: str) -> str:
+        """All three as in "{:.2f}"."""
+        return f"{form.format(self.median)} ({form.format(self.low)} to {form.format(self.high)})"
+
     def scaled(self, factor: float) -> "Spread":
         """In another unit."""
         return Spread(self.median * factor, self.low * factor, self.high * factor)
@@ -87,11 +96,11 @@ class Result:
 
     def step_s(self, variant: str) -> Spread:
         """Seconds of one step."""
-        return _spread([r.step_s[variant] for r in self.rounds if variant in r.step_s])
+        return Spread.of([r.step_s[variant] for r in self.rounds if variant in r.step_s])
 
     def ratio(self, variant: str, other: str) -> Spread:
         """Step time of `variant` over that of `other`, within rounds."""
-        return _spread(
+        return Spread.of(
             [
                 r.step_s[variant] / r.step_s[other]
                 for r in self.rounds
@@ -214,7 +223,3 @@ def _objection(outcome: Outcome) -> str | None:
     if error <= outcome.allowed:
         return None
     return f"{name} is off by {error:.1e}, allowed {outcome.allowed:.0e}"
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))

@@ -1,6 +1,5 @@
 """Markdown tables and JSON records of bench gpu-decode."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,14 +38,14 @@ class Decoded:
 
     def seconds(self, variant: str) -> Spread:
         """Per token of all texts."""
-        return _spread([turns[variant] for turns in self.rounds if variant in turns])
+        return Spread.of([turns[variant] for turns in self.rounds if variant in turns])
 
     def speed_over_peer(self, variant: str) -> Spread | None:
         """How many times as fast as mamba-ssm, within rounds; None if that has no figures."""
         if PEER not in self.shown:
             return None
         both = [turns for turns in self.rounds if PEER in turns and variant in turns]
-        return _spread([turns[PEER] / turns[variant] for turns in both]) if both else None
+        return Spread.of([turns[PEER] / turns[variant] for turns in both]) if both else None
 
 
 def records(found: Decoded, models: Models, copy: float) -> list[dict[str, Any]]:
@@ -113,10 +112,6 @@ def _absence(found: Decoded, variant: str) -> str | None:
     if variant in found.shown or variant in found.wrong:
         return None
     return found.absent.get(variant, "it did not come to its turn")
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 def _text(spread: Spread, form: str) -> str:

@@ -1,7 +1,6 @@
 """Markdown tables and JSON records of bench gpu-ops."""
 
 import datetime
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
@@ -78,7 +77,7 @@ class Measured:
 
     def seconds(self, row: Row, which: Pass) -> Spread:
         """Of one step."""
-        return _spread([getattr(steps[row], which) for steps in self.rounds if row in steps])
+        return Spread.of([getattr(steps[row], which) for steps in self.rounds if row in steps])
 
     def unsteady(self, row: Row) -> dict[Pass, float]:
         """Passes whose median is far above their smallest time, and how many times it is that."""
@@ -87,7 +86,7 @@ class Measured:
 
     def speed_over(self, row: Row, peer: Row, which: Pass) -> Spread:
         """How many times as fast the row is as the peer, within rounds."""
-        return _spread(
+        return Spread.of(
             [
                 getattr(steps[peer], which) / getattr(steps[row], which)
                 for steps in self.rounds
@@ -271,10 +270,6 @@ def _error_ratio(found: Precision, ours: Row, peer: Row, tensor: str) -> str:
 
 def _versions() -> dict[str, str | None]:
     return {name: package_version(name) for name in _PACKAGES}
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 def _text(spread: Spread, form: str) -> str:

@@ -53,12 +53,12 @@ class Runs:
     def seconds(self, name: str) -> Spread:
         """Of one step, over all rounds."""
         steps = [s for result in self.results(name) for s in result.step_s]
-        return _spread(steps)
+        return Spread.of(steps)
 
     def speed_over(self, name: str, other: str) -> Spread:
         """Tokens per second over another variant's, within rounds."""
         pairs = [(r.get(name), r.get(other)) for r in self.rounds]
-        return _spread(
+        return Spread.of(
             [
                 statistics.median(b.step_s) / statistics.median(a.step_s)
                 for a, b in pairs
@@ -245,10 +245,6 @@ def _notes(measured: Runs, wrong: Mapping[str, str]) -> list[str]:
         )
     notes += [f"**{name}: no figures**: {reason}" for name, reason in wrong.items()]
     return [*(f"- {note}" for note in notes), ""]
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
 
 
 def _versions() -> dict[str, str | None]:
