@@ -91,6 +91,7 @@ def test_a_loader_process_that_stands_still_is_noticed(tmp_path: Path, heard: He
         world_size=1,
         flops_per_token=1.0,
         advance_to=lambda step: None,
+        step_positions=8 * 4096,
         loader_workers=1,
     )
     steps = iter(loader)
