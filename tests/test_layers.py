@@ -151,6 +151,12 @@ def test_config_needs_no_torch() -> None:
         assert not {name for name in names if name.split(".")[0] in {"torch", "numpy"}}, path
 
 
+def test_reading_a_data_set_needs_nothing_that_prepares_one() -> None:
+    for path in (PACKAGE / "data").glob("*.py"):
+        names = {name for name, _ in imported_names(ast.parse(path.read_text()))}
+        assert not {n for n in names if n.startswith("mamba_dist.data.preparation")}, path
+
+
 def test_ops_never_sees_a_config() -> None:
     for path in (PACKAGE / "ops").rglob("*.py"):
         assert rooms_imported(path) <= {"ops", "errors"}, path

@@ -5,15 +5,10 @@ import sys
 from pathlib import Path
 
 from mamba_dist.commands.arguments import not_negative_int, positive_int
-from mamba_dist.data.build import DEFAULT_MAX_BAD
-from mamba_dist.data.sources import (
-    DEFAULT_MAX_RECORD_BYTES,
-    Corpus,
-    DiscoveryOptions,
-    InputFile,
-    discover,
-)
-from mamba_dist.data.standard_input import keep_standard_input
+from mamba_dist.data.manifest import DEFAULT_MAX_RECORD_BYTES
+from mamba_dist.data.preparation.build import DEFAULT_MAX_BAD
+from mamba_dist.data.preparation.sources import Corpus, DiscoveryOptions, InputFile, discover
+from mamba_dist.data.preparation.standard_input import keep_standard_input
 from mamba_dist.data.tokenization import load_tokenizer
 
 STANDARD_INPUT = "-"

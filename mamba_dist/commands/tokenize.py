@@ -17,20 +17,20 @@ from mamba_dist.commands.arguments import positive_int
 from mamba_dist.commands.corpus_arguments import STANDARD_INPUT, add_reading, find_corpus
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import DataConfig, RunConfig
-from mamba_dist.data.build import (
+from mamba_dist.data.preparation.build import (
     BuildRequest,
     BuildResult,
     ShareResult,
     build_dataset,
     build_share,
 )
-from mamba_dist.data.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
-from mamba_dist.data.part_records import PartRecord
+from mamba_dist.data.preparation.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
+from mamba_dist.data.preparation.part_records import PartRecord
+from mamba_dist.data.preparation.share import Share, parse_share
+from mamba_dist.data.preparation.sources import Corpus, Unit, glob_folder
+from mamba_dist.data.preparation.standard_input import NAME as STANDARD_INPUT_NAME
+from mamba_dist.data.preparation.standard_input import discard_standard_input
 from mamba_dist.data.shard_index import SPLITS
-from mamba_dist.data.share import Share, parse_share
-from mamba_dist.data.sources import Corpus, Unit, glob_folder
-from mamba_dist.data.standard_input import NAME as STANDARD_INPUT_NAME
-from mamba_dist.data.standard_input import discard_standard_input
 from mamba_dist.data.tokenization import load_tokenizer
 from mamba_dist.errors import ConfigError, DataError, MambaDistError
 from mamba_dist.telemetry.progress import Progress, progress

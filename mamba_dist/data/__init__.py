@@ -1,1 +1,1 @@
-"""From text to batches: sources → tokenization → shards and manifest → order → batches."""
+"""What a data set is, and the way from its shards to batches."""

@@ -21,8 +21,13 @@ import zstandard
 
 from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import FileHashes, RunningHashes, new_folder, write_durably
-from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
-from mamba_dist.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from mamba_dist.data.manifest import (
+    BAD_DOCUMENTS_NAME,
+    INPUTS_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    read_manifest,
+)
 from mamba_dist.data.shard_index import INDEX_NAME
 from mamba_dist.errors import DataError
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mamba_dist.data.input_lists import INPUTS_NAME
-from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.manifest import INPUTS_NAME, Manifest
 from mamba_dist.data.shard import ShardReader, SplitReaders
 from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.errors import DataError

@@ -40,11 +40,14 @@ from mamba_dist.data.shard_index import (
     index_of,
     map_index,
 )
-from mamba_dist.data.sources import DEFAULT_MAX_RECORD_BYTES
 from mamba_dist.errors import DataError
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+INPUTS_NAME = "inputs.jsonl"
+BAD_DOCUMENTS_NAME = "bad_documents.jsonl"
+DEFAULT_MAX_RECORD_BYTES = 16 << 20
+"""The longest JSON line or table cell that is read, for it has to be in memory at once."""
 # Enters every fingerprint; the format may change without the data becoming other data.
 _FINGERPRINT_VERSION = 1
 

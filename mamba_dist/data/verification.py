@@ -20,8 +20,7 @@ import xxhash
 from mamba_dist.data.batch_check import batch_faults
 from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import hash_file
-from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
-from mamba_dist.data.manifest import MANIFEST_NAME, Manifest
+from mamba_dist.data.manifest import BAD_DOCUMENTS_NAME, INPUTS_NAME, MANIFEST_NAME, Manifest
 from mamba_dist.data.shard import batch_end, header_faults
 from mamba_dist.data.shard_index import INDEX_NAME, BatchRecord, ShardRecord
 from mamba_dist.errors import DataError

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from made_dataset import MadeDataset
 
-from mamba_dist.data.build import BuildRequest, build_dataset
 from mamba_dist.data.manifest import Manifest
-from mamba_dist.data.parts import PartRecord
-from mamba_dist.data.sources import DiscoveryOptions, Unit, discover
+from mamba_dist.data.preparation.build import BuildRequest, build_dataset
+from mamba_dist.data.preparation.parts import PartRecord
+from mamba_dist.data.preparation.sources import DiscoveryOptions, Unit, discover
 from mamba_dist.data.tokenization import train_bpe
 
 WORDS = ["state", "space", "café", "東京", "def", "return", "scan", "model"]

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mamba_dist.config.schema import DataConfig
-from mamba_dist.data.build import BuildRequest, BuildResult, build_dataset
 from mamba_dist.data.dataset import TokenDataset, open_dataset
 from mamba_dist.data.manifest import (
     BuildSettings,
@@ -18,10 +17,11 @@ from mamba_dist.data.manifest import (
     TokenizerIdentity,
     write_manifest,
 )
-from mamba_dist.data.part_records import PartRecord
+from mamba_dist.data.preparation.build import BuildRequest, BuildResult, build_dataset
+from mamba_dist.data.preparation.part_records import PartRecord
+from mamba_dist.data.preparation.sources import DiscoveryOptions, Unit, discover
 from mamba_dist.data.shard import schema_metadata
 from mamba_dist.data.shard_writer import Documents, ShardWriter
-from mamba_dist.data.sources import DiscoveryOptions, Unit, discover
 from mamba_dist.data.training_sources import RunData, TrainingSource, new_run
 
 VOCAB_SIZE = 1000

@@ -23,7 +23,7 @@ from mamba_dist.commands.bench.data import TOKENIZE, corpus_texts
 from mamba_dist.commands.bench.data_report import heading
 from mamba_dist.config.text import write_text
 from mamba_dist.data.manifest import read_manifest
-from mamba_dist.data.sources import DiscoveryOptions, discover
+from mamba_dist.data.preparation.sources import DiscoveryOptions, discover
 from mamba_dist.errors import DataError
 
 _FILE_BYTES: Final = 256_000_000

@@ -9,7 +9,7 @@ from typing import Any, Final
 from mamba_dist.commands.bench.data_worker import HF_MAP, MEGATRON, RAW
 from mamba_dist.commands.bench.measure import Spread
 from mamba_dist.commands.machine import package_version, this_machine
-from mamba_dist.data.fast_backends import REFERENCE
+from mamba_dist.data.preparation.fast_backends import REFERENCE
 
 _PACKAGES: Final = ("tokenizers", "fastokens", "orjson", "datasets", "transformers", "pyarrow")
 _PEERS: Final = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mamba_dist.commands.bench.peers_tokenize import encoder_alone, megatron_loop
-from mamba_dist.data.fast_backends import REFERENCE, load_encoder
+from mamba_dist.data.preparation.fast_backends import REFERENCE, load_encoder
 from mamba_dist.data.tokenization import load_tokenizer
 from mamba_dist.errors import MambaDistError
 

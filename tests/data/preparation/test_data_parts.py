@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mamba_dist.data.documents import Reading
-from mamba_dist.data.parts import PartSettings, make_part, place_in_unit
-from mamba_dist.data.sources import DiscoveryOptions, Unit, cut_units, discover
+from mamba_dist.data.preparation.documents import Reading
+from mamba_dist.data.preparation.parts import PartSettings, make_part, place_in_unit
+from mamba_dist.data.preparation.sources import DiscoveryOptions, Unit, cut_units, discover
 from mamba_dist.data.tokenization import FlatIds, Tokenizer, load_tokenizer
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mamba_dist.data import json_records
-from mamba_dist.data.json_records import read_record
+from mamba_dist.data.preparation import json_records
+from mamba_dist.data.preparation.json_records import read_record
 
 DEEP = 985
 LINES = [

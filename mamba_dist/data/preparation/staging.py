@@ -25,14 +25,20 @@ from typing import Any, BinaryIO
 
 from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder, write_once
-from mamba_dist.data.input_lists import BAD_DOCUMENTS_NAME, INPUTS_NAME
-from mamba_dist.data.manifest import MANIFEST_NAME, BackendProof, BuildSettings, Manifest
+from mamba_dist.data.manifest import (
+    BAD_DOCUMENTS_NAME,
+    INPUTS_NAME,
+    MANIFEST_NAME,
+    BackendProof,
+    BuildSettings,
+    Manifest,
+)
 from mamba_dist.data.packing_plan import PLAN_PATTERN
-from mamba_dist.data.part_records import PartRecord, part_path
+from mamba_dist.data.preparation.part_records import PartRecord, part_path
+from mamba_dist.data.preparation.share import Share
+from mamba_dist.data.preparation.sources import InputFile
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.shard_index import INDEX_NAME
-from mamba_dist.data.share import Share
-from mamba_dist.data.sources import InputFile
 from mamba_dist.errors import DataError
 
 _PREFIX = ".partial-"

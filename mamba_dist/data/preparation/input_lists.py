@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from mamba_dist.data.documents import BadDocument, lines_before
 from mamba_dist.data.durable import hash_file, write_durably
-from mamba_dist.data.part_records import PartRecord
-from mamba_dist.data.sources import InputSlice, Unit
+from mamba_dist.data.manifest import BAD_DOCUMENTS_NAME, INPUTS_NAME
+from mamba_dist.data.preparation.documents import BadDocument, lines_before
+from mamba_dist.data.preparation.part_records import PartRecord
+from mamba_dist.data.preparation.sources import InputSlice, Unit
 from mamba_dist.errors import DataError
 
-INPUTS_NAME = "inputs.jsonl"
-BAD_DOCUMENTS_NAME = "bad_documents.jsonl"
 _NAMED_BAD = 5
 
 

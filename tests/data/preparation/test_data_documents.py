@@ -13,7 +13,8 @@ import pytest
 import zstandard
 from made_data import made_texts
 
-from mamba_dist.data.documents import (
+from mamba_dist.data.durable import quick_hash
+from mamba_dist.data.preparation.documents import (
     AnyDocument,
     BadDocument,
     Document,
@@ -23,8 +24,7 @@ from mamba_dist.data.documents import (
     lines_before,
     read_documents,
 )
-from mamba_dist.data.durable import quick_hash
-from mamba_dist.data.sources import DiscoveryOptions, InputSlice, discover, whole
+from mamba_dist.data.preparation.sources import DiscoveryOptions, InputSlice, discover, whole
 from mamba_dist.errors import DataError
 
 TEXTS = made_texts(3000)

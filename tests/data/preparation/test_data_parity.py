@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 from made_data import SilentListener, build, folder_bytes, made_texts
 
-from mamba_dist.data import parity
-from mamba_dist.data.adversarial import adversarial_texts
 from mamba_dist.data.dataset import open_dataset
-from mamba_dist.data.fast_backends import FAST_BACKENDS, load_encoder
 from mamba_dist.data.manifest import BackendProof, Manifest, read_manifest, write_manifest
-from mamba_dist.data.parity import BackendChoice, ParityError, choose_backend, sample_corpus
-from mamba_dist.data.sources import Corpus, DiscoveryOptions, discover
+from mamba_dist.data.preparation import parity
+from mamba_dist.data.preparation.adversarial import adversarial_texts
+from mamba_dist.data.preparation.fast_backends import FAST_BACKENDS, load_encoder
+from mamba_dist.data.preparation.parity import (
+    BackendChoice,
+    ParityError,
+    choose_backend,
+    sample_corpus,
+)
+from mamba_dist.data.preparation.sources import Corpus, DiscoveryOptions, discover
 from mamba_dist.data.tokenization import FlatIds, Tokenizer, load_tokenizer
 from mamba_dist.errors import DataError
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mamba_dist.data.documents import BadDocument
 from mamba_dist.data.durable import quick_hash
+from mamba_dist.data.preparation.documents import BadDocument
 from mamba_dist.errors import DataError
 
 _KEY_BYTES = 24

@@ -8,38 +8,29 @@ from typing import Protocol
 
 import xxhash
 
-from mamba_dist.data.crew import Crew
 from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
-from mamba_dist.data.documents import BadDocument, Reading, read_documents
 from mamba_dist.data.durable import exclusive_lock, hash_file, shared_lock, sync_folder, write_once
-from mamba_dist.data.fast_backends import REFERENCE, Encoder, use_one_thread
-from mamba_dist.data.input_lists import (
-    BAD_DOCUMENTS_NAME,
-    INPUTS_NAME,
-    check_bad,
-    counted_bad,
-)
 from mamba_dist.data.manifest import (
+    BAD_DOCUMENTS_NAME,
+    DEFAULT_MAX_RECORD_BYTES,
+    INPUTS_NAME,
     MANIFEST_NAME,
     BuildSettings,
     Manifest,
     read_manifest,
     write_manifest,
 )
-from mamba_dist.data.merge import merge_parts
-from mamba_dist.data.parity import BackendChoice, choose_backend
-from mamba_dist.data.part_records import PartRecord
-from mamba_dist.data.parts import PartSettings, make_part, place_in_unit, tokenize_units
-from mamba_dist.data.shard import token_dtype
-from mamba_dist.data.share import Share, check_all_made
-from mamba_dist.data.sources import (
-    DEFAULT_MAX_RECORD_BYTES,
-    Corpus,
-    InputFile,
-    Unit,
-    cut_units,
-)
-from mamba_dist.data.staging import (
+from mamba_dist.data.preparation.crew import Crew
+from mamba_dist.data.preparation.documents import BadDocument, Reading, read_documents
+from mamba_dist.data.preparation.fast_backends import REFERENCE, Encoder, use_one_thread
+from mamba_dist.data.preparation.input_lists import check_bad, counted_bad
+from mamba_dist.data.preparation.merge import merge_parts
+from mamba_dist.data.preparation.parity import BackendChoice, choose_backend
+from mamba_dist.data.preparation.part_records import PartRecord
+from mamba_dist.data.preparation.parts import PartSettings, make_part, place_in_unit, tokenize_units
+from mamba_dist.data.preparation.share import Share, check_all_made
+from mamba_dist.data.preparation.sources import Corpus, InputFile, Unit, cut_units
+from mamba_dist.data.preparation.staging import (
     BuildPlan,
     Staging,
     check_same_build,
@@ -47,6 +38,7 @@ from mamba_dist.data.staging import (
     open_staging,
     publish,
 )
+from mamba_dist.data.shard import token_dtype
 from mamba_dist.data.tokenization import (
     Tokenizer,
     dataset_file_name,

@@ -10,11 +10,12 @@ import tokenizers
 from made_data import build, folder_bytes, made_texts
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from mamba_dist.data import long_texts
-from mamba_dist.data.adversarial import adversarial_texts
 from mamba_dist.data.dataset import open_dataset
-from mamba_dist.data.fast_backends import REFERENCE
-from mamba_dist.data.long_texts import (
+from mamba_dist.data.manifest import DuplicateSummary
+from mamba_dist.data.preparation import long_texts
+from mamba_dist.data.preparation.adversarial import adversarial_texts
+from mamba_dist.data.preparation.fast_backends import REFERENCE
+from mamba_dist.data.preparation.long_texts import (
     LONG_CHARACTERS,
     PIECE_CHARACTERS,
     Cut,
@@ -22,7 +23,6 @@ from mamba_dist.data.long_texts import (
     cut_text,
     exact_cuts,
 )
-from mamba_dist.data.manifest import DuplicateSummary
 from mamba_dist.data.tokenization import END_OF_TEXT, load_tokenizer
 
 TEXTS = [" ".join(made_texts(20, seed=seed)) for seed in range(20)]
@@ -157,8 +157,8 @@ def test_a_stretch_without_a_place_takes_nothing_before_it_along(block: int) -> 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is long is short enough for a quick test."""
-    monkeypatch.setattr("mamba_dist.data.documents._LONG_BYTES", 30_000)
-    monkeypatch.setattr("mamba_dist.data.parts.LONG_CHARACTERS", 6_000)
+    monkeypatch.setattr("mamba_dist.data.preparation.documents._LONG_BYTES", 30_000)
+    monkeypatch.setattr("mamba_dist.data.preparation.parts.LONG_CHARACTERS", 6_000)
     monkeypatch.setattr(long_texts, "LONG_CHARACTERS", 6_000)
     monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 3_000)
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal
 import xxhash
 
 from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder
-from mamba_dist.data.sources import Compression, InputFile
+from mamba_dist.data.preparation.sources import Compression, InputFile
 from mamba_dist.errors import DataError
 
 NAME = "stdin"

@@ -9,7 +9,7 @@ from typing import Protocol
 import xxhash
 import zstandard
 
-from mamba_dist.data.sources import Compression, InputFile
+from mamba_dist.data.preparation.sources import Compression, InputFile
 from mamba_dist.errors import DataError
 
 BLOCK_BYTES = 1 << 16

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.preparation.sources import DiscoveryOptions, cut_units, discover
 from mamba_dist.errors import DataError
 
 

@@ -10,7 +10,7 @@ from made_data import SilentListener, build, folder_bytes, made_texts
 
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.planning import make_plan
-from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.preparation.sources import DiscoveryOptions, cut_units, discover
 from mamba_dist.data.tokenization import train_bpe
 from mamba_dist.errors import DataError
 
@@ -37,7 +37,7 @@ def start_builder(
 ) -> "subprocess.Popen[str]":
     """A build in a process of its own that stops after each unit until it is told to go on."""
     script = tmp_path / "builder.py"
-    script.write_text(BUILDER.format(tests=str(Path(__file__).parent)))
+    script.write_text(BUILDER.format(tests=str(Path(__file__).parents[1])))
     return subprocess.Popen(
         [sys.executable, str(script), str(corpus), str(output), str(tokenizer), str(workers)],
         stdin=subprocess.PIPE,
@@ -127,7 +127,7 @@ def test_a_crash_at_the_very_end_leaves_no_data_set_and_is_mended(
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"mamba_dist.data.build.{step}", cut)
+        patch.setattr(f"mamba_dist.data.preparation.build.{step}", cut)
         with pytest.raises(PowerCut):
             build(corpus_path, tmp_path, tokenizer_path)
     with pytest.raises(DataError, match="holds no manifest"):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from made_data import SilentListener, build, folder_bytes, make_request
 
-from mamba_dist.data.build import ShareResult, build_share
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.durable import exclusive_lock, shared_lock
 from mamba_dist.data.manifest import BackendProof
-from mamba_dist.data.share import Share, parse_share
-from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
-from mamba_dist.data.staging import Staging
+from mamba_dist.data.preparation.build import ShareResult, build_share
+from mamba_dist.data.preparation.share import Share, parse_share
+from mamba_dist.data.preparation.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.preparation.staging import Staging
 from mamba_dist.errors import DataError
 
 UNIT_BYTES = 1100
@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from made_data import SilentListener, make_request
-from mamba_dist.data.build import build_share
-from mamba_dist.data.share import parse_share
+from mamba_dist.data.preparation.build import build_share
+from mamba_dist.data.preparation.share import parse_share
 from mamba_dist.errors import DataError
 
 class Listener(SilentListener):
@@ -53,7 +53,7 @@ def start_task(
 ) -> "subprocess.Popen[str]":
     """A task in a process of its own, about to begin."""
     script = tmp_path / "task.py"
-    script.write_text(TASK.format(tests=str(Path(__file__).parent)))
+    script.write_text(TASK.format(tests=str(Path(__file__).parents[1])))
     return subprocess.Popen(
         [sys.executable, str(script), *map(str, paths), share, str(unit_bytes), str(wait_after)],
         stdin=subprocess.PIPE,

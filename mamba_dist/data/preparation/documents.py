@@ -15,17 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mamba_dist.data.byte_blocks import DECOMPRESSION_ERRORS, FileBlocks
-from mamba_dist.data.json_records import read_record
-from mamba_dist.data.lines import lines_beginning_in, lines_of
-from mamba_dist.data.sources import (
-    DEFAULT_MAX_RECORD_BYTES,
-    InputFile,
-    InputSlice,
-    unreadable,
-    whole,
-)
-from mamba_dist.data.tables import TABLE_ERRORS, TOO_LONG, TableSlice
+from mamba_dist.data.manifest import DEFAULT_MAX_RECORD_BYTES
+from mamba_dist.data.preparation.byte_blocks import DECOMPRESSION_ERRORS, FileBlocks
+from mamba_dist.data.preparation.json_records import read_record
+from mamba_dist.data.preparation.lines import lines_beginning_in, lines_of
+from mamba_dist.data.preparation.sources import InputFile, InputSlice, unreadable, whole
+from mamba_dist.data.preparation.tables import TABLE_ERRORS, TOO_LONG, TableSlice
 from mamba_dist.errors import DataError
 
 Fault = Literal["not UTF-8", "broken JSON", "no text field", "empty", "too long"]

@@ -22,8 +22,8 @@ from enum import Enum
 
 import numpy as np
 
-from mamba_dist.data.adversarial import adversarial_texts
-from mamba_dist.data.fast_backends import Encoder, load_encoder
+from mamba_dist.data.preparation.adversarial import adversarial_texts
+from mamba_dist.data.preparation.fast_backends import Encoder, load_encoder
 from mamba_dist.data.tokenization import load_tokenizer
 
 LONG_CHARACTERS = 1 << 18

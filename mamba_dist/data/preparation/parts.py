@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from mamba_dist.data.crew import Attempt, Station
-from mamba_dist.data.deduplication import Halves, halves_of, hash_text
 from mamba_dist.data.document_ids import IdNote
-from mamba_dist.data.documents import (
+from mamba_dist.data.durable import quick_hash, sync_folder, unique_sibling
+from mamba_dist.data.preparation.crew import Attempt, Station
+from mamba_dist.data.preparation.deduplication import Halves, halves_of, hash_text
+from mamba_dist.data.preparation.documents import (
     BadDocument,
     Document,
     LongDocument,
@@ -29,16 +30,15 @@ from mamba_dist.data.documents import (
     has_changed,
     lines_before,
 )
-from mamba_dist.data.durable import quick_hash, sync_folder, unique_sibling
-from mamba_dist.data.fast_backends import Encoder, load_encoder, use_one_thread
-from mamba_dist.data.long_texts import (
+from mamba_dist.data.preparation.fast_backends import Encoder, load_encoder, use_one_thread
+from mamba_dist.data.preparation.long_texts import (
     LONG_CHARACTERS,
     UncuttableError,
     cut_text,
     exact_cuts,
 )
-from mamba_dist.data.part_records import FileRecord, PartRecord, part_path
-from mamba_dist.data.sources import InputSlice, Unit
+from mamba_dist.data.preparation.part_records import FileRecord, PartRecord, part_path
+from mamba_dist.data.preparation.sources import InputSlice, Unit
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 

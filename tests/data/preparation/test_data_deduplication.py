@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_data import SilentListener, build, folder_bytes, made_texts, make_request
 
-from mamba_dist.data.build import build_share
 from mamba_dist.data.dataset import open_dataset
-from mamba_dist.data.deduplication import first_occurrences, hash_text
 from mamba_dist.data.manifest import DuplicateSummary, read_manifest
-from mamba_dist.data.share import parse_share
+from mamba_dist.data.preparation.build import build_share
+from mamba_dist.data.preparation.deduplication import first_occurrences, hash_text
+from mamba_dist.data.preparation.share import parse_share
 from mamba_dist.data.tokenization import load_tokenizer
 from mamba_dist.data.verification import dataset_problems
 from mamba_dist.errors import DataError

@@ -30,9 +30,6 @@ _TEXT = """
 TEXT_EXTENSIONS = frozenset(_TEXT.split())
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 
-DEFAULT_MAX_RECORD_BYTES = 16 << 20
-"""The longest JSON line or table cell that is read, for it has to be in memory at once."""
-
 _ARROW_FILE = b"ARROW1"  # an Arrow stream, without an index, begins otherwise
 
 # Device and inode: the same file under whatever path.

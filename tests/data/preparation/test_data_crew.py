@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mamba_dist.data.crew import Attempt, Crew, Station
+from mamba_dist.data.preparation.crew import Attempt, Crew, Station
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 
@@ -92,7 +92,7 @@ def test_answers_that_came_together_with_a_failure_are_given_first(
 
     with crew([], wrong=2) as team:
         assert collect(team, range(2)) == [0, 1]  # both have started
-        monkeypatch.setattr("mamba_dist.data.crew.wait", late)
+        monkeypatch.setattr("mamba_dist.data.preparation.crew.wait", late)
         given = team.answers([3, 2])
         assert next(given) == [9]
         with pytest.raises(DataError, match=r"^2 is wrong$"):

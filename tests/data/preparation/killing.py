@@ -19,8 +19,8 @@ from typing import Any
 
 from made_data import SilentListener, make_request
 
-from mamba_dist.data.build import build_dataset, build_share
-from mamba_dist.data.share import parse_share
+from mamba_dist.data.preparation.build import build_dataset, build_share
+from mamba_dist.data.preparation.share import parse_share
 
 _CHANGES = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir"})
 
@@ -98,7 +98,12 @@ class BuildServer:
 def build_server(corpus: Path, tokenizer: Path) -> Iterator[BuildServer]:
     """A process that forks builds while the block lasts."""
     process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # made_data.py lies where pytest has found it.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     try:
         yield BuildServer(process, corpus, tokenizer)

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from mamba_dist.data.adversarial import adversarial_texts
-from mamba_dist.data.documents import BadDocument, read_documents
-from mamba_dist.data.fast_backends import (
+from mamba_dist.data.manifest import BackendProof
+from mamba_dist.data.preparation.adversarial import adversarial_texts
+from mamba_dist.data.preparation.documents import BadDocument, read_documents
+from mamba_dist.data.preparation.fast_backends import (
     AUTO,
     FAST_BACKENDS,
     REFERENCE,
@@ -24,8 +25,7 @@ from mamba_dist.data.fast_backends import (
     backend_version,
     load_encoder,
 )
-from mamba_dist.data.manifest import BackendProof
-from mamba_dist.data.sources import Corpus
+from mamba_dist.data.preparation.sources import Corpus
 from mamba_dist.data.tokenization import FlatIds, Tokenizer
 
 # A smaller corpus is done by the reference before a proof would be.

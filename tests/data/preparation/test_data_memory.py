@@ -14,8 +14,8 @@ import zstandard
 READER = """
 import sys
 from pathlib import Path
-from mamba_dist.data.documents import BadDocument, Reading, SliceReader
-from mamba_dist.data.sources import DiscoveryOptions, discover, whole
+from mamba_dist.data.preparation.documents import BadDocument, Reading, SliceReader
+from mamba_dist.data.preparation.sources import DiscoveryOptions, discover, whole
 
 def peak():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))

@@ -14,11 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mamba_dist.data.deduplication import first_occurrences
 from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME, write_document_ids
-from mamba_dist.data.documents import BadDocument
 from mamba_dist.data.durable import hash_file, write_durably
-from mamba_dist.data.input_lists import write_lists
 from mamba_dist.data.manifest import (
     BuildSettings,
     DuplicateSummary,
@@ -26,11 +23,14 @@ from mamba_dist.data.manifest import (
     Manifest,
     TokenizerIdentity,
 )
-from mamba_dist.data.part_records import PartBlock, PartRecord, read_keys, read_part
+from mamba_dist.data.preparation.deduplication import first_occurrences
+from mamba_dist.data.preparation.documents import BadDocument
+from mamba_dist.data.preparation.input_lists import write_lists
+from mamba_dist.data.preparation.part_records import PartBlock, PartRecord, read_keys, read_part
+from mamba_dist.data.preparation.staging import BuildPlan, Staging
 from mamba_dist.data.shard import schema_metadata, token_dtype
 from mamba_dist.data.shard_index import SPLITS, ShardRecord
 from mamba_dist.data.shard_writer import Documents, ShardWriter
-from mamba_dist.data.staging import BuildPlan, Staging
 from mamba_dist.errors import DataError
 
 Chosen = npt.NDArray[np.bool_]

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mamba_dist.data.sources import InputFile, InputSlice
+from mamba_dist.data.preparation.sources import InputFile, InputSlice
 from mamba_dist.errors import DataError
 
 TABLE_ERRORS = (pa.ArrowInvalid, pa.ArrowNotImplementedError)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from mamba_dist.data.sources import InputFile
-from mamba_dist.data.standard_input import discard_standard_input, keep_standard_input
+from mamba_dist.data.preparation.sources import InputFile
+from mamba_dist.data.preparation.standard_input import discard_standard_input, keep_standard_input
 from mamba_dist.errors import DataError
 
 LINES = b'{"text": "one"}\n{"text": "two"}\n'

@@ -15,11 +15,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mamba_dist.data.dataset import open_dataset
-from mamba_dist.data.documents import Reading
 from mamba_dist.data.durable import quick_hash
-from mamba_dist.data.fast_backends import REFERENCE
-from mamba_dist.data.parts import PartSettings, make_part
-from mamba_dist.data.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.preparation.documents import Reading
+from mamba_dist.data.preparation.fast_backends import REFERENCE
+from mamba_dist.data.preparation.parts import PartSettings, make_part
+from mamba_dist.data.preparation.sources import DiscoveryOptions, cut_units, discover
 from mamba_dist.data.tokenization import FlatIds, load_tokenizer
 from mamba_dist.errors import DataError
 

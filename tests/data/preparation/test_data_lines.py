@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mamba_dist.data.lines import lines_beginning_in, lines_of
+from mamba_dist.data.preparation.lines import lines_beginning_in, lines_of
 
 
 def blocks(data: bytes, size: int) -> Iterator[bytes]:
