@@ -23,6 +23,7 @@ from mamba_dist.commands.bench.data import TOKENIZE, corpus_texts
 from mamba_dist.commands.bench.data_report import heading
 from mamba_dist.config.text import write_text
 from mamba_dist.data.manifest import read_manifest
+from mamba_dist.data.preparation.fast_backends import AUTO, FAST_BACKENDS, REFERENCE
 from mamba_dist.data.preparation.sources import DiscoveryOptions, discover
 from mamba_dist.errors import DataError
 
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", required=True)
     parser.add_argument("--workers", type=positive_int, default=2, help="default 2")
+    parser.add_argument(
+        "--backend",
+        choices=(AUTO, REFERENCE, *FAST_BACKENDS),
+        default=AUTO,
+        help="of the tokenizer, as data_prep/tokenize.py takes it; default auto",
+    )
     parser.add_argument(
         "--folder",
         type=Path,
@@ -87,7 +94,7 @@ def run(words: Sequence[str], arguments: argparse.Namespace) -> bool:
         corpus, list(corpus_texts(files)), text_bytes=arguments.text_mb * 1_000_000
     )
     options = ["--tokenizer", arguments.tokenizer, "--output", output]
-    options += ["--workers", arguments.workers]
+    options += ["--workers", arguments.workers, "--backend", arguments.backend]
     begun_at = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", TOKENIZE, str(corpus), *map(str, options)], stdout=subprocess.DEVNULL
