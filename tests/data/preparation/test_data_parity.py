@@ -10,7 +10,7 @@ from made_data import SilentListener, build, folder_bytes, made_texts
 
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.manifest import BackendProof, Manifest, read_manifest, write_manifest
-from mamba_dist.data.preparation import parity
+from mamba_dist.data.preparation import fast_backends, parity
 from mamba_dist.data.preparation.adversarial import adversarial_texts
 from mamba_dist.data.preparation.fast_backends import FAST_BACKENDS, load_encoder
 from mamba_dist.data.preparation.parity import (
@@ -162,6 +162,36 @@ def test_a_backend_that_fails_on_a_text_is_left_to_the_reference(
     choice = choose("auto", tokenizer_path, reference, corpus)
     assert choice.name == "reference"
     assert "failed on 256 texts (BaseException: a panic); use --backend reference" in choice.reason
+
+
+class Counted:
+    """A module whose tokenizers are counted: those that were loaded, and the most at a time."""
+
+    loaded = 0
+    alive = 0
+    most = 0
+
+    class Tokenizer(Fragile.Tokenizer):
+        @staticmethod
+        def from_json_str(content: str) -> "Counted.Tokenizer":
+            Counted.loaded += 1
+            Counted.alive += 1
+            Counted.most = max(Counted.most, Counted.alive)
+            return Counted.Tokenizer()
+
+        def __del__(self) -> None:
+            Counted.alive -= 1
+
+        def encode_batch_flat(self, texts: list[str], **options: bool) -> tuple[bytes, bytes]:
+            return b"", bytes(8 * (len(texts) + 1))
+
+
+def test_what_a_fast_library_remembers_of_texts_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_backends, "_CHARACTERS_OF_A_CACHE", 10)
+    encoder = FAST_BACKENDS["fastokens"](Counted, "{}")
+    for _ in range(9):
+        encoder.encode_flat(["four", "five"])
+    assert (Counted.loaded, Counted.most) == (5, 1)
 
 
 def test_a_small_corpus_is_not_worth_a_proof(tokenizer_path: Path, corpus: Corpus) -> None:
