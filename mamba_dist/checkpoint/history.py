@@ -27,6 +27,7 @@ def recorded_order(
                 f"{progress.data_fingerprint}) than {', '.join(s.path for s in sources)} now "
                 "holds; restore the data, or train in another run folder (training.run_dir=…)"
             )
-        alone = replace(own[0], weight=1.0, max_epochs=None)
+        # As it was recorded when it was the run's only one, whatever stands beside it now.
+        alone = replace(own[0], weight=1.0, max_epochs=None, taken=0, order_key="")
         segments = (first_segment([alone], global_batch_size=progress.global_batch_size),)
     return RunOrder(segments, seed=data.seed, shuffle=data.shuffle)

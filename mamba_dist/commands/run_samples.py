@@ -29,13 +29,15 @@ class FoundSample(NamedTuple):
 class RunSamples:
     """The order of a run as its newest checkpoint records it, or as its config would begin it.
 
-    `folders` are where the data sets lie now, if not where the config or the checkpoint says.
+    `folders` are where the data sets lie now, if not where the config or the checkpoint says;
+    `recorded_steps` how far the checkpoint goes, after which the order is what would come next.
     """
 
     def __init__(self, config_path: Path, folders: Sequence[Path]) -> None:
         config = load_config(_config_file(config_path)).config
         self._by_fingerprint = {open_dataset(folder).fingerprint: folder for folder in folders}
         checkpoint = _newest_checkpoint(config_path, config)
+        self.recorded_steps: int | None = None
         if checkpoint is None:
             self.data = _with_folders(config.data, folders)
             self._fixed_batch = config.training.global_batch_size
@@ -46,6 +48,7 @@ class RunSamples:
             ).order
         else:
             folder, manifest = checkpoint
+            self.recorded_steps = manifest.progress.step
             self.data = manifest.config.data
             self._fixed_batch = manifest.progress.global_batch_size
             self._order = _recorded(manifest, folder, folders)

@@ -162,10 +162,19 @@ class RunOrder:
         return RunOrder([*before, segment], seed=self.seed, shuffle=self.shuffle)
 
     def moved(self, paths: Mapping[str, str]) -> "RunOrder":
-        """The same order, with the places where the last segment's sources lie now."""
-        last = self.segments[-1]
-        sources = tuple(replace(s, path=paths[s.fingerprint]) for s in last.sources)
-        segments = [*self.segments[:-1], replace(last, sources=sources)]
+        """The same order, with the places where its sources lie now, by fingerprint.
+
+        Those that are not among them keep the place that is recorded.
+        """
+        segments = [
+            replace(
+                segment,
+                sources=tuple(
+                    replace(s, path=paths.get(s.fingerprint, s.path)) for s in segment.sources
+                ),
+            )
+            for segment in self.segments
+        ]
         return RunOrder(segments, seed=self.seed, shuffle=self.shuffle)
 
 

@@ -1,5 +1,7 @@
 """What a resumed run goes on reading: the same, or what the config explicitly lets change."""
 
+import os
+
 from mamba_dist.checkpoint.history import recorded_order
 from mamba_dist.checkpoint.store import CheckpointReader
 from mamba_dist.config.schema import RunConfig
@@ -22,8 +24,10 @@ def continued_order(reader: CheckpointReader, config: RunConfig, fresh: RunOrder
     now = fresh.segments[0]
     order = recorded_order(reader.manifest, folder=reader.folder, sources=now.sources)
     last = order.segments[-1]
-    _require_same_contents(reader, last, now)
+    _require_same_contents(reader, order, now)
+    _require_same_tokenizer(reader, order, now)
     _require_same_samples(reader, order, now)
+    order = order.moved({source.fingerprint: source.path for source in now.sources})
     changes = {
         "data_mixture": _mixture_changes(last, now),
         "global_batch_size": _batch_changes(last, now),
@@ -42,7 +46,7 @@ def continued_order(reader: CheckpointReader, config: RunConfig, fresh: RunOrder
             sources=now.sources if found.get("data_mixture") else None,
             global_batch_size=now.global_batch_size,
         )
-    return order.moved({source.fingerprint: source.path for source in now.sources})
+    return order
 
 
 def _require_same_fields(reader: CheckpointReader, config: RunConfig) -> None:
@@ -55,19 +59,35 @@ def _require_same_fields(reader: CheckpointReader, config: RunConfig) -> None:
             )
 
 
-def _require_same_contents(reader: CheckpointReader, last: Segment, now: Segment) -> None:
+def _require_same_contents(reader: CheckpointReader, order: RunOrder, now: Segment) -> None:
     """Data that changed where it lies is an accident, not a change of the mixture."""
     current = {source.fingerprint for source in now.sources}
-    by_path = {source.path: source for source in now.sources}
-    for saved in last.sources:
-        found = by_path.get(saved.path)
-        if saved.fingerprint not in current and found is not None:
+    known = {source.fingerprint for segment in order.segments for source in segment.sources}
+    by_path = {os.path.realpath(source.path): source for source in now.sources}
+    for saved in (source for segment in reversed(order.segments) for source in segment.sources):
+        found = by_path.get(os.path.realpath(saved.path))
+        if found is None or found.fingerprint in known:
+            continue
+        if saved.fingerprint not in current:
             raise CheckpointError(
                 f"{reader.folder}: {saved.path} changed since the run read it (fingerprint "
                 f"{saved.fingerprint[:12]}, now {found.fingerprint[:12]}): "
                 f"{content_differences(saved.content, found.content)}. Restore it, or train in "
                 "another run folder (training.run_dir=…); to go on with both, put the new data "
                 "beside the old"
+            )
+
+
+def _require_same_tokenizer(reader: CheckpointReader, order: RunOrder, now: Segment) -> None:
+    """The ids mean to the weights what they meant when these were trained."""
+    before, after = order.segments[0].sources[0], now.sources[0]
+    for field in ("tokenizer_sha256", "vocab_size", "eos_id"):
+        old, new = getattr(before.content, field), getattr(after.content, field)
+        if old != new:
+            raise CheckpointError(
+                f"{reader.folder}: was trained on ids of another tokenizer ({field} {old} in "
+                f"{before.path}, {new} in {after.path}); tokenize the new data with the tokenizer "
+                f"of {before.path}, or train in another run folder (training.run_dir=…)"
             )
 
 

@@ -4,6 +4,7 @@ No random state is kept: the data order derives from (seed, step), and Mamba has
 """
 
 import fcntl
+import hashlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import RunOrder, mixture_fingerprint
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
-from mamba_dist.errors import CheckpointError, TrainingError
+from mamba_dist.errors import CheckpointError, DataError, TrainingError
 from mamba_dist.train.continuation import continued_order
 
 _log = logging.getLogger(__name__)
@@ -67,11 +68,13 @@ def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> Start
     """Where to go on; `fresh` is the order that the config would begin with.
 
     Raises:
+        DataError: ranks found different data sets, such as copies on their nodes that differ.
         CheckpointError: the checkpoints are damaged, belong to another model, to other data or
             another batch size (and the config accepts no such change), or the config's
             checkpoint.resume contradicts what the run folder holds.
     """
     run_dir = run_folder(config)
+    _require_same_data_everywhere(fresh, world)
     start = StartingPoint(beginning(fresh), fresh, None)
     if config.checkpoint.resume == "never":
         if world.any_rank(bool(committed_steps(run_dir))):
@@ -99,6 +102,21 @@ def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> Start
     return StartingPoint(
         reader.manifest.progress.model_copy(update=_described(order)), order, reader
     )
+
+
+def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
+    sources = fresh.segments[0].sources
+    found = [[source.fingerprint, source.samples] for source in sources]
+    # As far as a float64 sum over ranks is exact.
+    digest = int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=4).digest(), "big")
+    if world.any_rank(world.sum_over_ranks([digest])[0] != digest * world.size):
+        error = DataError(
+            f"the ranks read different data: rank {world.rank} found "
+            + ", ".join(f"{s.path} (fingerprint {s.fingerprint[:12]})" for s in sources)
+            + "; give every node the same data sets"
+        )
+        error.of_one_rank = True
+        raise error
 
 
 def prepare_run_folder(config: RunConfig, *, world: World) -> AbstractContextManager[object]:

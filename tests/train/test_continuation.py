@@ -1,5 +1,6 @@
 """What may change at a resume: real checkpoints of a run, and configs that differ from theirs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mamba_dist.train.continuation import continued_order
 from mamba_dist.train.state import beginning
 
 CONTENT = SourceContent(1_234_567, 10, 99, 3, 2, "a" * 64, 320, 0, 0.9, 0.1)
+WORKER = Path(__file__).with_name("differing_data_worker.py")
 WEB = SourceRecord("data/web", "f" * 64, 3.0, None, 100, CONTENT)
 CODE = SourceRecord("data/code", "c" * 64, 1.0, 2, 30, CONTENT)
 
@@ -168,6 +170,15 @@ def test_a_checkpoint_older_than_mixtures_goes_on_in_its_old_order(tmp_path: Pat
     assert [order.locate(g) for g in range(300)] == [before.locate(g) for g in range(300)]
     mixed = continued_order(reader, config("data_mixture"), order_of(WEB, CODE))
     assert [s.taken for s in mixed.segments[-1].sources] == [0, 40]
+    assert [mixed.locate(g).number for g in range(40)] == [
+        before.locate(g).number for g in range(40)
+    ]
+    web = [s for s in map(mixed.locate, range(40, 110)) if (s.source, s.epoch) == (1, 0)]
+    seen = {before.locate(g).number for g in range(40)}
+    assert web
+    assert not seen & {sample.number for sample in web}
+    limited = replace(WEB, max_epochs=2)
+    assert "max_epochs of data/web was null, is 2" in refusal(reader, order_of(limited))
     gone = refusal(reader, order_of(CODE), "data_mixture")
     assert f"another data set (fingerprint {WEB.fingerprint}) than data/code" in gone
 
@@ -203,3 +214,51 @@ def test_the_progress_of_a_mixture_names_all_its_data() -> None:
     assert progress.data_fingerprint == mixture_fingerprint([CODE, WEB])
     assert progress.data_fingerprint not in (WEB.fingerprint, CODE.fingerprint)
     assert Progress.model_validate_json(progress.model_dump_json()) == progress
+
+
+def test_a_new_source_of_another_tokenizer_is_refused_whatever_is_accepted(tmp_path: Path) -> None:
+    reader = saved(tmp_path, order_of(WEB))
+    other = replace(CODE, content=replace(CONTENT, tokenizer_sha256="b" * 64))
+    message = refusal(reader, order_of(other), "data_mixture")
+    assert "ids of another tokenizer (tokenizer_sha256 aaaa" in message
+
+
+def test_a_source_that_left_and_changed_where_it_lies_is_refused_when_it_comes_back(
+    tmp_path: Path,
+) -> None:
+    both = order_of(WEB, CODE)
+    alone = both.changed(step=3, sources=[WEB], global_batch_size=8)
+    reader = saved(tmp_path, alone)
+    again = replace(CODE, fingerprint="d" * 64, path="data/../data/code")
+    assert "data/code changed since the run read it" in refusal(
+        reader, order_of(WEB, again), "data_mixture"
+    )
+
+
+def test_a_source_that_moves_while_the_batch_changes_is_recorded_where_it_lies(
+    tmp_path: Path,
+) -> None:
+    reader = saved(tmp_path, order_of(WEB, CODE))
+    moved = replace(CODE, path="elsewhere/code")
+    order = continued_order(reader, config("global_batch_size"), order_of(WEB, moved, batch=4))
+    assert [len(order.segments), order.segments[-1].global_batch_size] == [2, 4]
+    for segment in order.segments:
+        assert {source.path for source in segment.sources} == {"data/web", "elsewhere/code"}
+
+
+def test_a_known_source_may_take_the_place_of_one_that_left(tmp_path: Path) -> None:
+    order = order_of(WEB, CODE).changed(step=3, sources=[CODE], global_batch_size=8)
+    reader = saved(tmp_path, order)
+    there = replace(CODE, path="data/web")
+    assert continued_order(reader, config(), order_of(there)).segments[-1].sources[0].path == (
+        "data/web"
+    )
+
+
+def test_ranks_that_find_different_data_do_not_begin(
+    run_ranks: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    outputs = run_ranks(WORKER, str(tmp_path / "run"), world_size=2)
+    for rank, output in enumerate(outputs):
+        assert f"rank {rank} found data/copy (fingerprint {rank}{rank}{rank}" in output
+        assert output.strip().endswith("True")
