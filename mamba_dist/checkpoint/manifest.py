@@ -129,6 +129,14 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise CheckpointError(f"{path}: is not JSON ({error}): its contents changed") from error
 
 
+def fragments_by_parameter(manifest: CheckpointManifest) -> dict[str, list[FragmentRecord]]:
+    """The fragments of each parameter, by their place in it."""
+    found: dict[str, list[FragmentRecord]] = {name: [] for name in manifest.shapes}
+    for fragment in sorted(manifest.fragments, key=lambda f: f.start):
+        found.setdefault(fragment.name, []).append(fragment)
+    return found
+
+
 def _hash_of_body(body: Any) -> str:
     return hashlib.sha256(_compact(body).encode()).hexdigest()
 
