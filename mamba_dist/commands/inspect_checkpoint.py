@@ -239,7 +239,7 @@ def _verdict(
 
 def _sizes(model: MambaConfig) -> str:
     sizes = (
-        f"{model.layer}, {model.n_layers} layers, d_model {model.d_model}, "
+        f"{model.layer}, {_counted(model.n_layers, 'layer')}, d_model {model.d_model}, "
         f"d_inner {model.d_inner}, d_state {model.d_state}"
     )
     if model.layer == "mamba2":

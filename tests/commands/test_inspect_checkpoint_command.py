@@ -67,7 +67,7 @@ def test_a_run_folder_shows_its_newest_checkpoint(tmp_path: Path, asked: Asked) 
         r"  samples +32  read, 4 a step",
         r"  written by  test on 2 ranks",
         rf"  versions    torch {re.escape(torch.__version__)}",
-        r"  model       mamba1, 1 layers, d_model 16, d_inner 32, d_state 16, .*",
+        r"  model       mamba1, 1 layer, d_model 16, d_inner 32, d_state 16, .*",
         r"  parameters +23  in 3 tensors",
         r"  tokenizer   sha256 0, EOS e",
         r"data, fingerprint f",
