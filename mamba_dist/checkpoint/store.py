@@ -40,6 +40,7 @@ from mamba_dist.checkpoint.manifest import (
     TokenizerRecord,
     fragments_by_parameter,
     manifest_text,
+    parameter_numel,
     read_manifest,
 )
 from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
@@ -109,8 +110,8 @@ class CheckpointReader:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self._fragments = fragments_by_parameter(self.manifest)
-        for name, shape in self.manifest.shapes.items():
-            require_exact_cover(name, torch.Size(shape).numel(), self._fragments[name])
+        for name, fragments in self._fragments.items():
+            require_exact_cover(name, parameter_numel(self.manifest, name), fragments)
 
     @property
     def config(self) -> RunConfig:

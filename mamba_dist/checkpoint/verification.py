@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-from torch import Size
 
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.checkpoint.manifest import (
@@ -14,6 +13,7 @@ from mamba_dist.checkpoint.manifest import (
     FileRecord,
     FragmentRecord,
     fragments_by_parameter,
+    parameter_numel,
 )
 from mamba_dist.checkpoint.reshard import require_exact_cover
 from mamba_dist.engine.base import STATE_KINDS
@@ -75,12 +75,9 @@ def checkpoint_damage(
     for damage in file_damage(folder, manifest.files, advance=advance):
         damaged.add(damage.path.name)
         yield damage
-    by_parameter = fragments_by_parameter(manifest)
-    for name in sorted(by_parameter.keys() - manifest.shapes.keys()):
-        yield Damage(folder / MANIFEST, f"places parameter {name}, which has no shape")
-    for name, shape in manifest.shapes.items():
+    for name, fragments in fragments_by_parameter(manifest).items():
         try:
-            require_exact_cover(name, Size(shape).numel(), by_parameter.get(name, []))
+            require_exact_cover(name, parameter_numel(manifest, name), fragments)
         except CheckpointError as error:
             yield Damage(folder / MANIFEST, f"is incomplete: {error}")
     yield from _tensor_damage(folder, manifest, passed_over=damaged)

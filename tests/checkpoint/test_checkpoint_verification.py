@@ -14,8 +14,10 @@ from mamba_dist.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
+from mamba_dist.checkpoint.store import CheckpointReader
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.data.durable import hash_file
+from mamba_dist.errors import CheckpointError
 
 
 def damage_of(folder: Path, manifest: CheckpointManifest | None = None) -> list[tuple[str, str]]:
@@ -96,6 +98,12 @@ def test_fragments_of_an_unknown_file_or_parameter_are_named(tmp_path: Path) -> 
     shapes = {name: shape for name, shape in manifest.shapes.items() if name != "b"}
     changed = manifest.model_copy(update={"shapes": shapes, "files": manifest.files[:1]})
     assert damage_of(folder, changed) == [
-        (MANIFEST, "places parameter b, which has no shape"),
+        (
+            MANIFEST,
+            "is incomplete: parameter b: 7 elements stored, 0 expected; use another checkpoint",
+        ),
         (MANIFEST, "places fragments in rank-00001.safetensors, which has no hash"),
     ]
+    (folder / MANIFEST).write_text(manifest_text(changed))
+    with pytest.raises(CheckpointError, match="parameter b: 7 elements stored, 0 expected"):
+        CheckpointReader(folder)
