@@ -29,7 +29,8 @@ class FieldDifference:
 class StateDifference:
     """How one kind of state of a parameter differs; `relative_l2` is ‖second - first‖ / ‖first‖.
 
-    Both are nan or inf where elements are not finite, or the first is all zero.
+    Both are nan or inf where elements that differ are not finite; `relative_l2` is nan where any
+    element of the first is not, and inf where the first is all zero.
     """
 
     name: str
@@ -134,11 +135,16 @@ def _state_difference(
         reference += squared_norm(ours)
         if advance is not None:
             advance(ours.nbytes)
-    if differing and not reference:
-        relative = math.inf if squares else 0.0
-    else:
-        relative = math.sqrt(squares / reference) if reference else 0.0
+    relative = _relative_l2(squares, reference)
     return StateDifference(name, kind, numel, differing, largest, relative)
+
+
+def _relative_l2(squares: float, reference: float) -> float:
+    if not math.isfinite(reference):
+        return math.nan
+    if not reference:
+        return math.inf if squares else 0.0
+    return math.sqrt(squares / reference)
 
 
 def _badness(difference: StateDifference) -> tuple[float, float]:

@@ -40,8 +40,8 @@ class SourceShare:
 
 @dataclass(frozen=True)
 class SegmentDescription:
-    """A stretch of steps with one mixture and one batch size; `end_step` is where the next begins,
-    None in the last."""
+    """A stretch of steps, counted from 0, with one mixture and one batch size; `end_step` is where
+    the next begins, None in the last."""
 
     first_step: int
     end_step: int | None

@@ -123,9 +123,10 @@ def _print_data(manifest: CheckpointManifest) -> None:
         sources = ", ".join(
             f"{100 * s.share:.4g} % {s.path} ({_short(s.fingerprint)})" for s in segment.sources
         )
-        end = "" if segment.end_step is None else f" to {segment.end_step:,}"
+        # Counted from 1, as a log does.
+        end = "on" if segment.end_step is None else f"to {segment.end_step:,}"
         print(
-            f"  from step {segment.first_step:,}{end}, sample {segment.first_sample:,}: "
+            f"  step {segment.first_step + 1:,} {end}, sample {segment.first_sample:,} on: "
             f"batches of {segment.global_batch_size:,}, {sources}"
         )
     for cursor in source_cursors(manifest):

@@ -65,6 +65,21 @@ def test_the_same_state_is_equal_however_it_was_cut_non_finite_elements_included
     assert state_differences(*readers(tmp_path, state, state), block_numel=4) == []
 
 
+def test_an_equal_nan_does_not_hide_how_far_another_element_is_off(tmp_path: Path) -> None:
+    first, second = state_of(5), state_of(5)
+    for state, value in ((first, 1.0), (second, 1.5)):
+        state["a"]["master"][1, 1] = math.nan
+        state["a"]["master"][0, 3] = value
+        state["b"]["master"][1] = math.inf
+        state["b"]["master"][2] = value
+    found = state_differences(*readers(tmp_path, first, second), block_numel=4)
+    assert [(f.name, f.differing, f.max_difference) for f in found] == [
+        ("a", 1, 0.5),
+        ("b", 1, 0.5),
+    ]
+    assert all(math.isnan(f.relative_l2) for f in found)
+
+
 def test_the_worst_comes_first_and_what_is_not_finite_is_worst(tmp_path: Path) -> None:
     first, second = state_of(5), state_of(5)
     first["c"]["exp_avg"].zero_()

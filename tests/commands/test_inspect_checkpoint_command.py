@@ -71,8 +71,8 @@ def test_a_run_folder_shows_its_newest_checkpoint(tmp_path: Path, asked: Asked) 
         r"  parameters +23  in 3 tensors",
         r"  tokenizer   sha256 0, EOS e",
         r"data, fingerprint f",
-        r"  from step 0 to 2, sample 0: batches of 4, 100 % data/code \(cccccccccccc\)",
-        r"  from step 2, sample 8: batches of 8, 25 % data/code \(c+\), 75 % data/text \(t+\)",
+        r"  step 1 to 2, sample 0 on: batches of 4, 100 % data/code \(cccccccccccc\)",
+        r"  step 3 on, sample 8 on: batches of 8, 25 % data/code \(c+\), 75 % data/text \(t+\)",
         r"  read of data/code \(c+\): 14 samples, 40 % of epoch 1",
         r"  read of data/text \(t+\): 18 samples, 80 % of epoch 1",
         *(
@@ -165,6 +165,11 @@ def test_one_changed_element_and_other_progress_make_two_different(
     found = json.loads(report.read_text())
     assert not found["same_state"]
     assert [(state["name"], state["differing"]) for state in found["states"]] == [("a", 1)]
+    state["a"]["exp_avg"][0, 0] = math.inf
+    worse = written(tmp_path / "worse", state=state)
+    asked(first, worse, "--json", report, code=1)
+    (found,) = json.loads(report.read_text(), parse_constant=pytest.fail)["states"]
+    assert (found["differing"], found["max_difference"]) == (2, None)
     later = written(tmp_path / "later", step=6, state=state_of(5))
     printed = asked(first, later, code=1)
     assert "  step: 5 -> 6\n" in printed
