@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from written_checkpoint import write_as_ranks
 
@@ -90,6 +91,14 @@ def test_a_file_that_hashes_but_holds_other_tensors_is_named(tmp_path: Path) -> 
         "holds d|master",
         "lacks a|master",
     ]
+
+
+def test_a_tensor_shorter_than_recorded_is_refused_when_read_in_blocks(tmp_path: Path) -> None:
+    folder = write_as_ranks(tmp_path, 5, 1)
+    changed = rewritten(folder, lambda tensors: tensors.update({"b|master": torch.zeros(3)}))
+    (folder / MANIFEST).write_text(manifest_text(changed))
+    with pytest.raises(CheckpointError, match=r"b \(master\) does not hash"):
+        list(CheckpointReader(folder).blocks("b", "master", numel=2))
 
 
 def test_fragments_of_an_unknown_file_or_parameter_are_named(tmp_path: Path) -> None:
