@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from written_checkpoint import OneRank
 
 from mamba_dist.checkpoint.manifest import TokenizerRecord
 from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
@@ -10,16 +11,6 @@ from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import RunOrder
 from mamba_dist.engine.base import Fragment
 from mamba_dist.train.state import beginning
-
-
-class OneRank:
-    """A world of this process alone, which agrees with itself."""
-
-    rank = 0
-    size = 1
-
-    def any_rank(self, flag: bool) -> bool:
-        return flag
 
 
 def save_run(

@@ -48,6 +48,11 @@ def committed_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether `folder` is an unfinished write or deletion, by its name."""
+    return bool(_LEFT_BEHIND.fullmatch(folder.resolve().name))
+
+
 def remove_left_behind(run_dir: Path) -> list[str]:
     """Names of the unfinished writes and deletions of an earlier process, which are now gone."""
     folder = checkpoints_folder(run_dir)

@@ -7,6 +7,7 @@ bytes hash to; `files` gives size and hash of every file, so that nothing damage
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,6 +128,19 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error}): its contents changed") from error
+
+
+def fragments_by_parameter(manifest: CheckpointManifest) -> dict[str, list[FragmentRecord]]:
+    """The fragments of each parameter that has a shape or a fragment, by their place in it."""
+    found: dict[str, list[FragmentRecord]] = {name: [] for name in manifest.shapes}
+    for fragment in sorted(manifest.fragments, key=lambda f: f.start):
+        found.setdefault(fragment.name, []).append(fragment)
+    return found
+
+
+def parameter_numel(manifest: CheckpointManifest, name: str) -> int:
+    """Elements of a parameter; none if it has no shape."""
+    return math.prod(manifest.shapes.get(name, [0]))
 
 
 def _hash_of_body(body: Any) -> str:

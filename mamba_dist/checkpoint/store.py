@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import safetensors
 import torch
@@ -38,10 +38,13 @@ from mamba_dist.checkpoint.manifest import (
     Progress,
     RankRecord,
     TokenizerRecord,
+    fragments_by_parameter,
     manifest_text,
+    parameter_numel,
     read_manifest,
 )
 from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
+from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import MambaConfig, RunConfig
 from mamba_dist.engine.base import STATE_KINDS, Fragment, StateKind
 from mamba_dist.errors import CheckpointError
@@ -106,11 +109,9 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self._fragments: dict[str, list[FragmentRecord]] = {n: [] for n in self.manifest.shapes}
-        for fragment in self.manifest.fragments:
-            self._fragments[fragment.name].append(fragment)
-        for name, shape in self.manifest.shapes.items():
-            require_exact_cover(name, torch.Size(shape).numel(), self._fragments[name])
+        self._fragments = fragments_by_parameter(self.manifest)
+        for name, fragments in self._fragments.items():
+            require_exact_cover(name, parameter_numel(self.manifest, name), fragments)
 
     @property
     def config(self) -> RunConfig:
@@ -149,35 +150,61 @@ class CheckpointReader:
             for name, shape in self.manifest.shapes.items()
         }
 
+    def blocks(self, name: str, kind: StateKind, *, numel: int) -> Iterator[Tensor]:
+        """The flattened state of a parameter in its order, (numel,) fp32 each, the last shorter.
+
+        No more than a block is held at a time, however the writer had cut the parameter.
+
+        Raises:
+            CheckpointError: a fragment that ended does not hash to what was written.
+        """
+        parts: list[Tensor] = []
+        missing = numel
+        for fragment in self._fragments[name]:
+            digest = hashlib.sha256()
+            with self._opened(fragment) as file:
+                stored = file.get_slice(f"{name}|{kind}")
+                begin = 0
+                # To the end that the file has, were it another than recorded: the hash decides.
+                while (part := stored[begin : begin + missing]).numel():
+                    digest.update(part.numpy().data)
+                    parts.append(part)
+                    begin, missing = begin + part.numel(), missing - part.numel()
+                    if not missing:
+                        yield torch.cat(parts)
+                        parts, missing = [], numel
+            self._require_hash(fragment, kind, digest.hexdigest())
+        if parts:
+            yield torch.cat(parts)
+
     def damaged_file(self, *, share: int = 0, shares: int = 1) -> str | None:
         """What is wrong with the first damaged file among every `shares`-th one, if any is."""
-        for record in self.manifest.files[share::shares]:
-            path = self.folder / record.name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                return f"{path} cannot be read ({error.strerror})"
-            if size != record.size_bytes:
-                return f"{path} has {size} bytes, {record.size_bytes} were written"
-            if _sha256_of_file(path) != record.sha256:
-                return f"{path} does not hash to what was written: its contents changed"
-        return None
+        damage = next(file_damage(self.folder, self.manifest.files[share::shares]), None)
+        return None if damage is None else str(damage)
 
     def _stored(self, fragment: FragmentRecord, kind: StateKind) -> Tensor:
+        with self._opened(fragment) as file:
+            tensor: Tensor = file.get_tensor(f"{fragment.name}|{kind}")
+        self._require_hash(fragment, kind, _sha256_of_tensor(tensor))
+        return tensor
+
+    @contextmanager
+    def _opened(self, fragment: FragmentRecord) -> Iterator[Any]:
         path = self.folder / fragment.file
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(f"{fragment.name}|{kind}")
+                yield file
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error}); use another checkpoint"
             ) from error
-        if _sha256_of_tensor(tensor) != _hash_of(fragment, kind):
+
+    def _require_hash(self, fragment: FragmentRecord, kind: StateKind, found: str) -> None:
+        if found != _hash_of(fragment, kind):
             raise CheckpointError(
-                f"{path}: {fragment.name} ({kind}) does not hash to what was written; "
-                "use another checkpoint"
+                f"{self.folder / fragment.file}: {fragment.name} ({kind}) does not hash to what "
+                "was written; use another checkpoint"
             )
-        return tensor
 
 
 def open_checkpoint(path: Path, *, notice: Callable[[str], None]) -> CheckpointReader:

@@ -8,6 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from written_checkpoint import (
+    SHAPES,
+    OneRank,
+    RankOf,
+    fragments_of,
+    run_config,
+    snapshot,
+    state_of,
+    write_as_ranks,
+)
 
 from mamba_dist.checkpoint import store
 from mamba_dist.checkpoint.layout import (
@@ -17,10 +27,9 @@ from mamba_dist.checkpoint.layout import (
     staging_folder,
     steps_to_remove,
 )
-from mamba_dist.checkpoint.manifest import FragmentRecord, Progress, TokenizerRecord
+from mamba_dist.checkpoint.manifest import FragmentRecord
 from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
 from mamba_dist.checkpoint.store import (
-    Snapshot,
     apply_retention,
     find_checkpoint,
     open_checkpoint,
@@ -28,71 +37,8 @@ from mamba_dist.checkpoint.store import (
     save_checkpoint,
     set_aside_newer,
 )
-from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
-from mamba_dist.engine.base import STATE_KINDS, Fragment, flat_share
+from mamba_dist.engine.base import flat_share
 from mamba_dist.errors import CheckpointError
-
-SHAPES = {"a": (3, 5), "b": (7,), "c": (1,)}
-
-
-class OneRank:
-    rank = 0
-    size = 1
-
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
-
-class RankOf(OneRank):
-    """One of several ranks whose stages a test runs in turn; the others always agree."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank = rank
-        self.size = size
-
-
-def state_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(step)
-    return {
-        name: {kind: torch.randn(shape, generator=generator) for kind in STATE_KINDS}
-        for name, shape in SHAPES.items()
-    }
-
-
-def fragments_of(step: int, *, rank: int = 0, size: int = 1) -> list[Fragment]:
-    found = []
-    for name, state in state_of(step).items():
-        flat = {kind: tensor.flatten() for kind, tensor in state.items()}
-        start, numel = flat_share(flat["master"].numel(), rank=rank, world_size=size)
-        if numel:
-            parts = [flat[kind][start : start + numel] for kind in STATE_KINDS]
-            found.append(Fragment(name, SHAPES[name], start, *parts))
-    return found
-
-
-def run_config(**model) -> RunConfig:
-    return RunConfig(
-        model=MambaConfig(d_model=16, n_layers=1, vocab_size=11, **model),
-        training=TrainingConfig(max_steps=9, warmup_steps=1, global_batch_size=32),
-    )
-
-
-def snapshot(step: int, **kwargs) -> Snapshot:
-    return Snapshot(
-        progress=Progress(
-            step=step,
-            next_sample=4 * step,
-            trained_tokens=99 * step,
-            global_batch_size=4,
-            data_fingerprint="f",
-        ),
-        adam_steps=step - 1,
-        fragments=fragments_of(step, **kwargs),
-        config=run_config(),
-        tokenizer=TokenizerRecord(sha256="0", eos_token="e"),
-        engine="test",
-        versions={"torch": torch.__version__},
-    )
 
 
 def save(run_dir: Path, *steps: int) -> None:
@@ -118,15 +64,6 @@ def test_what_was_saved_is_read_back_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(got, tensor.flatten())
     parameters = reader.read_parameters()
     assert {n: tuple(p.shape) for n, p in parameters.items()} == SHAPES
-
-
-def write_as_ranks(run_dir: Path, step: int, size: int) -> None:
-    """A save of `size` ranks, one after the other in this process, by the store's own stages."""
-    staging = staging_folder(run_dir, step)
-    staging.mkdir(parents=True)
-    for rank in range(size):
-        store._write_rank(staging, rank, fragments_of(step, rank=rank, size=size))
-    store._commit(staging, checkpoint_folder(run_dir, step), snapshot(step), size)
 
 
 @settings(max_examples=25, deadline=None)
