@@ -111,6 +111,15 @@ def test_bad_lines_are_named_and_the_others_are_kept(tmp_path: Path) -> None:
     assert "a.jsonl:4: no text field (fields: body, url)" in [str(d) for d in found]
 
 
+def test_an_id_that_is_a_lone_surrogate_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a", "id": "\\ud800"}\n{"text": "b", "id": "\\ud83d\\ude00"}\n'
+    )
+    [file] = discover([tmp_path / "a.jsonl"], DiscoveryOptions()).files
+    found = list(SliceReader(whole(file), Reading("text", "id")))
+    assert found == [Document("a", 1), Document("b", 2, "\U0001f600")]
+
+
 def test_a_text_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
     [bad] = read(tmp_path / "a.txt")
