@@ -24,7 +24,7 @@ def ids_of(folder: Path) -> list[str | None]:
 def write_corpus(folder: Path) -> list[str | None]:
     """Three files of all kinds of ids, and the ids of their good documents."""
     folder.mkdir()
-    values: list[object] = ["a-1", 7, 2**80, None, "é\n", True, 1.5, ["x"], -3, ""]
+    values: list[object] = ["a-1", 7, 2**80, None, "é\n", True, 1.5, "\ud800", -3, ""]
     expected = ["a-1", "7", str(2**80), None, "é\n", None, None, None, "-3", ""]
     lines = [json.dumps({"text": text, "key": values[n % 10]}) for n, text in enumerate(TEXTS[:40])]
     lines.insert(20, json.dumps({"text": "", "key": "of an empty one"}))

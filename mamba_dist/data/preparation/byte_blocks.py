@@ -15,6 +15,11 @@ from mamba_dist.errors import DataError
 BLOCK_BYTES = 1 << 16
 # So few, since they may be 16 MiB of zeros, compressed by zstd.
 _FED_BYTES = 1 << 9
+# What zstd takes unless told otherwise (--long=27); a worker has memory for it.
+_MOST_WINDOW_BYTES = 1 << 27
+_FRAME_HEADER_BYTES = 18  # at most
+# Tapes and dd fill up the last block of a gzip file; the xz format has padding of its own.
+_PADDED: frozenset[Compression] = frozenset({"gzip", "xz"})
 _GZIP_WINDOW_BITS = 31  # zlib: 15 bits of window, +16 for the gzip header
 
 
@@ -28,9 +33,43 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
+class _WindowError(Exception):
+    """A zstd frame needs this many bytes of memory."""
+
+
+class _ZstdFrame:
+    """One zstd frame, which tells why its window is too large."""
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=_MOST_WINDOW_BYTES).decompressobj()
+        self._header = b""
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data
+
+    def decompress(self, data: bytes, /) -> bytes:
+        if len(self._header) < _FRAME_HEADER_BYTES:
+            self._header += data[:_FRAME_HEADER_BYTES]
+        try:
+            return self._frame.decompress(data)
+        except zstandard.ZstdError as error:
+            try:
+                window = zstandard.get_frame_parameters(self._header).window_size
+            except zstandard.ZstdError:
+                raise error from None  # it is no frame
+            if window <= _MOST_WINDOW_BYTES:
+                raise
+            raise _WindowError(window) from error
+
+
 _DECOMPRESSORS: dict[Compression, Callable[[], _Decompressor]] = {
     "gzip": lambda: zlib.decompressobj(_GZIP_WINDOW_BITS),
-    "zstd": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    "zstd": _ZstdFrame,
     "xz": lzma.LZMADecompressor,
 }
 DECOMPRESSION_ERRORS = (zlib.error, lzma.LZMAError, zstandard.ZstdError)
@@ -78,9 +117,12 @@ class FileBlocks:
                 fed = block[start : start + _FED_BYTES]
                 while fed:
                     if decompressor.eof:
+                        fed = fed.lstrip(b"\0") if compression in _PADDED else fed
+                        if not fed:
+                            break
                         decompressor = _DECOMPRESSORS[compression]()
                     was_fed = True
-                    ready.append(decompressor.decompress(fed))
+                    ready.append(self._fed(decompressor, fed))
                     ready_bytes += len(ready[-1])
                     fed = decompressor.unused_data if decompressor.eof else b""
                 if ready_bytes >= BLOCK_BYTES:
@@ -94,3 +136,12 @@ class FileBlocks:
                 f"{self._file.path} is cut short: its {compression} stream does not end; replace "
                 "or --exclude it"
             )
+
+    def _fed(self, decompressor: _Decompressor, data: bytes) -> bytes:
+        try:
+            return decompressor.decompress(data)
+        except _WindowError as error:
+            raise DataError(
+                f"{self._file.path} needs a window of {error.args[0]:,} bytes to decompress, more "
+                f"than {_MOST_WINDOW_BYTES:,}; recompress it by zstd --long=27 or less"
+            ) from error

@@ -20,7 +20,8 @@ from mamba_dist.data.preparation.byte_blocks import DECOMPRESSION_ERRORS, FileBl
 from mamba_dist.data.preparation.json_records import read_record
 from mamba_dist.data.preparation.lines import lines_beginning_in, lines_of
 from mamba_dist.data.preparation.sources import InputFile, InputSlice, unreadable, whole
-from mamba_dist.data.preparation.tables import TABLE_ERRORS, TOO_LONG, TableSlice
+from mamba_dist.data.preparation.table_columns import Unusable
+from mamba_dist.data.preparation.tables import TABLE_ERRORS, TableSlice
 from mamba_dist.errors import DataError
 
 Fault = Literal["not UTF-8", "broken JSON", "no text field", "empty", "too long"]
@@ -40,7 +41,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class Document:
-    """One document's text, the line (row) where it begins, from 1, and its id in the source."""
+    """One document's text, the line (row) where it begins, from 1, and its id in the source.
+
+    The id is a string or an integer there; what is neither, or is not UTF-8, counts as none.
+    """
 
     text: str
     line: int
@@ -198,30 +202,28 @@ class SliceReader:
         reading = self._reading
         columns = (reading.text_field, *([reading.id_field] if reading.id_field else []))
         table = TableSlice(self._piece, columns, most_bytes=reading.max_record_bytes)
-        for text, *identity in table.rows():
+        for row in table.rows():
             self.lines += 1
-            if text is TOO_LONG or (isinstance(text, str) and self._is_too_long(text)):
+            text, *identity = row
+            if any(isinstance(value, Unusable) and value.fault == "too long" for value in row):
                 yield self._too_long(self.lines)
             elif isinstance(text, str):
                 yield self._checked(text, *identity)
+            elif isinstance(text, Unusable):
+                yield self._bad(text.fault, text.detail)
             else:
                 yield self._bad("no text field", f"the value is {type(text).__name__}")
-
-    def _is_too_long(self, text: str) -> bool:
-        most = self._reading.max_record_bytes
-        # No character has more than four bytes.
-        return 4 * len(text) > most and len(text.encode(errors="surrogatepass")) > most
 
     def _checked(self, text: str, identity: Any = None) -> Document | BadDocument:
         if not text or text.isspace():
             return self._bad("empty", "")
-        try:
-            if not text.isascii():
-                text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell a lone surrogate, "\ud800"
-            return self._bad("not UTF-8", error.reason)
+        if not _is_encodable(text):
+            return self._bad("not UTF-8", "surrogates not allowed")
         has_id = isinstance(identity, str | int) and not isinstance(identity, bool)
-        return Document(text, self.lines, str(identity) if has_id else None)
+        source_id = str(identity) if has_id else None
+        if source_id is not None and not _is_encodable(source_id):
+            source_id = None
+        return Document(text, self.lines, source_id)
 
     def _too_long(self, line: int) -> BadDocument:
         limit = f"over {self._reading.max_record_bytes:,} bytes; see --max-record-bytes"
@@ -249,6 +251,14 @@ def lines_before(piece: InputSlice) -> int:
                 lines += block.count(b"\n")
                 last = block[-1:]
             return lines + (last != b"\n")
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether a text has bytes: JSON can spell a lone surrogate, "\\ud800", which has none."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _texts(file: InputFile) -> Iterator[str]:

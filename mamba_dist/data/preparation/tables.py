@@ -5,29 +5,28 @@ begin in it, the i-th of n being taken to begin at i/n of the file. An Arrow str
 Hugging Face datasets writes, has no index: the range that begins the file has all of it.
 """
 
+import functools
+import itertools
 import mmap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mamba_dist.data.preparation.sources import InputFile, InputSlice
+from mamba_dist.data.preparation.table_columns import ColumnValues, Unusable
 from mamba_dist.errors import DataError
 
-TABLE_ERRORS = (pa.ArrowInvalid, pa.ArrowNotImplementedError)
+# The latter where the name of a column is damaged.
+TABLE_ERRORS = (pa.ArrowException, UnicodeDecodeError)
 _ROWS = 1024
-# Of one column's values at a time, where rows are long.
+# Of a few rows' values, where rows are long.
 _SLICE_BYTES = 4 << 20
 _PAGE_BYTES = 1 << 20
-
-
-class TooLong:
-    """Stands for a value that was not read."""
-
-
-TOO_LONG = TooLong()
 
 
 class TableSlice:
@@ -39,10 +38,10 @@ class TableSlice:
         self._most_bytes = most_bytes
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
-        """Each row's values, TOO_LONG for a string of clearly more than `most_bytes`.
+        """Each row's values: str, int, None, or Unusable, as a string over `most_bytes` is.
 
         Raises:
-            DataError: a column is missing.
+            DataError: a column is missing, or several have its name.
             TABLE_ERRORS, OSError: the file is damaged or cannot be read.
         """
         if self._piece.file.format == "parquet":
@@ -57,35 +56,42 @@ class TableSlice:
             TABLE_ERRORS, OSError: the file is damaged or cannot be read.
         """
         file, end = self._piece.file, self._piece.start_bytes
-        if file.format == "parquet":
-            with pq.ParquetFile(file.path) as table:
-                groups = _members(InputSlice(file, 0, end), table.metadata.num_row_groups)
-                return sum(table.metadata.row_group(group).num_rows for group in groups)
         if file.format == "arrow_stream":
             return 0
-        reader = pa.ipc.open_file(pa.py_buffer(_mapped(file)))
+        if file.format == "parquet":
+            footer = _footer(file)
+            return footer.rows_before[_members(InputSlice(file, 0, end), footer.groups).stop]
+        source = pa.py_buffer(_mapped(file))
+        # One column tells the rows: none could be asked for.
+        reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
         batches = _members(InputSlice(file, 0, end), reader.num_record_batches)
         return sum(reader.get_batch(batch).num_rows for batch in batches)
 
     def _parquet(self) -> Iterator[tuple[Any, ...]]:
+        footer = _footer(self._piece.file)
         # Otherwise the whole column of a row group is read at once.
         with pq.ParquetFile(
-            self._piece.file.path, pre_buffer=False, buffer_size=_PAGE_BYTES
+            self._piece.file.path,
+            metadata=footer.metadata,
+            pre_buffer=False,
+            buffer_size=_PAGE_BYTES,
         ) as table:
-            self._require_columns(table.schema_arrow.names)
-            for group in _members(self._piece, table.metadata.num_row_groups):
-                metadata = table.metadata.row_group(group)
+            self._require_columns(footer.names)
+            rows = _RowsOf(self._columns, most_bytes=self._most_bytes)
+            for group in _members(self._piece, footer.groups):
+                metadata = footer.metadata.row_group(group)
                 row_bytes = self._row_bytes(metadata)
-                if metadata.num_rows == 1 and row_bytes > self._most_bytes:
-                    yield tuple(TOO_LONG for _ in self._columns)
+                # A page's header may have the value twice more, as the least and the greatest.
+                if metadata.num_rows == 1 and row_bytes > 4 * self._most_bytes + _PAGE_BYTES:
+                    yield tuple(Unusable("too long") for _ in self._columns)
                     continue
                 for batch in table.iter_batches(
                     batch_size=min(max(1, _SLICE_BYTES // max(row_bytes, 1)), _ROWS),
                     row_groups=[group],
                     columns=list(self._columns),
                 ):
-                    for rows in self._rows_of(batch):
-                        yield from rows
+                    for some in rows.of(batch):
+                        yield from some
 
     def _row_bytes(self, group: pq.RowGroupMetaData) -> int:
         """Bytes of a row on average, of its longest column."""
@@ -96,51 +102,95 @@ class TableSlice:
 
     def _arrow(self) -> Iterator[tuple[Any, ...]]:
         mapped = _mapped(self._piece.file)
-        if self._piece.file.format == "arrow":
-            reader = pa.ipc.open_file(pa.py_buffer(mapped))
-            self._require_columns(reader.schema.names)
+        source = pa.py_buffer(mapped)
+        is_file = self._piece.file.format == "arrow"
+        open_ = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        names = open_(source).schema.names
+        self._require_columns(names)
+        # Others may be compressed, and would be decompressed for nothing.
+        fields = sorted({names.index(column) for column in self._columns})
+        reader = open_(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
+        if is_file:
             members = _members(self._piece, reader.num_record_batches)
             batches: Iterator[pa.RecordBatch] = map(reader.get_batch, members)
         else:
-            stream = pa.ipc.open_stream(pa.py_buffer(mapped))
-            self._require_columns(stream.schema.names)
-            batches = iter(stream if self._piece.start_bytes == 0 else ())
+            batches = iter(reader if self._piece.start_bytes == 0 else ())
+        rows = _RowsOf(self._columns, most_bytes=self._most_bytes)
         for batch in batches:
-            for rows in self._rows_of(batch):
-                yield from rows
+            for some in rows.of(batch):
+                yield from some
                 # Pages that were read would stay in this process's memory.
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def _rows_of(self, batch: pa.RecordBatch) -> Iterator[list[tuple[Any, ...]]]:
-        start = 0
-        while start < batch.num_rows:
-            count = _ROWS
-            columns = [batch.column(name).slice(start, count) for name in self._columns]
-            while count > 1 and max(column.nbytes for column in columns) > _SLICE_BYTES:
-                count //= 2
-                columns = [column.slice(0, count) for column in columns]
-            yield list(zip(*map(self._values, columns), strict=True))
-            start += count
-
-    def _values(self, column: pa.Array) -> list[Any]:
-        # Some of the bytes are offsets and marks of absence.
-        if len(column) == 1 and column.nbytes > self._most_bytes + _ROWS:
-            return [TOO_LONG]
-        values: list[Any] = column.to_pylist()
-        return values
-
     def _require_columns(self, names: list[str]) -> None:
+        path = self._piece.file.path
         for column, option in zip(self._columns, ("--text-field", "--id-field"), strict=False):
             if column not in names:
                 raise DataError(
-                    f"{self._piece.file.path} has no column {column!r}, only {', '.join(names)}; "
-                    f"choose one by {option}"
+                    f"{path} has no column {column!r}, only {', '.join(names)}; choose one by "
+                    f"{option}"
+                )
+            if names.count(column) > 1:
+                raise DataError(
+                    f"{path} has {names.count(column)} columns {column!r}, so which one is meant "
+                    f"is unknown; choose another by {option}, or rename them"
                 )
 
 
-def _members(piece: InputSlice, count: int) -> list[int]:
-    size = piece.file.bytes
-    return [i for i in range(count) if piece.start_bytes <= i * size // count < piece.stop_bytes]
+class _RowsOf:
+    """The rows of one batch after the other, a few at a time."""
+
+    def __init__(self, columns: tuple[str, ...], *, most_bytes: int) -> None:
+        self._names = columns
+        self._most_bytes = most_bytes
+        self._columns: list[ColumnValues | None] = [None for _ in columns]
+
+    def of(self, batch: pa.RecordBatch) -> Iterator[list[tuple[Any, ...]]]:
+        """The rows of a batch, in order."""
+        columns = [
+            ColumnValues(batch.column(name), most_bytes=self._most_bytes, before=before)
+            for name, before in zip(self._names, self._columns, strict=True)
+        ]
+        self._columns = list(columns)
+        start = 0
+        while start < batch.num_rows:
+            sizes = np.max([column.sizes(start, _ROWS) for column in columns], axis=0)
+            # What is too long is not read.
+            sizes[sizes > self._most_bytes] = 0
+            count = max(1, int(np.searchsorted(sizes.cumsum(), _SLICE_BYTES, side="right")))
+            yield list(zip(*(column.read(start, count) for column in columns), strict=True))
+            start += count
+
+
+@dataclass(frozen=True)
+class _Footer:
+    """What a Parquet file's end tells: `rows_before` has each group's, and last the file's rows."""
+
+    metadata: pq.FileMetaData
+    names: list[str]
+    rows_before: list[int]
+
+    @property
+    def groups(self) -> int:
+        return len(self.rows_before) - 1
+
+
+# By the file's size and time, too: each unit of a large file asks for its footer, which may have
+# thousands of row groups.
+@functools.lru_cache(maxsize=2)
+def _footer(file: InputFile) -> _Footer:
+    with pq.ParquetFile(file.path) as table:
+        metadata = table.metadata
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        return _Footer(metadata, table.schema_arrow.names, [0, *itertools.accumulate(rows)])
+
+
+def _members(piece: InputSlice, count: int) -> range:
+    """The numbers, of `count`, of the row groups or batches that begin in a slice."""
+    first, stop = (
+        -(-edge * count // piece.file.bytes) for edge in (piece.start_bytes, piece.stop_bytes)
+    )
+    return range(first, stop)
 
 
 def _mapped(file: InputFile) -> mmap.mmap:

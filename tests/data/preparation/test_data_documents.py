@@ -52,6 +52,13 @@ def write_arrow(path: Path, texts: list[str], *, stream: bool) -> None:
         writer.write_table(table, max_chunksize=1700)
 
 
+def with_window(data: bytes, window_log: int) -> bytes:
+    """A zstd frame that needs a window of two to the power of `window_log`."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "a.jsonl": lambda p: p.write_bytes(json_lines(TEXTS)),
     "a.json": lambda p: p.write_bytes(b"\xef\xbb\xbf" + json_lines(TEXTS).rstrip(b"\n")),
@@ -64,6 +71,11 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "members.jsonl.gz": lambda p: p.write_bytes(
         gzip.compress(json_lines(TEXTS[:99])) + gzip.compress(json_lines(TEXTS[99:]))
     ),
+    "padded.jsonl.gz": lambda p: p.write_bytes(gzip.compress(json_lines(TEXTS)) + bytes(1 << 17)),
+    "padded.jsonl.xz": lambda p: p.write_bytes(
+        lzma.compress(json_lines(TEXTS[:99])) + bytes(4) + lzma.compress(json_lines(TEXTS[99:]))
+    ),
+    "window.jsonl.zst": lambda p: p.write_bytes(with_window(json_lines(TEXTS), 27)),
     "a.parquet": lambda p: write_parquet(p, TEXTS),
     "file.arrow": lambda p: write_arrow(p, TEXTS, stream=False),
     "stream.arrow": lambda p: write_arrow(p, TEXTS, stream=True),
@@ -109,6 +121,15 @@ def test_bad_lines_are_named_and_the_others_are_kept(tmp_path: Path) -> None:
         (9, "not UTF-8"),
     ]
     assert "a.jsonl:4: no text field (fields: body, url)" in [str(d) for d in found]
+
+
+def test_an_id_that_is_a_lone_surrogate_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a", "id": "\\ud800"}\n{"text": "b", "id": "\\ud83d\\ude00"}\n'
+    )
+    [file] = discover([tmp_path / "a.jsonl"], DiscoveryOptions()).files
+    found = list(SliceReader(whole(file), Reading("text", "id")))
+    assert found == [Document("a", 1), Document("b", 2, "\U0001f600")]
 
 
 def test_a_text_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
@@ -164,6 +185,25 @@ def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name:
     (tmp_path / name).write_bytes(b"plain text, nothing else" * 10)
     with pytest.raises(DataError, match=rf"{name} is damaged"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("frames", [0, 3])
+def test_a_zstd_frame_that_needs_much_memory_is_named_so(tmp_path: Path, frames: int) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    before = zstandard.compress(json_lines(TEXTS[:9])) * frames
+    path.write_bytes(before + with_window(json_lines(TEXTS), 28))
+    expected = r"a.jsonl.zst needs a window of 268,435,456 bytes .*recompress it by zstd --long=27"
+    with pytest.raises(DataError, match=expected):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.xz"])
+def test_what_is_no_padding_after_a_compressed_stream_is_damage(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes() + bytes(8) + b"something else" * 20)
+    with pytest.raises(DataError, match=rf"{name} is damaged"):
+        read(path)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow"])
