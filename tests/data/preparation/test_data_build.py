@@ -307,6 +307,7 @@ def test_an_id_outside_the_vocabulary_names_the_input_and_leaves_no_part(
         train_split=0.5,
         batch_documents=10,
         backend=REFERENCE,
+        max_bad=0,
     )
     between = r"id 350, outside its vocabulary of 350, between corpus/a/00.txt and corpus/b/59.txt"
     with pytest.raises(DataError, match=between):
