@@ -106,6 +106,7 @@ def _too_many(count: int, max_bad: int, first: list[Placed]) -> DataError:
     ]
     listed = "".join(f"\n  {document}" for document in named)
     return DataError(
-        f"{count} bad documents, more than --max-bad {max_bad}, and perhaps not all; among them:"
-        f"{listed}\nmend or --exclude these files, check --text-field, or allow more by --max-bad"
+        f"{count} bad documents, more than --max-bad {max_bad}; among them:{listed}\n"
+        "there may be more where the work stopped; mend or --exclude these files, check "
+        "--text-field, or allow more by --max-bad"
     )

@@ -309,7 +309,7 @@ def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     # Or a power cut might keep the manifest and lose its shards.
     sync_folder(output)
-    for pattern in (*_OURS, f".{MANIFEST_NAME}.*.partial"):
+    for pattern in (*_OURS, f".{MANIFEST_NAME}.*.partial", f".{INDEX_NAME}.*.partial"):
         for old in output.glob(pattern):
             old.unlink()
     for name in names:
