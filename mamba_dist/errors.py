@@ -5,6 +5,8 @@ Programming mistakes inside the package raise Python's own exceptions; a script'
 these classes as one line and exits, and lets everything else show its traceback.
 """
 
+from pathlib import Path
+
 
 class MambaDistError(Exception):
     """Base of every error that a user can mend; commands print it without a traceback.
@@ -26,6 +28,14 @@ class BackendError(MambaDistError):
 
 class DataError(MambaDistError):
     """A corpus, tokenizer, shard or manifest is missing, damaged or does not match."""
+
+
+class ChangedPartError(DataError):
+    """What was made of one unit of a corpus is not on the disk any more as it was written."""
+
+    def __init__(self, path: Path, unit: int) -> None:
+        super().__init__(f"{path} changed since it was written; check the disk")
+        self.unit = unit
 
 
 class ModelError(MambaDistError):

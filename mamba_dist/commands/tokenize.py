@@ -29,7 +29,6 @@ from mamba_dist.data.preparation.part_records import PartRecord
 from mamba_dist.data.preparation.share import Share, parse_share
 from mamba_dist.data.preparation.sources import Corpus, Unit, glob_folder
 from mamba_dist.data.preparation.standard_input import NAME as STANDARD_INPUT_NAME
-from mamba_dist.data.preparation.standard_input import discard_standard_input
 from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.tokenization import load_tokenizer
 from mamba_dist.errors import ConfigError, DataError, MambaDistError
@@ -75,6 +74,7 @@ class _Console:
         if done_bytes:
             self.notice(f"continuing: {done_bytes / 1e6:.1f} MB were done by an earlier run")
         self._begun_at = time.monotonic()
+        self.close()
         self._bar = progress(total_bytes, "B", description="tokenizing", initial=done_bytes)
 
     def advanced(self, unit: Unit, record: PartRecord) -> None:
@@ -122,7 +122,6 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     with contextlib.closing(console):
         result = build_dataset(request, console)
-    discard_standard_input(output)
     _print_result(request, result, console)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mamba_dist.commands.arguments import positive_int
 from mamba_dist.commands.corpus_arguments import add_exclude
-from mamba_dist.data.preparation.build import sample_texts
+from mamba_dist.data.preparation.sampling import sample_texts
 from mamba_dist.data.preparation.sources import DiscoveryOptions, discover
 from mamba_dist.data.tokenization import (
     END_OF_TEXT,

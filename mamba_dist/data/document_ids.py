@@ -7,6 +7,7 @@ BATCH_ROWS rows, so the one that holds a doc_id is known without a search. Until
 has its ids in a note of its own, a JSON value a line.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from mamba_dist.data.durable import quick_hash, sync_file, sync_folder, unique_sibling
-from mamba_dist.errors import DataError
+from mamba_dist.errors import ChangedPartError, DataError
 
 DOCUMENT_IDS_NAME = "document_ids.arrow"
 BATCH_ROWS = 1 << 14
@@ -50,8 +51,10 @@ class IdNote:
 
     def discard(self) -> None:
         """Removes what was not committed."""
-        self._stream.close()
         self._staged.unlink(missing_ok=True)
+        # On a full disk, closing tries to write the rest once more.
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
 
 def _note_path(folder: Path, unit: int) -> Path:
@@ -64,7 +67,8 @@ def write_document_ids(
     """Writes the file into `folder` from the notes in `parts`, each a unit and its xxh3.
 
     Raises:
-        DataError: a note changed since it was journalled, or no document has an id.
+        ChangedPartError: a note changed since it was journalled.
+        DataError: no document has an id.
     """
     path = folder / DOCUMENT_IDS_NAME
     ids = _noted(parts, notes)
@@ -77,7 +81,7 @@ def write_document_ids(
     if not has_any:
         raise DataError(
             f"no document has an id (text or a whole number) in the field {id_field!r}; give "
-            "another --id-field, or none"
+            "another --id-field, or none, and --overwrite"
         )
 
 
@@ -85,10 +89,7 @@ def _noted(parts: Path, notes: Iterable[tuple[int, str | None]]) -> Iterator[str
     for unit, xxh3 in notes:
         path = _note_path(parts, unit)
         if not path.is_file() or quick_hash(path) != xxh3:
-            raise DataError(
-                f"{path} changed since it was written; start over with --overwrite, and check the "
-                "disk"
-            )
+            raise ChangedPartError(path, unit)
         with path.open("rb") as lines:
             yield from map(json.loads, lines)
 

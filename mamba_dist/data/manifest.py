@@ -7,7 +7,7 @@ set.
         train-00000.arrow …      shards of the training split (format: shard.py)
         val-00000.arrow …        shards of the validation split
         tokenizer.json|.model    copy of the tokenizer that made the ids
-        inputs.jsonl             one line an input file: name, bytes, xxh3, documents, first doc_id
+        inputs.jsonl             one line an input file: name, bytes, xxh3, format, first doc_id …
         bad_documents.jsonl      one line a document passed over: file, line, fault
         document_ids.arrow       the documents' ids in the source, if they are kept
 

@@ -162,7 +162,7 @@ def test_too_many_bad_documents_say_which_and_what_to_do(
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     options = ("--tokenizer", tokenizer, "--output", tmp_path / "set", "--max-bad", 2)
     error = failed(capsys, tmp_path / "a.jsonl", *options)
-    assert "5 bad documents, more than --max-bad 2" in error
+    assert "3 bad documents, more than --max-bad 2" in error
     assert "a.jsonl:1: no text field (fields: body)" in error
     assert "--text-field" in error
 

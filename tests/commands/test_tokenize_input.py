@@ -85,6 +85,28 @@ def command(tokenizer: Path, tmp_path: Path) -> Command:
     return Command(tokenizer, tmp_path)
 
 
+def test_refused_standard_input_leaves_nothing_that_stands_in_the_way(command: Command) -> None:
+    command.done("-", stdin=CONTENT)
+    code, _, message = command.run("-", stdin=CONTENT * 2, workers=1)
+    assert code == 2
+    assert "1 input files changed: stdin" in message
+    assert not (command.output / ".stdin").exists()
+    assert "is already complete" in command.done("-", stdin=CONTENT)
+    code, _, message = command.run("-", "--stdin-format", "text", stdin=CONTENT, workers=1)
+    assert code == 2
+    assert "1 input files read in another format: stdin" in message
+
+
+def test_standard_input_of_an_unfinished_data_set_stays_when_another_format_is_refused(
+    command: Command,
+) -> None:
+    command.failed("-", "--max-bad", "0", stdin=CONTENT + b"broken\n")
+    message = command.failed("-", "--stdin-format", "text")
+    assert "1 input files read in another format: stdin" in message
+    command.done("-", "--max-bad", "1")
+    assert command.documents() == 60
+
+
 def test_standard_input_is_read_and_its_documents_are_known_by_their_ids(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

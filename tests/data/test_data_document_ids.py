@@ -81,8 +81,19 @@ def test_a_field_that_gives_no_id_at_all_is_an_error(tokenizer_path: Path, tmp_p
     (tmp_path / "corpus" / "c.parquet").unlink()
     with pytest.raises(DataError, match=r"no document has an id .* in the field 'kye'"):
         build(tmp_path / "corpus", tmp_path / "set", tokenizer_path, id_field="kye")
-    assert not (tmp_path / "set" / "manifest.json").exists()
+    assert list((tmp_path / "set").iterdir()) == []  # so nothing was tokenised
     build(tmp_path / "corpus", tmp_path / "set", tokenizer_path, id_field="key")
+
+
+def test_a_note_is_gone_though_its_disk_is_full(tmp_path: Path) -> None:
+    note = document_ids.IdNote(tmp_path, 0)
+    full = open("/dev/full", "wb")  # noqa: SIM115
+    note._stream.close()
+    note._stream = full
+    note.add("an id")
+    note.discard()
+    assert full.closed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_without_the_column_of_ids_names_those_it_has(

@@ -26,9 +26,9 @@ from mamba_dist.commands.bench.data_report import Runs, Turn, document, heading,
 from mamba_dist.commands.bench.data_worker import HF_MAP, MEGATRON, RAW
 from mamba_dist.config.text import write_text
 from mamba_dist.data.manifest import read_manifest
-from mamba_dist.data.preparation.build import sample_texts
 from mamba_dist.data.preparation.documents import BadDocument, read_documents
 from mamba_dist.data.preparation.fast_backends import FAST_BACKENDS, REFERENCE
+from mamba_dist.data.preparation.sampling import sample_texts
 from mamba_dist.data.preparation.sources import DiscoveryOptions, InputFile, discover
 from mamba_dist.data.tokenization import save_tokenizer, train_bpe
 from mamba_dist.errors import DataError

@@ -1,12 +1,10 @@
 """From a corpus to a data set: plan, tokenise units in workers, merge the parts, publish."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
-
-import xxhash
 
 from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import exclusive_lock, hash_file, shared_lock, sync_folder, write_once
@@ -20,16 +18,18 @@ from mamba_dist.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from mamba_dist.data.preparation.crew import Crew
-from mamba_dist.data.preparation.documents import BadDocument, Reading, read_documents
-from mamba_dist.data.preparation.fast_backends import REFERENCE, Encoder, use_one_thread
-from mamba_dist.data.preparation.input_lists import check_bad, counted_bad
+from mamba_dist.data.preparation.bad_documents import check_bad, counted
+from mamba_dist.data.preparation.documents import Reading
+from mamba_dist.data.preparation.fast_backends import REFERENCE, use_one_thread
 from mamba_dist.data.preparation.merge import merge_parts
 from mamba_dist.data.preparation.parity import BackendChoice, choose_backend
+from mamba_dist.data.preparation.part_making import make_parts
 from mamba_dist.data.preparation.part_records import PartRecord
-from mamba_dist.data.preparation.parts import PartSettings, make_part, place_in_unit, tokenize_units
+from mamba_dist.data.preparation.parts import PartSettings
+from mamba_dist.data.preparation.sampling import sample_texts
 from mamba_dist.data.preparation.share import Share, check_all_made
-from mamba_dist.data.preparation.sources import Corpus, InputFile, Unit, cut_units
+from mamba_dist.data.preparation.source_ids import check_has_ids
+from mamba_dist.data.preparation.sources import Corpus, Unit, cut_units
 from mamba_dist.data.preparation.staging import (
     BuildPlan,
     Staging,
@@ -38,6 +38,7 @@ from mamba_dist.data.preparation.staging import (
     open_staging,
     publish,
 )
+from mamba_dist.data.preparation.standard_input import discard_standard_input
 from mamba_dist.data.shard import token_dtype
 from mamba_dist.data.tokenization import (
     Tokenizer,
@@ -46,7 +47,7 @@ from mamba_dist.data.tokenization import (
     save_tokenizer,
     train_bpe,
 )
-from mamba_dist.errors import DataError
+from mamba_dist.errors import ChangedPartError, DataError
 
 DEFAULT_MAX_BAD = 100
 
@@ -156,24 +157,64 @@ def _build(request: BuildRequest, listener: BuildListener) -> BuildResult:
     plan = _plan(request)
     _make_folder(request.output)
     with exclusive_lock(request.output):
-        if (manifest := _complete(request, plan)) is not None:
-            clear_remains(request.output, plan)
-            return BuildResult(manifest, was_complete=True)
-        staging = open_staging(request.output, plan, overwrite=request.overwrite)
-        if request.merge_only:
-            _check_all_made(request, staging)
-        path = _stage_tokenizer(request, staging, listener)
-        tokenizer = given or _load(request, path)
+        try:
+            return _build_locked(request, plan, given=given, listener=listener)
+        finally:
+            # Under the lock, or it might be another build's.
+            discard_standard_input(request.output)
+
+
+def _build_locked(
+    request: BuildRequest, plan: BuildPlan, *, given: Tokenizer | None, listener: BuildListener
+) -> BuildResult:
+    if (manifest := _complete(request, plan)) is not None:
+        clear_remains(request.output, plan)
+        return BuildResult(manifest, was_complete=True)
+    _check_ids(request)
+    # A merge is of parts that tasks have made.
+    keep_own = request.merge_only or not request.overwrite
+    staging = open_staging(request.output, plan, overwrite=request.overwrite, keep_own=keep_own)
+    staging.clear_leftovers()
+    if request.merge_only:
+        _check_all_made(request, staging)
+    path = _stage_tokenizer(request, staging, listener)
+    tokenizer = given or _load(request, path)
+    manifest = _make_all(request, plan, staging, path=path, tokenizer=tokenizer, listener=listener)
+    names = [shard.file for shard in manifest.shards]
+    names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, path.name]
+    names += [DOCUMENT_IDS_NAME] if request.id_field is not None else []
+    publish(request.output, staging, names=names)
+    sync_folder(request.output)
+    write_manifest(request.output, manifest)
+    staging.discard()
+    return BuildResult(manifest, was_complete=False)
+
+
+def _make_all(
+    request: BuildRequest,
+    plan: BuildPlan,
+    staging: Staging,
+    *,
+    path: Path,
+    tokenizer: Tokenizer,
+    listener: BuildListener,
+) -> Manifest:
+    """Makes what is missing and merges all; a damaged part is made again, once."""
+    again: set[int] = set()
+    while True:
         records = _make_parts(request, staging, path, tokenizer=tokenizer, listener=listener)
-        manifest = merge_parts(plan, staging, path, records=records, identity=tokenizer.identity)
-        names = [shard.file for shard in manifest.shards]
-        names += [INPUTS_NAME, BAD_DOCUMENTS_NAME, path.name]
-        names += [DOCUMENT_IDS_NAME] if request.id_field is not None else []
-        publish(request.output, staging, names=names)
-        sync_folder(request.output)
-        write_manifest(request.output, manifest)
-        staging.discard()
-        return BuildResult(manifest, was_complete=False)
+        try:
+            return merge_parts(plan, staging, path, records=records, identity=tokenizer.identity)
+        except ChangedPartError as error:
+            staging.forget(error.unit)
+            if request.merge_only:
+                raise DataError(
+                    f"{error}; it was dropped: run the tasks again, or this without --merge"
+                ) from error
+            if error.unit in again:
+                raise
+            again.add(error.unit)
+            listener.notice(f"{error}; it is made again")
 
 
 def _build_share(request: BuildRequest, share: Share, listener: BuildListener) -> ShareResult:
@@ -189,10 +230,12 @@ def _build_share(request: BuildRequest, share: Share, listener: BuildListener) -
     with shared_lock(request.output):
         if _complete(request, plan) is not None:
             return ShareResult(0, was_complete=True)
+        _check_ids(request)
         staging = open_staging(request.output, plan, overwrite=False, share=share)
         name = f".task-{share.index}-of-{share.count}.lock"
         busy = f"another process is doing task {share}; wait for it to end"
         with exclusive_lock(staging.folder, name=name, busy=busy):
+            staging.clear_leftovers()
             path = _stage_tokenizer(request, staging, listener)
             records = _make_parts(
                 request, staging, path, tokenizer=tokenizer, listener=listener, share=share
@@ -214,28 +257,23 @@ def _complete(request: BuildRequest, plan: BuildPlan) -> Manifest | None:
     return manifest
 
 
+def _reading(request: BuildRequest) -> Reading:
+    return Reading(request.text_field, request.id_field, request.max_record_bytes)
+
+
+def _check_ids(request: BuildRequest) -> None:
+    if request.id_field is not None:
+        check_has_ids(request.corpus.files, _reading(request))
+
+
 def _check_all_made(request: BuildRequest, staging: Staging) -> None:
     units = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
-    finished = staging.finished()
+    finished = staging.finished({unit.index: unit for unit in units})
     missing = [unit.index for unit in units if unit.index not in finished]
     counts = staging.task_counts()
     if not finished:
         staging.discard()
     check_all_made(missing, units=len(units), counts=counts)
-
-
-def sample_texts(
-    files: Iterable[InputFile], *, text_field: str, sample_bytes: int, total_bytes: int
-) -> Iterator[str]:
-    """The texts of good documents, about `sample_bytes` of them, chosen by their content."""
-    limit = 2**64 if total_bytes <= sample_bytes else int(2**64 * sample_bytes / total_bytes)
-    for file in files:
-        for document in read_documents(file, text_field):
-            if isinstance(document, BadDocument):
-                continue
-            for text in document.texts():
-                if limit == 2**64 or xxhash.xxh3_64_intdigest(text.encode()) < limit:
-                    yield text
 
 
 def _load(request: BuildRequest, path: Path) -> Tokenizer:
@@ -292,7 +330,7 @@ def _make_parts(
 ) -> list[PartRecord]:
     every = cut_units(request.corpus.files, unit_bytes=request.unit_bytes)
     units = {unit.index: unit for unit in every if share is None or share.has(unit.index)}
-    finished = {index: part for index, part in staging.finished().items() if index in units}
+    finished = staging.finished(units)
     todo = [unit for unit in units.values() if unit.index not in finished]
     if request.workers == 1:
         use_one_thread()
@@ -307,19 +345,19 @@ def _make_parts(
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
         dtype=token_dtype(tokenizer.vocab_size).name,
-        reading=Reading(request.text_field, request.id_field, request.max_record_bytes),
+        reading=_reading(request),
         train_split=request.train_split,
         batch_documents=request.batch_documents,
         backend=choice.name,
+        max_bad=request.max_bad,
         deduplicate=request.deduplicate,
     )
     listener.started(
         total_bytes=sum(unit.bytes for unit in units.values()),
         done_bytes=sum(units[index].bytes for index in finished),
     )
-    bad = [found for index in finished for found in counted_bad(units[index], finished[index])]
-    check_bad(bad, request.max_bad)
-    records = _records(
+    bad = check_bad(staging.parts, units, finished.values(), max_bad=request.max_bad)
+    records = make_parts(
         request.workers,
         todo,
         settings,
@@ -333,35 +371,10 @@ def _make_parts(
             for record in together:
                 finished[record.unit] = record
                 listener.advanced(units[record.unit], record)
-                bad += counted_bad(units[record.unit], record)
-            check_bad(bad, request.max_bad)
+                bad += counted(record.faults)
+            if bad > request.max_bad:
+                check_bad(staging.parts, units, finished.values(), max_bad=request.max_bad)
     return [finished[index] for index in units]
-
-
-def _records(
-    workers: int,
-    todo: list[Unit],
-    settings: PartSettings,
-    *,
-    encoder: Encoder,
-    staging: Staging,
-    notice: Callable[[str], None],
-) -> Generator[list[PartRecord]]:
-    """Makes the parts, in any order; those that come together are to be committed together.
-
-    One worker is this process, since a process more would import and load everything again: half a
-    second. If this process dies of a document, the next run has a crew, which says which it was.
-    """
-    if workers == 1 and not staging.died_at_work():
-        with staging.at_work():
-            for unit in todo:
-                yield [make_part(unit, settings, encoder=encoder)]
-        return
-    if workers == 1:
-        notice("an earlier run died at its work, so this one does it in a process of its own")
-    count = min(workers, len(todo))
-    with Crew(tokenize_units, settings, count=count, place=place_in_unit, notice=notice) as crew:
-        yield from crew.answers(todo)
 
 
 def _choose(

@@ -127,7 +127,7 @@ class Crew:
         idle = list(self._posts)
         while waiting or busy:
             while idle and waiting:
-                post, attempt = idle.pop(), waiting.popleft()
+                post, attempt = self._alive(idle.pop()), waiting.popleft()
                 busy[post.worker.connection] = post, attempt
                 _send(post, attempt)
             answers: list[Any] = []
@@ -161,6 +161,16 @@ class Crew:
                 f"cannot start a worker process: {error.strerror or error}; give fewer --workers"
             ) from error
         return _Post(worker, trace)
+
+    def _alive(self, post: _Post) -> _Post:
+        """A post whose worker did not die while it had nothing to do, which no task is to blame
+        for. One that never began shows itself at its first task.
+        """
+        if post.worker.process.is_alive() or not post.trace.is_ready:
+            return post
+        end = post.worker.describe_end()
+        self._notice(f"a worker died between two tasks ({end}); another is started")
+        return self._replace(post)
 
     def _replace(self, dead: _Post) -> _Post:
         stop_workers([dead.worker])

@@ -1,39 +1,60 @@
-"""inputs.jsonl and bad_documents.jsonl: what each input file gave, by the records of its slices;
-and how many of its documents may be bad.
-"""
+"""inputs.jsonl and bad_documents.jsonl: what each input file gave, by the records of its slices."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from mamba_dist.data.durable import hash_file, write_durably
+from mamba_dist.data.durable import hash_file
 from mamba_dist.data.manifest import BAD_DOCUMENTS_NAME, INPUTS_NAME
-from mamba_dist.data.preparation.documents import BadDocument, lines_before
+from mamba_dist.data.preparation.bad_documents import read_bad
+from mamba_dist.data.preparation.documents import BadDocument
 from mamba_dist.data.preparation.part_records import PartRecord
-from mamba_dist.data.preparation.sources import InputSlice, Unit
-from mamba_dist.errors import DataError
-
-_NAMED_BAD = 5
+from mamba_dist.data.preparation.sources import InputFile
 
 
 @dataclass(frozen=True)
 class InputLists:
-    """`inputs_sha256` is inputs.jsonl's; the lines of the bad documents are those of the file."""
+    """`inputs_sha256` is inputs.jsonl's; `bad` documents are listed, this is the `first` of them,
+    with its line in the file.
+    """
 
     inputs_sha256: str
-    bad: list[BadDocument]
+    bad: int
+    first: BadDocument | None
 
 
-def write_lists(folder: Path, records: Sequence[PartRecord]) -> InputLists:
-    """Writes both lists, of the records of all units in order."""
-    inputs = "".join(json.dumps(line) + "\n" for line in _input_lines(records))
-    write_durably(folder / INPUTS_NAME, inputs.encode())
-    bad = list(_bad_documents(records))
-    listed = "".join(json.dumps(vars(document)) + "\n" for document in bad)
-    write_durably(folder / BAD_DOCUMENTS_NAME, listed.encode())
-    return InputLists(hash_file(folder / INPUTS_NAME).sha256, bad)
+def write_lists(
+    folder: Path, parts: Path, records: Sequence[PartRecord], *, files: Sequence[InputFile]
+) -> InputLists:
+    """Writes both lists into `folder`, of the records of all units in order, whose parts lie in
+    `parts`; `files` are what the units were cut from.
+
+    Raises:
+        ChangedPartError: a part is not what was journalled.
+    """
+    inputs = (
+        line | {"format": file.format, "compression": file.compression}
+        for line, file in zip(_input_lines(records), files, strict=True)
+    )
+    _write_lines(folder / INPUTS_NAME, inputs)
+    listed = _bad_documents(parts, records)
+    _write_lines(folder / BAD_DOCUMENTS_NAME, map(vars, listed))
+    return InputLists(
+        hash_file(folder / INPUTS_NAME).sha256,
+        sum(sum(record.faults.values()) for record in records),
+        next(_bad_documents(parts, records), None),
+    )
+
+
+def _write_lines(path: Path, lines: Iterable[object]) -> None:
+    with path.open("wb") as stream:
+        for line in lines:
+            stream.write(json.dumps(line).encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _input_lines(records: Sequence[PartRecord]) -> Iterator[dict[str, str | int]]:
@@ -52,42 +73,13 @@ def _input_lines(records: Sequence[PartRecord]) -> Iterator[dict[str, str | int]
         yield line
 
 
-def _bad_documents(records: Sequence[PartRecord]) -> Iterator[BadDocument]:
+def _bad_documents(parts: Path, records: Sequence[PartRecord]) -> Iterator[BadDocument]:
     lines = 0
     for record in records:
-        bad = iter(record.bad)
+        bad = read_bad(parts, record)
         for file in record.files:
             if file.xxh3 is not None:
                 lines = 0
             for document in islice(bad, file.bad):
                 yield replace(document, line=document.line + lines)
             lines += file.lines
-
-
-def counted_bad(unit: Unit, record: PartRecord) -> list[tuple[InputSlice, BadDocument]]:
-    """The bad documents that count, each with the slice from whose beginning its line counts."""
-    slices = (
-        piece
-        for piece, file in zip(unit.slices, record.files, strict=True)
-        for _ in range(file.bad)
-    )
-    found = zip(slices, record.bad, strict=True)
-    return [(piece, document) for piece, document in found if document.fault != "empty"]
-
-
-def check_bad(bad: Sequence[tuple[InputSlice, BadDocument]], max_bad: int) -> None:
-    """Nothing, if no more than `max_bad` documents are bad.
-
-    Raises:
-        DataError: there are more; some of them are named by file and line.
-    """
-    if len(bad) > max_bad:
-        named = [
-            replace(document, line=document.line + lines_before(piece))
-            for piece, document in bad[:_NAMED_BAD]
-        ]
-        listed = "".join(f"\n  {document}" for document in named)
-        raise DataError(
-            f"{len(bad)} bad documents, more than --max-bad {max_bad}; among them:{listed}\n"
-            "mend or --exclude these files, check --text-field, or allow more by --max-bad"
-        )

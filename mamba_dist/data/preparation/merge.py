@@ -50,16 +50,17 @@ def merge_parts(
 
     Raises:
         DataError: no documents, or too few for both splits (then the staging folder is gone); a
-        part changed since it was journalled; a shard cannot be written.
+        shard cannot be written.
+        ChangedPartError: a part changed since it was journalled.
     """
     settings = plan.settings
     if staging.shards.exists():
         shutil.rmtree(staging.shards)
     staging.shards.mkdir()
-    lists = write_lists(staging.shards, records)
+    lists = write_lists(staging.shards, staging.parts, records, files=plan.files)
     if sum(record.documents for record in records) == 0:
         staging.discard()
-        raise DataError(_no_documents(records, lists.bad))
+        raise DataError(_no_documents(records, lists.first))
     dtype = token_dtype(identity.vocab_size).name
     kept, duplicates = _choose_documents(staging, records) if settings.deduplicate else (None, None)
     shards = _write_shards(
@@ -87,7 +88,7 @@ def merge_parts(
             files=len(plan.files),
             bytes=sum(file.bytes for file in plan.files),
             documents=sum(record.documents for record in records),
-            bad_documents=len(lists.bad),
+            bad_documents=lists.bad,
             text_bytes=sum(record.text_bytes for record in records),
             sha256=lists.inputs_sha256,
             ids_sha256=ids_sha256,
@@ -174,18 +175,15 @@ def _write_ids(staging: Staging, records: list[PartRecord], id_field: str | None
     if id_field is None:
         return None
     notes = [(record.unit, record.ids_xxh3) for record in records]
-    try:
-        write_document_ids(staging.shards, staging.parts, notes, id_field=id_field)
-    except DataError:
-        staging.discard()
-        raise
+    write_document_ids(staging.shards, staging.parts, notes, id_field=id_field)
     return hash_file(staging.shards / DOCUMENT_IDS_NAME).sha256
 
 
-def _no_documents(records: list[PartRecord], bad: list[BadDocument]) -> str:
+def _no_documents(records: list[PartRecord], first: BadDocument | None) -> str:
     files = sum(file.xxh3 is not None for record in records for file in record.files)
-    faults = ", ".join(f"{count} {fault}" for fault, count in Counter(b.fault for b in bad).items())
+    counts = sum((Counter(record.faults) for record in records), Counter[str]())
+    faults = ", ".join(f"{count} {fault}" for fault, count in counts.items())
     return (
         f"no usable document in {files} files ({faults or 'all files are empty'}); the first: "
-        f"{bad[0] if bad else records[0].files[0].name}"
+        f"{first or records[0].files[0].name}"
     )

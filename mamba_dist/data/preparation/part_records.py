@@ -2,7 +2,8 @@
 
 The unit's ids end to end (little-endian, EOS after each document), then one int64 length and one
 uint8 split (0 train, 1 val) for each document; if duplicates are to go, then three uint64 for each:
-both halves of its text's hash, and the text's bytes. Its counts and hash stand in the journal.
+both halves of its text's hash, and the text's bytes. The bad documents come last, a line of JSON
+each. Its counts and hash stand in the journal.
 """
 
 import dataclasses
@@ -15,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mamba_dist.data.durable import quick_hash
-from mamba_dist.data.preparation.documents import BadDocument
-from mamba_dist.errors import DataError
+from mamba_dist.data.preparation.sources import Unit
+from mamba_dist.errors import ChangedPartError
 
 _KEY_BYTES = 24
 _BLOCK_DOCUMENTS = 1 << 16
@@ -25,7 +26,8 @@ _BLOCK_TOKENS = 4 << 20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one slice of an input file gave; `name`, `bytes` and `xxh3` are the file's.
+    """What one slice of an input file gave; `name`, `bytes` and `xxh3` are the file's, the slice is
+    its bytes from `start_bytes` to before `stop_bytes`.
 
     `xxh3` stands with the file's first slice alone. `bad` of the unit's bad documents are this
     slice's, and `lines` is how many lines (rows) begin in it.
@@ -33,6 +35,8 @@ class FileRecord:
 
     name: str
     bytes: int
+    start_bytes: int
+    stop_bytes: int
     xxh3: str | None
     documents: int
     lines: int
@@ -41,8 +45,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A committed part; one journal line. Lines of bad documents are counted from their slice's
-    beginning. `ids_xxh3` is of the note of the documents' ids, where they are kept."""
+    """A committed part; one journal line.
+
+    `faults` counts the bad documents of each kind, whose lines take the part's last `bad_bytes`.
+    `ids_xxh3` is of the note of the documents' ids, where they are kept.
+    """
 
     unit: int
     documents: int
@@ -51,7 +58,8 @@ class PartRecord:
     bytes: int
     xxh3: str
     files: tuple[FileRecord, ...]
-    bad: tuple[BadDocument, ...]
+    faults: dict[str, int]
+    bad_bytes: int
     ids_xxh3: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -62,8 +70,16 @@ class PartRecord:
     def from_json(line: dict[str, Any]) -> "PartRecord":
         """The record of a journal line."""
         files = tuple(FileRecord(**file) for file in line["files"])
-        bad = tuple(BadDocument(**document) for document in line["bad"])
-        return PartRecord(**{**line, "files": files, "bad": bad})
+        return PartRecord(**{**line, "files": files})
+
+    def is_of(self, unit: Unit) -> bool:
+        """Whether the part was made of this very unit."""
+        made = [(file.name, file.bytes, file.start_bytes, file.stop_bytes) for file in self.files]
+        wanted = [
+            (piece.file.name, piece.file.bytes, piece.start_bytes, piece.stop_bytes)
+            for piece in unit.slices
+        ]
+        return (self.unit, made) == (unit.index, wanted)
 
 
 def part_path(folder: Path, unit: int) -> Path:
@@ -85,8 +101,9 @@ def read_keys(folder: Path, record: PartRecord) -> npt.NDArray[np.uint64]:
     hashes, and their bytes.
     """
     with part_path(folder, record.unit).open("rb") as stream:
-        stream.seek(record.bytes - record.documents * _KEY_BYTES)
-        data = stream.read()
+        size = record.documents * _KEY_BYTES
+        stream.seek(record.bytes - record.bad_bytes - size)
+        data = stream.read(size)
     return np.frombuffer(data, dtype="<u8").reshape(-1, 3)
 
 
@@ -94,13 +111,11 @@ def read_part(folder: Path, record: PartRecord, *, dtype: str) -> Iterator[PartB
     """The part of a journal line, some megabytes at a time; a longer document is mapped, alone.
 
     Raises:
-        DataError: the file is not the one that was journalled.
+        ChangedPartError: the file is not the one that was journalled.
     """
     path = part_path(folder, record.unit)
     if not path.is_file() or quick_hash(path) != record.xxh3:
-        raise DataError(
-            f"{path} changed since it was written; start over with --overwrite, and check the disk"
-        )
+        raise ChangedPartError(path, record.unit)
     item = np.dtype(dtype).newbyteorder("<")
     lengths_at = record.tokens * item.itemsize
     splits_at = lengths_at + 8 * record.documents

@@ -19,8 +19,9 @@ import xxhash
 
 from mamba_dist.data.document_ids import IdNote
 from mamba_dist.data.durable import quick_hash, sync_folder, unique_sibling
+from mamba_dist.data.preparation.bad_documents import BadSpool
 from mamba_dist.data.preparation.crew import Attempt, Station
-from mamba_dist.data.preparation.deduplication import Halves, halves_of, hash_text
+from mamba_dist.data.preparation.deduplication import Halves, hash_text
 from mamba_dist.data.preparation.documents import (
     BadDocument,
     Document,
@@ -38,7 +39,8 @@ from mamba_dist.data.preparation.long_texts import (
     exact_cuts,
 )
 from mamba_dist.data.preparation.part_records import FileRecord, PartRecord, part_path
-from mamba_dist.data.preparation.sources import InputSlice, Unit
+from mamba_dist.data.preparation.passing_text import PassingText, split_digest
+from mamba_dist.data.preparation.sources import InputSlice, Unit, unreadable
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 
@@ -49,7 +51,6 @@ _UNCUT_SHARE = 16
 _COPIED_BYTES = 1 << 20
 
 Note = Callable[[int, int, int, int], None]
-_SPLIT_SEED = 0x6D616D6261
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,8 @@ class PartSettings:
     train_split: float
     batch_documents: int
     backend: str
+    max_bad: int
     deduplicate: bool = False
-
-
-def split_digest(text: bytes) -> int:
-    """What tells a document's split: its content alone, so equal texts never part."""
-    return xxhash.xxh3_64_intdigest(text, seed=_SPLIT_SEED)
 
 
 def tokenize_units(connection: Connection, station: Station) -> None:
@@ -99,6 +96,12 @@ def _answer(
         return make_part(unit, settings, encoder=encoder, note=note)
     except DataError as error:
         return WorkerFailure(str(error))
+    except OSError as error:
+        where = error.filename or settings.folder
+        return WorkerFailure(
+            f"{where}: {error.strerror or error}; mend that and run the same command again to "
+            "continue"
+        )
 
 
 def place_in_unit(unit: Unit, numbers: Sequence[int]) -> str:
@@ -131,7 +134,8 @@ def make_part(
     before (line 0: none yet), then the last two are 0.
 
     Raises:
-        DataError: an input is damaged, the tokenizer gives impossible ids, or the disk is full.
+        DataError: an input is damaged or has too many bad documents, the tokenizer gives
+        impossible ids, or the disk is full.
     """
     final = part_path(Path(settings.folder), unit.index)
     staged = unique_sibling(final)
@@ -180,7 +184,6 @@ class _PartWriter:
         # Tokens of the document whose pieces are in work.
         self._open_tokens = 0
         self._files: list[FileRecord] = []
-        self._bad: list[BadDocument] = []
         self._ids: IdNote | None = None
 
     def write(self, stream: BinaryIO) -> None:
@@ -190,14 +193,16 @@ class _PartWriter:
             self._spool() as self._lengths,
             self._spool() as self._splits,
             self._spool() as self._keys,
+            self._spool() as bad,
         ):
+            self._bad = BadSpool(bad, max_bad=self._settings.max_bad)
             for group in self._groups():
                 ids, lengths = self._encoder.encode_flat([piece.text for piece in group])
                 self._check_ids(ids)
                 is_last = np.array([piece.is_last for piece in group])
                 self._put(stream, self._with_eos(ids, lengths, is_last))
                 self._put_lengths(lengths + is_last, is_last)
-            for spool in (self._lengths, self._splits, self._keys):
+            for spool in (self._lengths, self._splits, self._keys, bad):
                 spool.seek(0)
                 while block := spool.read(_COPIED_BYTES):
                     self._put(stream, np.frombuffer(block, dtype=np.uint8))
@@ -213,7 +218,8 @@ class _PartWriter:
             bytes=self._bytes,
             xxh3=self._hash.hexdigest(),
             files=tuple(self._files),
-            bad=tuple(self._bad),
+            faults=dict(self._bad.faults),
+            bad_bytes=self._bad.bytes,
         )
 
     def close(self) -> None:
@@ -285,10 +291,10 @@ class _PartWriter:
             self._slice = number
             self._note(number, 0, 0, 0)
             reader = SliceReader(source, self._settings.reading)
-            documents, bad = self._documents, len(self._bad)
+            documents, bad = self._documents, self._bad.faults.total()
             for document in reader:
                 if isinstance(document, BadDocument):
-                    self._bad.append(document)
+                    self._bad.add(source, document)
                 elif isinstance(document, Document) and len(document.text) <= LONG_CHARACTERS:
                     text = document.text.encode()
                     halves = hash_text(text) if self._settings.deduplicate else None
@@ -296,18 +302,15 @@ class _PartWriter:
                     yield _Piece(document.text, document.line, is_last=True)
                 else:
                     yield from self._long(source, document)
-            self._files.append(
-                _describe(
-                    source, reader, documents=self._documents - documents, bad=len(self._bad) - bad
-                )
-            )
+            documents, bad = self._documents - documents, self._bad.faults.total() - bad
+            self._files.append(_describe(source, reader, documents=documents, bad=bad))
 
     def _long(self, source: InputSlice, document: Document | LongDocument) -> Iterator[_Piece]:
         """The pieces of a long document; nothing, and a bad document, if it cannot be cut."""
         settings = self._settings
         most = settings.reading.max_record_bytes // _UNCUT_SHARE
         cuts = exact_cuts(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
-        passing = _PassingText(document)
+        passing = PassingText(document)
         try:
             for _ in cut_text(passing, cuts, most_characters=most):
                 pass
@@ -316,7 +319,8 @@ class _PartWriter:
                 f"{most:,} characters without a place where this tokenizer's ids allow a cut; see "
                 "--max-record-bytes"
             )
-            self._bad.append(BadDocument(source.file.name, document.line, "too long", detail))
+            bad = BadDocument(source.file.name, document.line, "too long", detail)
+            self._bad.add(source, bad)
             return
         halves = passing.halves if settings.deduplicate else None
         self._keep(document, passing.digest, halves, text_bytes=passing.bytes)
@@ -347,40 +351,25 @@ class _PartWriter:
             self._ids.add(document.source_id)
 
 
-class _PassingText:
-    """A text's strings, hashed as they pass by."""
-
-    def __init__(self, document: Document | LongDocument) -> None:
-        self._document = document
-        self._hash, self._long_hash = xxhash.xxh3_64(seed=_SPLIT_SEED), xxhash.xxh3_128()
-        self.bytes = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._document.texts():
-            encoded = text.encode()
-            self._hash.update(encoded)
-            self._long_hash.update(encoded)
-            self.bytes += len(encoded)
-            yield text
-
-    @property
-    def digest(self) -> int:
-        """Of the text so far: what tells its split."""
-        return self._hash.intdigest()
-
-    @property
-    def halves(self) -> Halves:
-        """Of the text so far: what tells it from others."""
-        return halves_of(self._long_hash.intdigest())
-
-
 def _describe(source: InputSlice, reader: SliceReader, *, documents: int, bad: int) -> FileRecord:
     file, path = source.file, Path(source.file.path)
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(file.path, error) from error
     if (status.st_size, status.st_mtime_ns) != (file.bytes, file.changed_at_ns):
         raise has_changed(file)
     xxh3 = None
     if source.start_bytes == 0:
         # A file of several slices is read once more by the first.
         xxh3 = reader.xxh3 or quick_hash(path)
-    return FileRecord(file.name, file.bytes, xxh3, documents, reader.lines, bad)
+    return FileRecord(
+        file.name,
+        file.bytes,
+        source.start_bytes,
+        source.stop_bytes,
+        xxh3,
+        documents,
+        reader.lines,
+        bad,
+    )

@@ -18,9 +18,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
@@ -35,8 +38,12 @@ from mamba_dist.data.manifest import (
 )
 from mamba_dist.data.packing_plan import PLAN_PATTERN
 from mamba_dist.data.preparation.part_records import PartRecord, part_path
+from mamba_dist.data.preparation.plan_differences import (
+    input_differences,
+    setting_differences,
+)
 from mamba_dist.data.preparation.share import Share
-from mamba_dist.data.preparation.sources import InputFile
+from mamba_dist.data.preparation.sources import InputFile, Unit
 from mamba_dist.data.shard import check_size
 from mamba_dist.data.shard_index import INDEX_NAME
 from mamba_dist.errors import DataError
@@ -52,7 +59,6 @@ _OURS = (
     "tokenizer.*",
     PLAN_PATTERN,
 )
-_NAMED_DIFFERENCES = 3
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,13 @@ class BuildPlan:
     files: tuple[InputFile, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of plan.json; a file is known by name, size and time of change."""
-        inputs = [[file.name, file.bytes, file.changed_at_ns] for file in self.files]
+        """The content of plan.json; a file is known by name, size, time of change and how it is
+        read.
+        """
+        inputs = [
+            [file.name, file.bytes, file.changed_at_ns, file.format, file.compression]
+            for file in self.files
+        ]
         return {
             "settings": self.settings.to_json(),
             "unit_bytes": self.unit_bytes,
@@ -83,15 +94,43 @@ class Staging:
         whose = "" if share is None else f"-{share.index}-of-{share.count}"
         self._journal = folder / f"journal{whose}.jsonl"
         self._at_work = folder / f"at_work{whose}"
+        self._share = share
 
-    def finished(self) -> dict[int, PartRecord]:
-        """The committed parts by unit, whoever made them. What cannot be read was cut short by a
-        crash, or is being written, and counts as not made.
+    def finished(self, units: Mapping[int, Unit]) -> dict[int, PartRecord]:
+        """The committed parts of `units`, whoever made them. What cannot be read was cut short by a
+        crash, or is being written, and counts as not made, as does what is of other slices.
         """
         journals = sorted(self.folder.glob("journal*.jsonl"))
         lines = [line for journal in journals for line in journal.read_bytes().split(b"\n")]
         records = [record for line in lines if (record := _read_line(line)) is not None]
-        return {record.unit: record for record in records if self._has_part(record)}
+        return {
+            record.unit: record
+            for record in records
+            if record.unit in units and record.is_of(units[record.unit]) and self._has_part(record)
+        }
+
+    def forget(self, unit: int) -> None:
+        """Has a unit made again, since its part is damaged."""
+        part_path(self.parts, unit).unlink(missing_ok=True)
+
+    def clear_leftovers(self) -> None:
+        """Removes what killed processes left half-written; of a task, in its own share.
+
+        To be called under the lock that keeps others off these units.
+        """
+        leftovers = [
+            path
+            for path in self.parts.glob(".unit-*.partial")
+            if self._share is None or self._share.has(int(path.name[6:14]))
+        ]
+        # Looked for after the files: a task of units shared out otherwise may be at one of these.
+        if self._share is not None and any(
+            not path.name.endswith(f"-of-{self._share.count}.lock")
+            for path in self.folder.glob(".task-*.lock")
+        ):
+            return
+        for path in leftovers:
+            path.unlink(missing_ok=True)
 
     def commit(self, records: Sequence[PartRecord]) -> None:
         """Notes finished parts; after this they are never made again."""
@@ -111,12 +150,20 @@ class Staging:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Leaves a mark while parts are made in this very process, which a sudden death leaves."""
+        """Leaves a mark while parts are made in this very process, which a sudden death leaves.
+
+        SIGTERM is none: a cluster sends it to whom it wants to end.
+        """
         self._at_work.touch()
         try:
-            yield
+            with self._unmarked_by_sigterm():
+                yield
         finally:
-            self._at_work.unlink(missing_ok=True)
+            self.unmark()
+
+    def unmark(self) -> None:
+        """Forgets that a process died at its work."""
+        self._at_work.unlink(missing_ok=True)
 
     def died_at_work(self) -> bool:
         """Whether an earlier process died while it made parts itself."""
@@ -139,6 +186,24 @@ class Staging:
         """Removes the folder."""
         shutil.rmtree(self.folder)
 
+    @contextlib.contextmanager
+    def _unmarked_by_sigterm(self) -> Iterator[None]:
+        is_ours = threading.current_thread() is threading.main_thread()
+        if not is_ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            yield
+            return
+
+        def end(number: int, _: FrameType | None) -> None:
+            self.unmark()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+        signal.signal(signal.SIGTERM, end)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def _has_part(self, record: PartRecord) -> bool:
         path = part_path(self.parts, record.unit)
         return path.is_file() and path.stat().st_size == record.bytes
@@ -160,9 +225,14 @@ def _line_break_before(stream: BinaryIO) -> bytes:
 
 
 def open_staging(
-    output: Path, plan: BuildPlan, *, overwrite: bool, share: Share | None = None
+    output: Path,
+    plan: BuildPlan,
+    *,
+    overwrite: bool,
+    keep_own: bool = True,
+    share: Share | None = None,
 ) -> Staging:
-    """The staging folder of a plan, new or as others left it.
+    """The staging folder of a plan, new or as others left it (if `keep_own`).
 
     Raises:
         DataError: the output folder holds an unfinished build of another plan (and not
@@ -173,9 +243,9 @@ def open_staging(
     with exclusive_lock(output, name=".opening.lock", wait=True):
         _refuse_foreign_files(output)
         for other in sorted(output.glob(_PREFIX + "*")):
-            if other == folder:
+            if other == folder and keep_own:
                 continue
-            if not overwrite:
+            if other != folder and not overwrite:
                 raise DataError(
                     f"{output} holds an unfinished data set made with other settings or inputs "
                     f"({_differences_from(other, plan)}); run the earlier command again to finish "
@@ -212,14 +282,17 @@ def check_same_build(output: Path, manifest: Manifest, *, plan: BuildPlan) -> No
     """
     for shard in manifest.shards:
         check_size(output / shard.file, shard)
-    made = [[line["name"], line["bytes"], line["xxh3"]] for line in _read_inputs(output, manifest)]
-    found = [[file.name, file.bytes] for file in plan.files]
-    differences = _setting_differences(asdict(manifest.settings), asdict(plan.settings))
-    if not differences and found == [entry[:2] for entry in made]:
-        found = [[file.name, file.bytes, quick_hash(Path(file.path))] for file in plan.files]
-        differences = _input_differences(made, found)
-    elif found != [entry[:2] for entry in made]:
-        differences += _input_differences([entry[:2] for entry in made], found)
+    made = [
+        [line.get(key) for key in ("name", "bytes", "xxh3", "format", "compression")]
+        for line in _read_inputs(output, manifest)
+    ]
+    found = [[file.name, file.bytes, None, file.format, file.compression] for file in plan.files]
+    differences = setting_differences(asdict(manifest.settings), asdict(plan.settings))
+    differences += input_differences(made, found)
+    if not differences:
+        for entry, file in zip(found, plan.files, strict=True):
+            entry[2] = quick_hash(Path(file.path))
+        differences = input_differences(made, found)
     if differences:
         raise DataError(
             f"{output} holds a finished data set made otherwise ({'; '.join(differences)}); give "
@@ -236,7 +309,7 @@ def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     # Or a power cut might keep the manifest and lose its shards.
     sync_folder(output)
-    for pattern in (*_OURS, f".{MANIFEST_NAME}.*.partial"):
+    for pattern in (*_OURS, f".{MANIFEST_NAME}.*.partial", f".{INDEX_NAME}.*.partial"):
         for old in output.glob(pattern):
             old.unlink()
     for name in names:
@@ -278,35 +351,17 @@ def _differences_from(folder: Path, plan: BuildPlan) -> str:
         settings = BuildSettings(**other["settings"])
     except (OSError, ValueError, TypeError, KeyError):
         return f"{folder.name} has no readable plan"
-    differences = _setting_differences(asdict(settings), asdict(plan.settings))
-    differences += _input_differences(other["inputs"], content["inputs"])
+    differences = setting_differences(asdict(settings), asdict(plan.settings))
+    differences += input_differences(other["inputs"], content["inputs"])
     if other["unit_bytes"] != content["unit_bytes"]:
         differences.append(f"unit_bytes was {other['unit_bytes']}, is {content['unit_bytes']}")
-    return "; ".join(differences)
+    return "; ".join(differences) or "by another version of this program"
 
 
-def _setting_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{key} was {before.get(key)!r}, is {now[key]!r}"
-        for key in now
-        if before.get(key) != now[key]
-    ]
-
-
-def _input_differences(before: Sequence[list[Any]], now: Sequence[list[Any]]) -> list[str]:
-    old = {entry[0]: entry[1:] for entry in before}
-    new = {entry[0]: entry[1:] for entry in now}
-    changes = {
-        "added": [name for name in new if name not in old],
-        "removed": [name for name in old if name not in new],
-        "changed": [name for name in new if name in old and new[name] != old[name]],
-    }
-    found = [
-        f"{len(names)} input files {what}: {', '.join(names[:_NAMED_DIFFERENCES])}"
-        + " …" * (len(names) > _NAMED_DIFFERENCES)
-        for what, names in changes.items()
-        if names
-    ]
-    if not found and list(before) != list(now):
-        found = ["the input files come in another order"]
-    return found
+def unfinished_inputs(output: Path) -> set[str]:
+    """The names of the inputs of the unfinished data sets in a folder."""
+    names: set[str] = set()
+    for path in output.glob(f"{_PREFIX}*/plan.json"):
+        with contextlib.suppress(ValueError, KeyError):
+            names.update(entry[0] for entry in json.loads(path.read_bytes())["inputs"])
+    return names

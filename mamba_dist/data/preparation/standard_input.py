@@ -2,7 +2,8 @@
 interrupted run reads it again.
 
 It lies in the output folder as `.stdin` until the data set is finished. Piping the same bytes again
-finds it and continues; so does the same command with nothing in the pipe, or at a terminal.
+finds it and continues; so does the same command with nothing in the pipe, or at a terminal. What no
+unfinished data set is made of, since the build was refused, gives way to other input.
 """
 
 import os
@@ -15,6 +16,7 @@ import xxhash
 
 from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder
 from mamba_dist.data.preparation.sources import Compression, InputFile
+from mamba_dist.data.preparation.staging import unfinished_inputs
 from mamba_dist.errors import DataError
 
 NAME = "stdin"
@@ -59,8 +61,15 @@ def keep_standard_input(
 
 
 def discard_standard_input(output: Path) -> None:
-    """Removes what was kept, once it is a data set."""
-    (output / _KEPT).unlink(missing_ok=True)
+    """Removes what was kept, unless an unfinished data set is made of it. To be called under the
+    folder's lock.
+    """
+    if not _is_needed(output):
+        (output / _KEPT).unlink(missing_ok=True)
+
+
+def _is_needed(output: Path) -> bool:
+    return NAME in unfinished_inputs(output)
 
 
 def _blocks(stream: BinaryIO) -> Iterator[bytes]:
@@ -81,7 +90,7 @@ def _keep(blocks: Iterator[bytes], kept: Path, *, overwrite: bool) -> None:
             os.fsync(target.fileno())
         if kept.exists() and quick_hash(kept) == hashed.hexdigest():
             return  # its time of change, by which the plan of a build knows it, stays
-        if kept.exists() and not overwrite:
+        if kept.exists() and not overwrite and _is_needed(kept.parent):
             raise DataError(
                 f"{kept.parent} holds an unfinished data set made of other standard input; pipe "
                 "that in again to finish it, or add --overwrite to start over"

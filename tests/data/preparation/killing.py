@@ -55,13 +55,26 @@ class _Counter:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class _Listener(SilentListener):
+    def __init__(self, output: Path) -> None:
+        super().__init__()
+        self.leftovers = 0
+        self._output = output
+
+    def started(self, *, total_bytes: int, done_bytes: int) -> None:
+        self.leftovers = len(list(self._output.glob(".partial-*/parts/.unit*")))
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a build ended. `units` and `changes` are None if it was killed."""
+    """How a build ended. `units`, `changes` and `leftovers`, the half-written parts that lay there
+    when the work began, are None if it was killed.
+    """
 
     killed: bool
     units: int | None
     changes: int | None
+    leftovers: int | None
 
 
 class BuildServer:
@@ -91,7 +104,8 @@ class BuildServer:
         answer = json.loads(self._process.stdout.readline())
         if answer["status"] not in (0, signal.SIGKILL):
             raise AssertionError(answer)
-        return Outcome(answer["status"] == signal.SIGKILL, answer["units"], answer["changes"])
+        killed = answer["status"] == signal.SIGKILL
+        return Outcome(killed, answer["units"], answer["changes"], answer["leftovers"])
 
 
 @contextmanager
@@ -123,20 +137,25 @@ def _serve() -> None:
         with os.fdopen(reader) as stream:
             said = stream.read()
         _, status = os.waitpid(child, 0)
-        answer = json.loads(said) if said else {"units": None, "changes": None}
+        answer = json.loads(said) if said else {"units": None, "changes": None, "leftovers": None}
         print(json.dumps({"status": status, **answer}), flush=True)
 
 
 def _build(order: dict[str, Any], writer: int) -> None:
     corpus, output, tokenizer = map(Path, order["arguments"])
-    listener = SilentListener()
+    listener = _Listener(output)
     counter = _Counter(str(output), order["kill_at"])
     request = make_request(corpus, output, tokenizer, **order["options"])
     if order["share"]:
         build_share(request, parse_share(order["share"]), listener)
     else:
         build_dataset(request, listener)
-    os.write(writer, json.dumps({"units": listener.units, "changes": counter.changes}).encode())
+    said = {
+        "units": listener.units,
+        "changes": counter.changes,
+        "leftovers": listener.leftovers,
+    }
+    os.write(writer, json.dumps(said).encode())
     os._exit(0)
 
 

@@ -1,7 +1,10 @@
 import gzip
 import json
 import os
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,13 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.durable import quick_hash
+from mamba_dist.data.preparation.crew import Attempt, Station, Trace
 from mamba_dist.data.preparation.documents import Reading
 from mamba_dist.data.preparation.fast_backends import REFERENCE
-from mamba_dist.data.preparation.parts import PartSettings, make_part
+from mamba_dist.data.preparation.parts import PartSettings, make_part, tokenize_units
 from mamba_dist.data.preparation.sources import DiscoveryOptions, cut_units, discover
 from mamba_dist.data.tokenization import FlatIds, load_tokenizer
+from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 
 
@@ -284,6 +289,80 @@ def test_an_input_that_changes_during_the_build_is_named(
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
+class Remover(Rewriter):
+    """Removes a file once the build has begun to read it."""
+
+    def started(self, *, total_bytes: int, done_bytes: int) -> None:
+        self._path.unlink()
+
+
+def test_an_input_that_vanishes_is_named_and_no_disk_is_called_full(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, made_texts(40))
+    with pytest.raises(DataError, match=r"^cannot read .*a.jsonl: No such file"):
+        build(path, tmp_path / "set", tokenizer_path, listener=Remover(path))
+
+
+def part_settings(folder: Path) -> PartSettings:
+    return PartSettings(
+        folder=str(folder),
+        tokenizer="",
+        eos_token="",
+        eos_id=0,
+        vocab_size=350,
+        dtype="uint16",
+        reading=Reading("text", id_field="id"),
+        train_split=0.5,
+        batch_documents=10,
+        backend=REFERENCE,
+        max_bad=0,
+    )
+
+
+class Vanishing:
+    """Encodes, and the file is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def encode_flat(self, texts: Sequence[str]) -> FlatIds:
+        self._path.unlink(missing_ok=True)
+        return np.full(len(texts), 5, dtype=np.uint32), np.ones(len(texts), dtype=np.int64)
+
+
+def test_an_input_that_vanishes_while_it_is_read_is_no_full_disk(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", made_texts(40))
+    files = discover([tmp_path], DiscoveryOptions()).files
+    [unit] = cut_units(files, unit_bytes=1 << 20)
+    with pytest.raises(DataError, match=r"^cannot read .*a.jsonl: No such file .*--exclude it"):
+        make_part(unit, part_settings(tmp_path), encoder=Vanishing(tmp_path / "a.jsonl"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_says_what_the_system_refused_and_lives_on(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", made_texts(4))
+    [unit] = cut_units(discover([tmp_path], DiscoveryOptions()).files, unit_bytes=1 << 20)
+    (tmp_path / "file").touch()
+    ours, theirs = Pipe()
+    trace = Trace()
+    settings = replace(part_settings(tmp_path / "file"), tokenizer="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mamba_dist.data.preparation.parts.load_encoder", lambda *_, **__: Beyond())
+        ours.send(Attempt(unit))
+        ours.send(Attempt(unit))
+        worker = threading.Thread(target=tokenize_units, args=(theirs, Station(settings, trace)))
+        worker.start()
+        answers = [ours.recv(), ours.recv()]
+        ours.close()
+        worker.join()
+    for answer in answers:
+        assert isinstance(answer, WorkerFailure)
+        assert "file" in answer.message
+        assert "Not a directory" in answer.message
+
+
 class Beyond:
     """Gives one id a text, which the vocabulary does not have."""
 
@@ -296,19 +375,7 @@ def test_an_id_outside_the_vocabulary_names_the_input_and_leaves_no_part(
 ) -> None:
     files = discover([corpus_path], DiscoveryOptions()).files
     [unit] = cut_units(files, unit_bytes=1 << 20)
-    settings = PartSettings(
-        folder=str(tmp_path),
-        tokenizer="",
-        eos_token="",
-        eos_id=0,
-        vocab_size=350,
-        dtype="uint16",
-        reading=Reading("text", id_field="id"),
-        train_split=0.5,
-        batch_documents=10,
-        backend=REFERENCE,
-    )
     between = r"id 350, outside its vocabulary of 350, between corpus/a/00.txt and corpus/b/59.txt"
     with pytest.raises(DataError, match=between):
-        make_part(unit, settings, encoder=Beyond())
+        make_part(unit, part_settings(tmp_path), encoder=Beyond())
     assert list(tmp_path.iterdir()) == []

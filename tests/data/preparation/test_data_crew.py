@@ -113,6 +113,20 @@ def test_workers_that_never_start_are_given_up() -> None:
         collect(team, range(3))
 
 
+def test_a_worker_that_dies_between_two_tasks_blames_none() -> None:
+    notices: list[str] = []
+    with crew(notices, count=1) as team:
+        given = team.answers(range(3))
+        assert next(given) == [0]
+        [post] = team._posts
+        post.worker.process.kill()
+        post.worker.process.join()
+        assert [answer for together in given for answer in together] == [1, 4]
+    assert notices == [
+        "a worker died between two tasks (killed by SIGKILL (out of memory?)); another is started"
+    ]
+
+
 def test_nothing_new_begins_before_an_answer_was_taken() -> None:
     with crew([], count=1) as team:
         [post] = team._posts

@@ -55,6 +55,7 @@ def walk(server: BuildServer, finished: Path, tmp_path: Path, *, workers: int, s
         done = check_killed(output, finished, workers=workers)
         again = server.build(output, workers=workers)
         assert again.units == UNITS - done, change
+        assert again.leftovers == 0, change
         assert folder_bytes(output) == folder_bytes(finished), change
 
 
@@ -82,7 +83,7 @@ def test_a_task_killed_at_each_change_goes_on_and_the_merge_gives_the_same_folde
         output = tmp_path / f"at-{change}"
         assert server.build(output, share="0/2", kill_at=change).killed
         server.build(output, share="1/2")
-        server.build(output, share="0/2")
+        assert server.build(output, share="0/2").leftovers == 0, change
         assert server.build(output, merge_only=True).units == 0
         assert folder_bytes(output) == folder_bytes(finished), change
 

@@ -62,6 +62,7 @@ def test_the_documents_that_were_being_encoded_are_named(
         train_split=0.9,
         batch_documents=documents,
         backend="reference",
+        max_bad=0,
     )
     notes: list[tuple[int, ...]] = []
     with pytest.raises(MemoryError):

@@ -167,6 +167,22 @@ def test_a_killed_task_goes_on_where_it_was_and_takes_over_what_others_did(
     assert folder_bytes(output) == folder_bytes(finished)
 
 
+def test_a_merge_drops_a_damaged_part_which_its_task_then_makes_again(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "set"
+    task(corpus_path, output, tokenizer_path, "0/1")
+    part = min(output.glob(".partial-*/parts/*.part"))
+    part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(DataError, match=r"changed since it was written.*; it was dropped: run the"):
+        merge(corpus_path, output, tokenizer_path)
+    _, listener = task(corpus_path, output, tokenizer_path, "0/1")
+    assert listener.units == 1
+    # What tasks have made stays, though it is to replace something.
+    assert merge(corpus_path, output, tokenizer_path, overwrite=True).units == 0
+    assert folder_bytes(output) == folder_bytes(finished)
+
+
 def test_a_task_and_a_whole_build_keep_out_of_each_others_way(
     corpus_path: Path, tokenizer_path: Path, tmp_path: Path
 ) -> None:

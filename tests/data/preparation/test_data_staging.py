@@ -1,16 +1,23 @@
 import fcntl
+import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_data import SilentListener, build, folder_bytes, made_texts
 
 from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.manifest import BuildSettings
 from mamba_dist.data.planning import make_plan
-from mamba_dist.data.preparation.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.preparation.share import Share
+from mamba_dist.data.preparation.sources import DiscoveryOptions, InputFile, cut_units, discover
+from mamba_dist.data.preparation.staging import BuildPlan, Staging, check_same_build, open_staging
 from mamba_dist.data.tokenization import train_bpe
 from mamba_dist.errors import DataError
 
@@ -268,3 +275,152 @@ def test_a_truncated_shard_of_a_finished_build_is_not_called_complete(
         build(corpus_path, output, tokenizer_path)
     build(corpus_path, output, tokenizer_path, overwrite=True)
     assert folder_bytes(output) == folder_bytes(finished)
+
+
+def interrupt(tmp_path: Path, corpus: Path, tokenizer: Path, *, units: int) -> Path:
+    """The unfinished data set of a killed build; the folder of its parts."""
+    builder = start_builder(tmp_path, corpus, tmp_path / "set", tokenizer, workers=1)
+    go_on(builder, units)
+    os.killpg(builder.pid, signal.SIGKILL)
+    builder.communicate()
+    [parts] = (tmp_path / "set").glob(".partial-*/parts")
+    return parts
+
+
+class AtStart(SilentListener):
+    """What lies half-written when the work begins."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__()
+        self._output = output
+        self.leftovers: list[str] = []
+
+    def started(self, *, total_bytes: int, done_bytes: int) -> None:
+        super().started(total_bytes=total_bytes, done_bytes=done_bytes)
+        self.leftovers += [path.name for path in self._output.glob(".partial-*/parts/.unit*")]
+
+
+def test_overwriting_starts_an_unfinished_build_of_the_same_plan_over(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    interrupt(tmp_path, corpus_path, tokenizer_path, units=3)
+    listener = SilentListener()
+    options = {"unit_bytes": 900, "overwrite": True}
+    build(corpus_path, tmp_path / "set", tokenizer_path, listener=listener, **options)
+    assert (listener.done_bytes, listener.units) == (0, total_units(corpus_path))
+    assert folder_bytes(tmp_path / "set") == folder_bytes(finished)
+
+
+def test_a_damaged_part_is_made_again_and_what_a_kill_left_is_gone(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    parts = interrupt(tmp_path, corpus_path, tokenizer_path, units=3)
+    (parts / ".unit-00000004.part.0123456789abcdef.partial").write_text("cut sh")
+    part = min(parts.glob("*.part"))
+    part.write_bytes(bytes(part.stat().st_size))
+    listener = AtStart(tmp_path / "set")
+    build(corpus_path, tmp_path / "set", tokenizer_path, listener=listener, unit_bytes=900)
+    [notice] = [notice for notice in listener.notices if "changed since" in notice]
+    assert notice.endswith("it is made again")
+    assert part.name in notice
+    assert listener.leftovers == []
+    assert folder_bytes(tmp_path / "set") == folder_bytes(finished)
+
+
+def test_a_task_clears_leftovers_of_its_own_share_while_no_other_count_is_at_work(
+    tmp_path: Path,
+) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for unit in range(4):
+        (parts / f".unit-{unit:08d}.ids.0123456789abcdef.partial").touch()
+    other = tmp_path / ".task-0-of-3.lock"
+    other.touch()
+    staging = Staging(tmp_path, Share(1, 2))
+    staging.clear_leftovers()
+    assert len(list(parts.iterdir())) == 4
+    other.unlink()
+    staging.clear_leftovers()
+    assert sorted(int(path.name[6:14]) for path in parts.iterdir()) == [0, 2]
+
+
+def test_sigterm_is_no_death_at_work_and_a_crew_that_got_done_clears_the_mark(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    builder = start_builder(tmp_path, corpus_path, tmp_path / "set", tokenizer_path, workers=1)
+    go_on(builder, 1)
+    [mark] = (tmp_path / "set").glob(".partial-*/at_work")
+    builder.terminate()
+    builder.communicate()
+    assert builder.returncode == -signal.SIGTERM
+    assert not mark.exists()
+    mark.touch()
+    options = {"unit_bytes": 900, "train_split": 0.8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mamba_dist.data.preparation.build.merge_parts", _fail)
+        with pytest.raises(DataError, match="no merge"):
+            build(corpus_path, tmp_path / "set", tokenizer_path, **options)
+    assert not mark.exists()
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise DataError("no merge")
+
+
+def plan_of(tmp_path: Path, *, formats: str = "", renamed: bool = False) -> BuildPlan:
+    settings = BuildSettings("0" * 64, None, "text", 0.9, 0.1, 1, 1)
+    names = ["a/x.txt", "a/x.txt"] if renamed else ["a/x.txt", "b.txt"]
+    kind: Any = formats or "text"
+    files = [InputFile(f"{n}", name, 5 + n, 9, kind, "none") for n, name in enumerate(names)]
+    return BuildPlan(settings, 1, tuple(files))
+
+
+def test_the_same_files_read_as_another_format_are_another_plan(tmp_path: Path) -> None:
+    open_staging(tmp_path, plan_of(tmp_path), overwrite=False)
+    with pytest.raises(DataError, match=r"2 input files read in another format: a/x.txt, b.txt"):
+        open_staging(tmp_path, plan_of(tmp_path, formats="jsonl"), overwrite=False)
+    [plan] = tmp_path.glob(".partial-*/plan.json")
+    content = json.loads(plan.read_bytes())
+    content["inputs"] = [entry[:3] for entry in content["inputs"]]  # as an earlier version wrote it
+    plan.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"\(by another version of this program\)"):
+        open_staging(tmp_path, plan_of(tmp_path, formats="jsonl"), overwrite=False)
+
+
+def test_a_changed_file_is_told_from_another_of_its_name(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, renamed=True)
+    open_staging(tmp_path, plan, overwrite=False)
+    first, second = plan.files
+    changed = replace(plan, files=(replace(first, bytes=99), second))
+    with pytest.raises(DataError, match=r"\(1 input files changed: a/x.txt\)"):
+        open_staging(tmp_path, changed, overwrite=False)
+
+
+def test_a_finished_data_set_read_as_another_format_is_no_match_unless_the_format_is_not_recorded(
+    finished: Path, corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = copy_of(finished, tmp_path / "set")
+    manifest = open_dataset(output).manifest
+    files = discover([corpus_path], DiscoveryOptions()).files
+    other = tuple(replace(file, format="jsonl") for file in files)
+    plan = BuildPlan(manifest.settings, 4000, other)
+    with pytest.raises(DataError, match="60 input files read in another format"):
+        check_same_build(output, manifest, plan=plan)
+    lines = [json.loads(line) for line in (output / "inputs.jsonl").read_text().splitlines()]
+    old = [{k: v for k, v in line.items() if k not in ("format", "compression")} for line in lines]
+    content = "".join(json.dumps(line) + "\n" for line in old).encode()
+    (output / "inputs.jsonl").write_bytes(content)
+    inputs = replace(manifest.inputs, sha256=hashlib.sha256(content).hexdigest())
+    check_same_build(output, replace(manifest, inputs=inputs), plan=plan)
+
+
+def test_a_journal_line_of_other_slices_is_not_taken_for_the_unit(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    parts = interrupt(tmp_path, corpus_path, tokenizer_path, units=2)
+    files = discover([corpus_path], DiscoveryOptions()).files
+    units = {unit.index: unit for unit in cut_units(files, unit_bytes=900)}
+    made = Staging(parts.parent).finished(units)
+    assert len(made) >= 2
+    moved = {index: replace(units[index + 1], index=index) for index in made}
+    assert Staging(parts.parent).finished(moved) == {}

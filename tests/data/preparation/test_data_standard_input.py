@@ -1,7 +1,9 @@
 import gzip
 import io
+import json
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,10 +48,17 @@ def test_the_same_input_again_or_none_is_the_file_that_was_kept(tmp_path: Path) 
 
 def test_other_input_is_refused_until_it_may_overwrite(tmp_path: Path) -> None:
     file = keep(LINES, tmp_path)
+    unfinished = tmp_path / ".partial-0"
+    unfinished.mkdir()
+    (unfinished / "plan.json").write_text(json.dumps({"inputs": [["stdin", file.bytes]]}))
     with pytest.raises(DataError, match="unfinished data set made of other standard input"):
         keep(LINES * 2, tmp_path)
     assert keep(b"", tmp_path) == file
     assert keep(LINES * 2, tmp_path, overwrite=True).bytes == 2 * len(LINES)
+    discard_standard_input(tmp_path)
+    assert (tmp_path / ".stdin").exists()
+    shutil.rmtree(unfinished)
+    assert keep(LINES, tmp_path).bytes == len(LINES)
     discard_standard_input(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert keep(LINES, tmp_path).bytes == len(LINES)
