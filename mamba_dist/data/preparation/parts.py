@@ -309,7 +309,7 @@ class _PartWriter:
         cuts = exact_cuts(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
         passing = _PassingText(document)
         try:
-            for _ in cut_text(passing, cuts, most_characters=most):
+            for _ in cut_text(passing, cuts, encoder=self._encoder, most_characters=most):
                 pass
         except UncuttableError:
             detail = (
@@ -322,7 +322,8 @@ class _PartWriter:
         self._keep(document, passing.digest, halves, text_bytes=passing.bytes)
         # One piece is held back, since the last is to be known.
         held: str | None = None
-        for text in cut_text(document.texts(), cuts, most_characters=most):
+        pieces = cut_text(document.texts(), cuts, encoder=self._encoder, most_characters=most)
+        for text in pieces:
             if held is not None:
                 yield _Piece(held, document.line, is_last=False)
             held = text
