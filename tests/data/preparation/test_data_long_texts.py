@@ -17,7 +17,6 @@ from mamba_dist.data.preparation.adversarial import adversarial_texts
 from mamba_dist.data.preparation.fast_backends import REFERENCE
 from mamba_dist.data.preparation.long_texts import (
     LONG_CHARACTERS,
-    PIECE_CHARACTERS,
     Cut,
     UncuttableError,
     cut_text,
