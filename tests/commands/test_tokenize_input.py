@@ -277,3 +277,22 @@ def test_a_tokenizer_with_ids_beyond_the_models_vocabulary_is_refused_at_once(
     message = command.failed("a.jsonl", "--config", "299.yaml", "--train-bpe", 400)
     assert "the tokenizer to be trained has 400 ids" in message
     command.done("a.jsonl", "--config", "300.yaml")
+
+
+def test_closed_standard_input_is_one_message(
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # as Python finds it after `<&-`
+    given = ["-", "--tokenizer", str(tokenizer), "--output", str(tmp_path / "set")]
+    assert main(given) == 2
+    assert "standard input is closed" in capsys.readouterr().err
+
+
+def test_a_corpus_of_an_impossible_name_is_one_message_without_an_output_too(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["x" * 300, "--tokenizer", str(tokenizer)]) == 2
+    assert "cannot read xxx" in capsys.readouterr().err
