@@ -210,10 +210,7 @@ def test_files_that_cannot_be_read_are_named(command: Command, tmp_path: Path) -
     )
     (tmp_path / "c" / "b.jsonl").unlink()
     (tmp_path / "c" / "b.jsonl").symlink_to("b.jsonl")
-    assert "cannot follow c/b.jsonl: Too many levels of symbolic links; mend" in (
-        command.failed("c", "--overwrite")
-    )
-    command.done("c", "--exclude", "b.jsonl", "--overwrite")
+    assert "(broken link)" in command.done("c", "--overwrite")
     assert command.documents() == 60
 
 
