@@ -10,6 +10,7 @@ from mamba_dist.data.preparation.build import DEFAULT_MAX_BAD
 from mamba_dist.data.preparation.sources import Corpus, DiscoveryOptions, InputFile, discover
 from mamba_dist.data.preparation.standard_input import keep_standard_input
 from mamba_dist.data.tokenization import load_tokenizer
+from mamba_dist.errors import DataError
 
 STANDARD_INPUT = "-"
 
@@ -85,6 +86,8 @@ def find_corpus(arguments: argparse.Namespace, *, output: Path, tokenizer: Path 
     if STANDARD_INPUT in names:
         if tokenizer is not None:  # before a long stream is read in vain
             load_tokenizer(tokenizer, eos_token=arguments.eos)
+        if sys.stdin is None:
+            raise DataError("standard input is closed; pipe text into it, or leave out -")
         kept = keep_standard_input(
             sys.stdin.buffer,
             output,

@@ -25,9 +25,10 @@ from mamba_dist.data.preparation.build import (
     build_share,
 )
 from mamba_dist.data.preparation.fast_backends import AUTO, FAST_BACKENDS, INSTALL, REFERENCE
+from mamba_dist.data.preparation.folder_walk import glob_folder
 from mamba_dist.data.preparation.part_records import PartRecord
 from mamba_dist.data.preparation.share import Share, parse_share
-from mamba_dist.data.preparation.sources import Corpus, Unit, glob_folder
+from mamba_dist.data.preparation.sources import Corpus, Unit
 from mamba_dist.data.preparation.standard_input import NAME as STANDARD_INPUT_NAME
 from mamba_dist.data.shard_index import SPLITS
 from mamba_dist.data.tokenization import load_tokenizer
@@ -194,7 +195,7 @@ def _choose_output(
         return Path(config.data.dataset_path)
     if arguments.corpus[0] == STANDARD_INPUT:
         return Path("data") / STANDARD_INPUT_NAME
-    root = roots[0] if roots[0].exists() else glob_folder(roots[0])
+    root = roots[0] if os.path.exists(roots[0]) else glob_folder(roots[0])
     first = Path(os.path.realpath(root))
     return Path("data") / (first.name if first.is_dir() else first.name.split(".")[0])
 

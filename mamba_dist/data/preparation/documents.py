@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from mamba_dist.data.manifest import DEFAULT_MAX_RECORD_BYTES
 from mamba_dist.data.preparation.byte_blocks import DECOMPRESSION_ERRORS, FileBlocks
+from mamba_dist.data.preparation.folder_walk import unreadable
 from mamba_dist.data.preparation.json_records import read_record
 from mamba_dist.data.preparation.lines import lines_beginning_in, lines_of
-from mamba_dist.data.preparation.sources import InputFile, InputSlice, unreadable, whole
+from mamba_dist.data.preparation.sources import InputFile, InputSlice, whole
 from mamba_dist.data.preparation.table_columns import Unusable
 from mamba_dist.data.preparation.tables import TABLE_ERRORS, TableSlice
 from mamba_dist.errors import DataError

@@ -8,9 +8,13 @@ feed. Tokenizers that put a space before every text (SentencePiece, `Metaspace`,
 is a space and is left out, as no entry of their vocabularies goes on over the beginning of a word.
 
 Which cuts are exact is not read from the tokenizer's file but tried, on some ten thousand texts
-that are made to tempt, and no entry of the vocabulary may reach over a cut. Not exact, and not to
-be seen in a trial, are SentencePiece's unigram models: they add up scores in 32 bits along the
-text, so that of a long one, cut or whole, splits of nearly equal score are taken by chance.
+that are made to tempt, and no entry of the vocabulary may reach over a cut. A tokenizer may still
+mind what stands there (an added token that takes the space behind it, a normaliser that replaces
+two words, a split that looks back), so each place is tried before it is used: what lies around it
+must give the same ids cut and whole, in windows of several sizes, as pairs that are counted from a
+window's beginning may fall right in one. That is 2 % more text to encode. Not exact, and not to be
+seen in a trial, are SentencePiece's unigram models: they add up scores in 32 bits along the text,
+so that of a long one, cut or whole, splits of nearly equal score are taken by chance.
 """
 
 import functools
@@ -30,6 +34,11 @@ LONG_CHARACTERS = 1 << 18
 PIECE_CHARACTERS = 1 << 17
 _PAIRS_PER_CALL = 256
 _NOWHERE = r"(?!)"
+# Characters before and after a place.
+_WINDOWS = ((256, 256), (193, 128), (131, 64), (67, 32))
+_REACH_CHARACTERS = max(after for _, after in _WINDOWS)
+# Of one piece. A text that refuses so many is encoded whole or not at all.
+_MOST_TRIED = 1000
 # Around the cuts of the trial: letters of several scripts and cases, digits, signs.
 _ENDS = ("the", "I", "x", "9", "2024", "é", "ß", "東", "я", "한", "self", "A1", "ing", "न")
 _BEGINNINGS = ("a", "The", "Z", "7", "19", "über", "京", "Ж", "글", "return", "s", "re", "ll", "م")
@@ -56,7 +65,9 @@ class UncuttableError(Exception):
     """A text has a stretch without any place to cut that is too long to be one piece."""
 
 
-def cut_text(texts: Iterable[str], cuts: Sequence[Cut], *, most_characters: int) -> Iterator[str]:
+def cut_text(
+    texts: Iterable[str], cuts: Sequence[Cut], *, encoder: Encoder, most_characters: int
+) -> Iterator[str]:
     """The pieces of a text that arrives in strings; they do not depend on where those end.
 
     Raises:
@@ -64,29 +75,48 @@ def cut_text(texts: Iterable[str], cuts: Sequence[Cut], *, most_characters: int)
     """
     place = re.compile("|".join(cut.value for cut in cuts) or _NOWHERE)
     most = max(most_characters, LONG_CHARACTERS)
-    pending, start, searched = "", 0, PIECE_CHARACTERS
-    for text in texts:
-        pending, start, searched = pending[start:] + text, 0, searched - start
+    pending, start, searched, tried = "", 0, PIECE_CHARACTERS, 0
+    for text in itertools.chain(texts, [None]):
+        pending, start, searched = pending[start:] + (text or ""), 0, searched - start
         while True:
-            found = place.search(pending, searched)
+            found = place.search(pending, searched) if tried < _MOST_TRIED else None
             if found is None or found.start() - start > most:
                 if len(pending) - start <= most:
+                    # A place needs its neighbours, which may come with the next string.
+                    searched = max(searched, len(pending) - 2)
                     break
-                found = _last_place(place, pending, start)
+                found = _last_place(place, pending, start, encoder)
+            elif text is not None and len(pending) - found.end() < _REACH_CHARACTERS:
+                searched = found.start()
+                break
+            elif not _is_seamless(found, pending, start, encoder):
+                searched, tried = found.start() + 1, tried + 1
+                continue
             yield pending[start : found.start()]
-            start = found.end()
+            start, tried = found.end(), 0
             searched = start + PIECE_CHARACTERS
-        # A place needs its neighbours, which may come with the next string.
-        searched = max(searched, len(pending) - 2)
     yield pending[start:]
 
 
-def _last_place(place: re.Pattern[str], text: str, start: int) -> re.Match[str]:
+def _last_place(place: re.Pattern[str], text: str, start: int, encoder: Encoder) -> re.Match[str]:
     """The last place that makes a piece shorter than the usual."""
-    found = deque(place.finditer(text, start + 1, start + PIECE_CHARACTERS), maxlen=1)
-    if not found:
-        raise UncuttableError
-    return found[0]
+    places = place.finditer(text, start + 1, start + PIECE_CHARACTERS)
+    for found in reversed(deque(places, maxlen=_MOST_TRIED)):
+        if _is_seamless(found, text, start, encoder):
+            return found
+    raise UncuttableError
+
+
+def _is_seamless(place: re.Match[str], text: str, start: int, encoder: Encoder) -> bool:
+    """Whether what lies around a place, after `start`, has the same ids if it is cut there."""
+    begin, end = place.span()
+    for before, after in _WINDOWS:
+        first, last = max(start, begin - before), end + after
+        whole = encoder.encode_flat([text[first:last]])[0]
+        halves = encoder.encode_flat([text[first:begin], text[end:last]])[0]
+        if not np.array_equal(whole, halves):
+            return False
+    return True
 
 
 @functools.lru_cache(maxsize=1)

@@ -32,6 +32,7 @@ from mamba_dist.data.preparation.documents import (
     lines_before,
 )
 from mamba_dist.data.preparation.fast_backends import Encoder, load_encoder, use_one_thread
+from mamba_dist.data.preparation.folder_walk import unreadable
 from mamba_dist.data.preparation.long_texts import (
     LONG_CHARACTERS,
     UncuttableError,
@@ -40,7 +41,7 @@ from mamba_dist.data.preparation.long_texts import (
 )
 from mamba_dist.data.preparation.part_records import FileRecord, PartRecord, part_path
 from mamba_dist.data.preparation.passing_text import PassingText, split_digest
-from mamba_dist.data.preparation.sources import InputSlice, Unit, unreadable
+from mamba_dist.data.preparation.sources import InputSlice, Unit
 from mamba_dist.data.workers import WorkerFailure
 from mamba_dist.errors import DataError
 
@@ -312,7 +313,7 @@ class _PartWriter:
         cuts = exact_cuts(settings.backend, settings.tokenizer, eos_token=settings.eos_token)
         passing = PassingText(document)
         try:
-            for _ in cut_text(passing, cuts, most_characters=most):
+            for _ in cut_text(passing, cuts, encoder=self._encoder, most_characters=most):
                 pass
         except UncuttableError:
             detail = (
@@ -326,7 +327,8 @@ class _PartWriter:
         self._keep(document, passing.digest, halves, text_bytes=passing.bytes)
         # One piece is held back, since the last is to be known.
         held: str | None = None
-        for text in cut_text(document.texts(), cuts, most_characters=most):
+        pieces = cut_text(document.texts(), cuts, encoder=self._encoder, most_characters=most)
+        for text in pieces:
             if held is not None:
                 yield _Piece(held, document.line, is_last=False)
             held = text

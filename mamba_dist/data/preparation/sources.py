@@ -7,14 +7,23 @@ recursively in sorted order; hidden entries are passed over, and what is reachab
 
 import glob
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from mamba_dist.data.preparation.folder_walk import (
+    FileId,
+    expand,
+    file_id,
+    glob_folder,
+    status_of,
+    unreadable,
+    walk,
+)
 from mamba_dist.errors import DataError
 
 FileFormat = Literal["text", "jsonl", "parquet", "arrow", "arrow_stream"]
@@ -30,10 +39,8 @@ _TEXT = """
 TEXT_EXTENSIONS = frozenset(_TEXT.split())
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 
+_MOST_SLICES = 4096
 _ARROW_FILE = b"ARROW1"  # an Arrow stream, without an index, begins otherwise
-
-# Device and inode: the same file under whatever path.
-_FileId = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -142,26 +149,25 @@ def discover(roots: Sequence[Path | InputFile], options: DiscoveryOptions) -> Co
     """
     files: list[InputFile] = []
     ignored: Counter[str] = Counter()
-    seen: set[_FileId] = set()
+    seen: set[FileId] = set()
     duplicates = 0
     for root in roots:
         if isinstance(root, InputFile):
             files.append(root)
             continue
         for found in _candidates(root, options):
+            status = status_of(found.path)
+            if status is None:
+                ignored["(broken link)"] += 1
+                continue
             kind = _kind(found.path, options.extensions, named=found.is_named)
             if kind is None:
                 ignored[os.path.splitext(found.path)[1].lower() or "(none)"] += 1
                 continue
-            try:
-                status = os.stat(found.path)
-            except FileNotFoundError:
-                ignored["(broken link)"] += 1
-                continue
-            if _file_id(status) in seen:
+            if file_id(status) in seen:
                 duplicates += 1
                 continue
-            seen.add(_file_id(status))
+            seen.add(file_id(status))
             files.append(
                 InputFile(found.path, found.name, status.st_size, status.st_mtime_ns, *kind)
             )
@@ -171,22 +177,18 @@ def discover(roots: Sequence[Path | InputFile], options: DiscoveryOptions) -> Co
     return corpus
 
 
-def glob_folder(pattern: Path) -> Path:
-    """The folder below which a glob finds things: all of its path that is no pattern."""
-    parts = list(takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1]))
-    return Path(*parts)
-
-
 def cut_units(files: Iterable[InputFile], *, unit_bytes: int) -> list[Unit]:
     """The files as units of work: large ones are cut, neighbours are bundled, to `unit_bytes`.
 
-    Bundling, since each unit costs an fsync or two (a source tree has thousands of small files).
+    Bundling, since each unit costs an fsync or two (a source tree has thousands of small files); no
+    more than _MOST_SLICES, since files cost time however small.
     """
     units: list[Unit] = []
     pending: list[InputSlice] = []
     pending_bytes = 0
     for piece in (piece for file in files for piece in _slices(file, unit_bytes)):
-        if pending and pending_bytes + piece.bytes > unit_bytes:
+        is_full = len(pending) == _MOST_SLICES or pending_bytes + piece.bytes > unit_bytes
+        if pending and is_full:
             units.append(Unit(len(units), tuple(pending)))
             pending, pending_bytes = [], 0
         pending.append(piece)
@@ -204,92 +206,56 @@ def _slices(file: InputFile, unit_bytes: int) -> list[InputSlice]:
     return [InputSlice(file, start, stop) for start, stop in pairwise(cuts)]
 
 
-def _file_id(status: os.stat_result) -> _FileId:
-    return status.st_dev, status.st_ino
-
-
 def _candidates(root: Path, options: DiscoveryOptions) -> Iterator[_Found]:
-    skip = {_file_id(path.stat()) for path in options.skip if path.exists()}
-    if not root.exists():
-        if not glob.has_magic(str(root)):
-            raise DataError(f"corpus {root} does not exist; give files or folders of text")
-        yield from _matches(root, options, skip)
-    elif root.is_dir():
+    skip = {file_id(path.stat()) for path in options.skip if os.path.exists(path)}
+    try:
+        status = root.stat()
+    except OSError as error:
+        if glob.has_magic(str(root)):
+            yield from _matches(root, options, skip)
+            return
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise DataError(
+                f"corpus {root} does not exist; give files or folders of text"
+            ) from error
+        raise unreadable(root, error) from error
+    if stat.S_ISDIR(status.st_mode):
         yield from _below(root, options, skip)
-    elif _file_id(root.stat()) not in skip:
+    elif not stat.S_ISREG(status.st_mode):
+        raise DataError(
+            f"corpus {root} is no file that can be read in parts and again; pipe it in and give -, "
+            "as in `zcat *.gz | python data_prep/tokenize.py -`"
+        )
+    elif file_id(status) not in skip:
         yield _Found(str(root), root.name, is_named=True)
 
 
-def _below(root: Path, options: DiscoveryOptions, skip: set[_FileId]) -> Iterator[_Found]:
+def _below(root: Path, options: DiscoveryOptions, skip: set[FileId]) -> Iterator[_Found]:
     # Folders that were walked, like those to skip, are not entered (again): links may form circles.
-    closed = {*skip, _file_id(root.stat())}
+    closed = {*skip, file_id(root.stat())}
     root_name = _folder_name(root)
-    for path, below in _walk(str(root), "", exclude=options.exclude, closed=closed):
+    for path, below in walk(str(root), exclude=options.exclude, closed=closed):
         yield _Found(path, f"{root_name}/{below}", is_named=False)
 
 
-def _matches(pattern: Path, options: DiscoveryOptions, skip: set[_FileId]) -> Iterator[_Found]:
-    folder = glob_folder(pattern)
-    matched = sorted(glob.iglob(str(pattern), recursive=True), key=os.fsencode)
+def _matches(pattern: Path, options: DiscoveryOptions, skip: set[FileId]) -> Iterator[_Found]:
+    folder_name = _folder_name(glob_folder(pattern))
+    matched = expand(pattern, exclude=options.exclude, closed=skip)
     if not matched:
         raise DataError(f"corpus {pattern} matches no file or folder; check the pattern")
-    for path in map(Path, matched):
-        below = path.relative_to(folder)
-        if any(
-            _is_excluded(part.name, str(part), options.exclude) for part in (below, *below.parents)
-        ):
-            continue
-        if path.is_dir():
+    for path, below in matched:
+        status = status_of(str(path))
+        if status is not None and stat.S_ISDIR(status.st_mode):
             # Below `**` all that lies in a folder is matched by itself.
-            if "**" not in pattern.parts:
+            if "**" not in pattern.parts and file_id(status) not in skip:
                 yield from _below(path, options, skip)
-        elif path.is_file() and _file_id(path.stat()) not in skip:
+        elif status is None or (stat.S_ISREG(status.st_mode) and file_id(status) not in skip):
             is_named = pattern.suffix == path.suffix != ""
-            yield _Found(str(path), f"{_folder_name(folder)}/{below}", is_named=is_named)
+            yield _Found(str(path), f"{folder_name}/{below}", is_named=is_named)
 
 
 def _folder_name(folder: Path) -> str:
     return os.path.basename(os.path.realpath(folder))
-
-
-def _walk(
-    folder: str, below: str, *, exclude: tuple[str, ...], closed: set[_FileId]
-) -> Iterator[tuple[str, str]]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
-    except OSError as error:
-        raise DataError(
-            f"cannot list {folder}: {error.strerror}; fix its permissions or --exclude it"
-        ) from error
-    for entry in entries:
-        inner = f"{below}/{entry.name}" if below else entry.name
-        if entry.name.startswith(".") or _is_excluded(entry.name, inner, exclude):
-            continue
-        if _is_folder(entry):
-            folder_id = _file_id(entry.stat())
-            if folder_id not in closed:
-                closed.add(folder_id)
-                yield from _walk(entry.path, inner, exclude=exclude, closed=closed)
-        elif entry.is_file():
-            if _file_id(entry.stat()) not in closed:
-                yield entry.path, inner
-        elif not os.path.exists(entry.path):
-            yield entry.path, inner  # a link that leads nowhere is counted
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        raise DataError(
-            f"cannot follow {entry.path}: {error.strerror}; mend the link or --exclude it"
-        ) from error
-
-
-def _is_excluded(name: str, below: str, patterns: tuple[str, ...]) -> bool:
-    return any(
-        fnmatchcase(tested, pattern.rstrip("/")) for pattern in patterns for tested in (name, below)
-    )
 
 
 def _kind(
@@ -320,11 +286,6 @@ def _begins_with(path: str, magic: bytes) -> bool:
             return stream.read(len(magic)) == magic
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def unreadable(path: str, error: OSError) -> DataError:
-    """What to say of an input that the system refuses to read."""
-    return DataError(f"cannot read {path}: {error.strerror or error}; fix or --exclude it")
 
 
 def _nothing_found(roots: Sequence[Path | InputFile], corpus: Corpus) -> str:

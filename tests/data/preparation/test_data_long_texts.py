@@ -17,13 +17,12 @@ from mamba_dist.data.preparation.adversarial import adversarial_texts
 from mamba_dist.data.preparation.fast_backends import REFERENCE
 from mamba_dist.data.preparation.long_texts import (
     LONG_CHARACTERS,
-    PIECE_CHARACTERS,
     Cut,
     UncuttableError,
     cut_text,
     exact_cuts,
 )
-from mamba_dist.data.tokenization import END_OF_TEXT, load_tokenizer
+from mamba_dist.data.tokenization import END_OF_TEXT, load_tokenizer, train_bpe
 
 TEXTS = [" ".join(made_texts(20, seed=seed)) for seed in range(20)]
 # The pattern of GPT-4 and later: signs take the line feeds behind them.
@@ -103,13 +102,13 @@ def test_the_pieces_of_a_long_text_have_the_ids_of_the_whole(
     tokenizer = load_tokenizer(path)
     cuts = exact_cuts(REFERENCE, str(path), eos_token=tokenizer.eos_token)
     assert cuts == expected
-    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 150)
     rng = random.Random(name)
     texts = adversarial_texts((), decode=tokenizer.decode, ids=tokenizer.vocab_size)
     chosen = [*made_texts(500, seed=3), *rng.sample(texts, 500)]
     rng.shuffle(chosen)
     text = "".join(one + rng.choice([" ", "\n", "", "\r\n", "\n\n", ". "]) for one in chosen)
-    pieces = list(cut_text([text], cuts, most_characters=len(text)))
+    pieces = list(cut_text([text], cuts, encoder=tokenizer, most_characters=len(text)))
     assert len(pieces) > 50 if cuts else pieces == [text]
     whole = tokenizer.encode_flat([text])[0]
     assert np.array_equal(tokenizer.encode_flat(pieces)[0], whole)
@@ -123,32 +122,130 @@ def test_an_entry_over_a_cut_is_seen_in_the_vocabulary(tmp_path: Path) -> None:
     assert exact_cuts(REFERENCE, str(path), eos_token=END_OF_TEXT) == ()
 
 
+def byte_level_bpe() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(train_bpe(TEXTS, vocab_size=300))
+    tokenizer.pre_tokenizer = byte_level(None)
+    return tokenizer
+
+
+def with_added_token() -> tokenizers.Tokenizer:
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens([tokenizers.AddedToken("York", normalized=False, rstrip=True)])
+    return tokenizer
+
+
+def with_replaced_words() -> tokenizers.Tokenizer:
+    tokenizer = byte_level_bpe()
+    tokenizer.normalizer = normalizers.Replace("new york", "nyc")
+    return tokenizer
+
+
+def with_replaced_pairs() -> tokenizers.Tokenizer:
+    tokenizer = byte_level_bpe()
+    tokenizer.normalizer = normalizers.Replace(tokenizers.Regex(r"\b(\w+) \1\b"), "twice")
+    return tokenizer
+
+
+def with_a_look_around(pattern: str) -> tokenizers.Tokenizer:
+    tokenizer = byte_level_bpe()
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "removed")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (with_added_token, "a York b "),
+        (with_replaced_words, "new york "),
+        (with_replaced_pairs, "aa "),
+        (lambda: with_a_look_around(r"(?<=[b-e]) (?=[b-e])"), "bb dd aa "),
+    ],
+    ids=["added token", "replaced words", "replaced pairs", "look-around"],
+)
+def test_a_place_that_this_tokenizer_minds_is_not_cut(
+    tmp_path: Path,
+    make: Callable[[], tokenizers.Tokenizer],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 1000)
+    path = tmp_path / "tokenizer.json"
+    make().save(str(path))
+    tokenizer = load_tokenizer(path)
+    cuts = exact_cuts(REFERENCE, str(path), eos_token=END_OF_TEXT)
+    assert cuts == LINES, "the trial cannot know these words"
+    for shift in range(len(text) * 2):
+        # The usual place to cut falls at each character of the text in turn.
+        shifted = "x" * shift + " " + text * (4000 // len(text))
+        pieces = list(cut_text([shifted], cuts, encoder=tokenizer, most_characters=1 << 20))
+        # Which words are a pair is counted from the very beginning: no window can tell.
+        assert len(pieces) == 1 if make is with_replaced_pairs else len(pieces) >= 3
+        whole = tokenizer.encode_flat([shifted])[0]
+        assert np.array_equal(tokenizer.encode_flat(pieces)[0], whole)
+
+
+def test_a_text_that_nowhere_can_be_cut_is_refused_beyond_the_limit(tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.normalizer = normalizers.Replace("aa", "b")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "a\nb" * LONG_CHARACTERS
+    with pytest.raises(UncuttableError):
+        list(cut_text([text], (Cut.AFTER_LINE,), encoder=encoder, most_characters=LONG_CHARACTERS))
+
+
 @pytest.mark.parametrize("cuts", [LINES, (Cut.AT_SPACE,)])
-def test_pieces_do_not_depend_on_how_the_text_arrives(cuts: tuple[Cut, ...]) -> None:
+def test_pieces_do_not_depend_on_how_the_text_arrives(
+    cuts: tuple[Cut, ...], tokenizer_path: Path
+) -> None:
+    encoder = load_tokenizer(tokenizer_path)
     text = " ".join(made_texts(3000))
-    expected = list(cut_text([text], cuts, most_characters=len(text)))
-    assert len(expected) >= 3
-    assert max(map(len, expected)) < PIECE_CHARACTERS + 1000
+    most = len(text)
+    expected = list(cut_text([text], cuts, encoder=encoder, most_characters=most))
+    assert len(expected) >= 3 or cuts != LINES
     rng = random.Random(1)
     for _ in range(3):
         places = sorted(rng.sample(range(len(text)), 200))
         strings = [text[a:b] for a, b in zip([0, *places], [*places, None], strict=True)]
-        assert list(cut_text(strings, cuts, most_characters=len(text))) == expected
+        assert list(cut_text(strings, cuts, encoder=encoder, most_characters=most)) == expected
 
 
-def test_a_text_without_a_place_to_cut_is_refused_beyond_the_limit() -> None:
+def test_a_place_is_tried_with_all_that_stands_behind_it_however_the_text_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 1000)
+    tokenizer = byte_level_bpe()
+    tokenizer.normalizer = normalizers.Replace("new york is", "nyc")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = load_tokenizer(tmp_path / "tokenizer.json")
+    text = "new york is " * 1000
+    expected = list(cut_text([text], LINES, encoder=encoder, most_characters=len(text)))
+    assert {piece.strip()[:11] for piece in expected} == {"new york is"}
+    for step in (1, 7, 300):
+        strings = [text[at : at + step] for at in range(0, len(text), step)]
+        pieces = cut_text(strings, LINES, encoder=encoder, most_characters=len(text))
+        assert list(pieces) == expected
+
+
+def test_a_text_without_a_place_to_cut_is_refused_beyond_the_limit(tokenizer_path: Path) -> None:
+    encoder = load_tokenizer(tokenizer_path)
     text = "x" * (LONG_CHARACTERS + 1)
-    assert list(cut_text([text], LINES, most_characters=len(text))) == [text]
+    assert list(cut_text([text], LINES, encoder=encoder, most_characters=len(text))) == [text]
     with pytest.raises(UncuttableError):
-        list(cut_text([text], LINES, most_characters=LONG_CHARACTERS))
+        list(cut_text([text], LINES, encoder=encoder, most_characters=LONG_CHARACTERS))
 
 
 @pytest.mark.parametrize("block", [1 << 16, 1 << 30])
-def test_a_stretch_without_a_place_takes_nothing_before_it_along(block: int) -> None:
+def test_a_stretch_without_a_place_takes_nothing_before_it_along(
+    block: int, tokenizer_path: Path
+) -> None:
+    encoder = load_tokenizer(tokenizer_path)
     words, blob = "some words " * 15_000, "x" * (LONG_CHARACTERS - 10)
     text = f"{words}{blob} {words}{blob} {words}"
     strings = [text[at : at + block] for at in range(0, len(text), block)]
-    pieces = list(cut_text(strings, LINES, most_characters=LONG_CHARACTERS))
+    pieces = list(cut_text(strings, LINES, encoder=encoder, most_characters=LONG_CHARACTERS))
     assert "".join(pieces) == text
     assert f" {blob}" in pieces
     assert max(map(len, pieces)) <= LONG_CHARACTERS

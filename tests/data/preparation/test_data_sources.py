@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from mamba_dist.data.preparation.sources import DiscoveryOptions, cut_units, discover
+from mamba_dist.data.preparation.sources import DiscoveryOptions, InputFile, cut_units, discover
 from mamba_dist.errors import DataError
 
 
@@ -129,6 +130,13 @@ def test_units_bundle_small_files_and_keep_the_order(tmp_path: Path) -> None:
     assert tuple(piece.file for unit in units for piece in unit.slices) == files
 
 
+def test_files_without_bytes_are_shared_out_by_their_number() -> None:
+    files = [InputFile(f"{n}.txt", f"c/{n}.txt", 0, 0, "text", "none") for n in range(20_000)]
+    units = cut_units(files, unit_bytes=1 << 25)
+    assert max(len(unit.slices) for unit in units) < 5000
+    assert [piece.file for unit in units for piece in unit.slices] == files
+
+
 def test_large_files_are_cut_where_a_part_can_be_read_alone(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.arrow", "e.parquet"):
         (tmp_path / name).write_bytes(bytes(100))
@@ -185,3 +193,84 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> Non
 def test_a_glob_that_matches_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\*\.jsonl matches no file or folder"):
         discover([tmp_path / "*.jsonl"], DiscoveryOptions())
+
+
+def test_a_glob_enters_each_folder_once_through_links_in_circles(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c", "a.txt", "one/b.txt", "two/c.txt")
+    for folder in ("one", "two"):
+        for target in ("one", "two", "."):
+            (corpus / folder / f"to-{target}").symlink_to(corpus / target)
+    (corpus / "zero").symlink_to(corpus / "two")
+    found = discover([corpus / "**" / "*.txt"], DiscoveryOptions())
+    assert {Path(file.path).resolve() for file in found.files} == {
+        corpus / "a.txt",
+        corpus / "one" / "b.txt",
+        corpus / "two" / "c.txt",
+    }
+    assert found.duplicates == 0
+    # A folder that was entered under another name still matches under this one.
+    assert names(corpus / "**" / "zero" / "*.txt") == ["c/zero/c.txt"]
+
+
+def test_a_glob_does_not_enter_the_output_folder(tmp_path: Path) -> None:
+    corpus = write(tmp_path / "c", "a.txt", "out/b.txt")
+    assert names(corpus / "**" / "*.txt", skip=(corpus / "out",)) == ["c/a.txt"]
+    assert names(corpus / "*", skip=(corpus / "out",)) == ["c/a.txt"]
+
+
+@pytest.mark.parametrize("glob", [(), ("**", "*.txt")])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, glob: tuple[str, ...]) -> None:
+    folder = write(tmp_path / "c", "a.txt", "closed/b.txt") / "closed"
+    # A path longer than the system takes cannot be listed by any user.
+    deep = os.open(folder, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=deep)
+        deeper = os.open("d" * 250, os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = deeper
+    os.close(deep)
+    with pytest.raises(DataError, match=r"cannot (list|read) .*too long"):
+        discover([Path(tmp_path, "c", *glob)], DiscoveryOptions())
+    assert names(Path(tmp_path, "c", *glob), exclude=("closed",)) == ["c/a.txt"]
+
+
+@pytest.mark.parametrize("glob", [(), ("**", "*.txt")])
+def test_folders_of_any_depth_are_walked(tmp_path: Path, glob: tuple[str, ...]) -> None:
+    folders = [f"{tmp_path}/c" + "/d" * depth for depth in range(1200)]
+    for folder in folders:
+        os.mkdir(folder)
+    file = Path(folders[-1], "a.txt")
+    file.write_text("text")
+    try:
+        assert names(Path(tmp_path, "c", *glob)) == ["c/" + "d/" * 1199 + "a.txt"]
+    finally:
+        # What clears up after tests goes down by recursion.
+        file.unlink()
+        for folder in reversed(folders):
+            os.rmdir(folder)
+
+
+@pytest.mark.parametrize("glob", [(), ("*",), ("**",)])
+def test_links_that_lead_nowhere_are_passed_over_and_counted(
+    tmp_path: Path, glob: tuple[str, ...]
+) -> None:
+    corpus = write(tmp_path / "c", "a.txt")
+    (corpus / "b.arrow").symlink_to("nowhere")
+    (corpus / "b.txt").symlink_to("nowhere")
+    (corpus / "loop").symlink_to("loop")
+    found = discover([Path(corpus, *glob)], DiscoveryOptions())
+    assert [file.name for file in found.files] == ["c/a.txt"]
+    assert found.ignored_extensions == (("(broken link)", 3),)
+
+
+def test_a_corpus_of_an_impossible_name_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*x: File name too long"):
+        discover([tmp_path / ("x" * 300)], DiscoveryOptions())
+    with pytest.raises(DataError, match="matches no file or folder"):
+        discover([tmp_path / ("x" * 300 + "*")], DiscoveryOptions())
+
+
+def test_a_pipe_that_is_named_is_told_to_come_through_standard_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe it in and give -"):
+        discover([tmp_path / "pipe.txt"], DiscoveryOptions())
