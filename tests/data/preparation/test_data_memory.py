@@ -33,7 +33,7 @@ for document in SliceReader(whole(file), Reading("text", None, 1 << 20)):
 print(documents, characters, ",".join(faults), (peak() - before) // 1024, sep=";")
 """
 ROW = "x" * 20_000
-ROWS = 5000
+ROWS = 12_000
 GOOD = b'{"text": "good"}\n'
 
 
@@ -77,16 +77,16 @@ def write_bomb(path: Path) -> None:
 
 def write_book(path: Path) -> None:
     with path.open("wb") as stream:
-        for _ in range(100):
+        for _ in range(200):
             stream.write(b"a line of a book\n" * 60_000)
 
 
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "rows.arrow": (write_stream, f"{ROWS};{ROWS * len(ROW)};"),
-    "rows.parquet": (write_table, f"{ROWS};{ROWS * len(ROW) + 18_890};"),
+    "rows.parquet": (write_table, f"{ROWS};{ROWS * len(ROW) + 10 + 90 * 2 + 900 * 3 + 9_000 * 4 + 2_000 * 5};"),
     "hole.jsonl": (write_hole, "3;12;3 too long"),
     "bomb.jsonl.zst": (write_bomb, "3;12;3 too long"),
-    "book.txt": (write_book, "1;102000000;"),
+    "book.txt": (write_book, "1;204000000;"),
 }
 
 
@@ -100,4 +100,5 @@ def test_reading_takes_little_memory_whatever_the_size(tmp_path: Path, name: str
     assert done.returncode == 0, done.stderr
     found, _, grown = done.stdout.rpartition(";")
     assert found == expected
-    assert int(grown) < 90
+    # Of 200 to 300 MB; how much Arrow's allocator holds varies with the load of the machine.
+    assert int(grown) < 130
