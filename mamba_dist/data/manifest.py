@@ -281,7 +281,7 @@ def read_manifest(folder: Path) -> Manifest:
             if version == 1
             else content["content_sha256"] == _content_hash(content)
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}); tokenize again"
         ) from error

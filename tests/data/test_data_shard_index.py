@@ -151,6 +151,22 @@ def test_a_search_led_astray_by_a_damaged_row_is_noticed(
     assert all("index.npy is damaged in the split train" in said for said in noticed)
 
 
+@pytest.mark.parametrize(("at", "wrong"), [(0, 2**60), (-1, 0)])
+def test_a_search_that_ends_outside_the_shards_is_noticed(
+    copied: Path, dataset: TokenDataset, at: int, wrong: int
+) -> None:
+    numbers, found = tables(copied, dataset.manifest)
+    shards, _ = found["train"]
+    if at == 0:
+        shards[0] = wrong
+    else:
+        shards[0, at] = wrong
+    np.save(copied / INDEX_NAME, numbers)
+    table = read_manifest(copied).shards_of("train")
+    with pytest.raises(DataError, match=r"split train where [\d,]+ was searched among"):
+        table.find_batch(0 if at == 0 else table.batches - 1)
+
+
 def test_a_missing_or_shortened_index_is_one_clear_error(copied: Path) -> None:
     path = copied / INDEX_NAME
     whole = path.read_bytes()
