@@ -202,7 +202,11 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes index.npy, then manifest.json atomically; from then on the folder is a data set."""
+    """Writes index.npy, then manifest.json atomically; from then on the folder is a data set.
+
+    Raises:
+        DataError: the index was read from a file, and is damaged there.
+    """
     index = index_bytes(manifest.index, manifest.fingerprint)
     write_durably(folder / INDEX_NAME, index)
     content: dict[str, Any] = {
