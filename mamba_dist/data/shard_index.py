@@ -301,7 +301,7 @@ def index_of(shards: Sequence[ShardRecord]) -> ShardIndex:
     """The index of shards that are listed split by split and named by number.
 
     Raises:
-        ValueError: they are not, or the batches of one do not add up to it.
+        ValueError: they are not, the batches of one do not add up to it, or a number does not fit.
     """
     if isinstance(shards, ShardIndex):
         return shards
@@ -313,6 +313,10 @@ def index_of(shards: Sequence[ShardRecord]) -> ShardIndex:
     for shard, name in zip(shards, names, strict=True):
         if shard.file != name:
             raise ValueError(f"shard {shard.file!r} of split {shard.split!r}, expected {name}")
+        numbers = chain([shard.bytes], *map(_numbers, shard.batches))
+        # Said here, since numpy wraps such numbers round before version 2.
+        if not all(0 <= number < 2**64 for number in numbers):
+            raise ValueError(f"a number of {name} is negative or of more than 64 bits")
         for count in ("documents", "tokens"):
             if sum(getattr(batch, count) for batch in shard.batches) != getattr(shard, count):
                 raise ValueError(
@@ -321,6 +325,11 @@ def index_of(shards: Sequence[ShardRecord]) -> ShardIndex:
     return ShardIndex(
         _table_of(split, [shard for shard in shards if shard.split == split]) for split in SPLITS
     )
+
+
+def _numbers(batch: BatchRecord) -> list[int]:
+    places = [batch.offsets_at, batch.values_at, batch.doc_ids_at]
+    return [batch.documents, batch.tokens, *places]
 
 
 def _table_of(split: str, shards: Sequence[ShardRecord]) -> SplitTable:
@@ -336,8 +345,7 @@ def _table_of(split: str, shards: Sequence[ShardRecord]) -> SplitTable:
     in_batches[1, 1:] = np.cumsum([batch.documents for batch in batches], dtype=np.uint64)
     for number, batch in enumerate(batches):
         xxh3 = int(batch.xxh3 or "0", 16)
-        places = [batch.offsets_at, batch.values_at, batch.doc_ids_at]
-        in_batches[2:, number] = [*places, xxh3]
+        in_batches[2:, number] = [*_numbers(batch)[2:], xxh3]
     return new_table(split, in_shards, in_batches)
 
 

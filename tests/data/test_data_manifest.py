@@ -82,7 +82,9 @@ def test_a_number_of_version_1_that_no_file_has_is_refused(
             content["shards"][0]["batches"][0][3] = number
 
     write_version_1(dataset.path, dataset.manifest, change=change)
-    with pytest.raises(DataError, match=r"manifest\.json is damaged \(OverflowError: "):
+    with pytest.raises(
+        DataError, match=r"manifest\.json is damaged .*a number of train-00000\.arrow is"
+    ):
         open_dataset(dataset.path)
 
 
