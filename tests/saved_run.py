@@ -1,5 +1,6 @@
 """A real checkpoint of a run that read samples in a given order, with one tiny parameter."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,10 +15,17 @@ from mamba_dist.train.state import beginning
 
 
 def save_run(
-    run_dir: Path, config: RunConfig, order: RunOrder, *, step: int, recorded: bool = True
+    run_dir: Path,
+    config: RunConfig,
+    order: RunOrder,
+    *,
+    step: int,
+    recorded: bool = True,
+    parameters: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Commits the checkpoint of a step; not `recorded`: as it was before there were mixtures."""
-    flat = torch.zeros(4)
+    if parameters is None:
+        parameters = {"a": torch.zeros(4)}
     progress = beginning(order).model_copy(
         update={
             "step": step,
@@ -28,7 +36,11 @@ def save_run(
     snapshot = Snapshot(
         progress=progress,
         adam_steps=step,
-        fragments=[Fragment("a", (4,), 0, flat, flat, flat)],
+        fragments=[
+            Fragment(name, tuple(one.shape), 0, flat, flat, flat)
+            for name, one in parameters.items()
+            for flat in [one.detach().flatten()]
+        ],
         config=config,
         tokenizer=TokenizerRecord(sha256="0", eos_token="e"),
         engine="test",

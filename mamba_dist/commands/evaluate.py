@@ -27,8 +27,12 @@ from mamba_dist.data.batch import IGNORED_LABEL, Batch, SampleId, pack
 from mamba_dist.data.loader import ValidationLoader
 from mamba_dist.data.ngram import NgramCounts, baseline_losses, count_ngrams
 from mamba_dist.data.samples import Samples, training_samples
-from mamba_dist.data.segments import SourceRecord, mixture_fingerprint
-from mamba_dist.data.training_sources import TrainingSource, source_records
+from mamba_dist.data.segments import SourceRecord
+from mamba_dist.data.training_sources import (
+    TrainingSource,
+    source_records,
+    sources_fingerprint,
+)
 from mamba_dist.errors import CheckpointError, MambaDistError
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.weights import load_parameters
@@ -75,13 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "name that"
             )
         sources = open_matching_sources(reader.config)
-        records = source_records(sources, reader.config.data)
-        _require_trained_on(records, reader)
+        _require_trained_on(sources, reader)
+        # Validation is concat, so that only the baselines may need a plan: now, not in the end.
+        records = source_records(sources, reader.config.data) if arguments.baselines else ()
         batches = _validation(reader.config, sources, max_sequences=arguments.max_sequences)
         loss, tokens = _validation_loss(reader, batches)
         print(f"step {reader.step}: validation loss {loss:.4f} over {tokens:,} tokens")
         if arguments.baselines:
-            summary = _summary(run_dir, reader, sources, batches, val_loss=loss)
+            summary = _summary(
+                run_dir, reader, list(zip(sources, records, strict=True)), batches, val_loss=loss
+            )
             write_text(json.dumps(asdict(summary), indent=2) + "\n", run_dir / SUMMARY_FILE)
             _print_summary(summary)
     except MambaDistError as error:
@@ -106,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require_trained_on(records: Sequence[SourceRecord], reader: CheckpointReader) -> None:
-    trained_on, now = reader.manifest.progress.data_fingerprint, mixture_fingerprint(records)
+def _require_trained_on(sources: Sequence[TrainingSource], reader: CheckpointReader) -> None:
+    trained_on, now = reader.manifest.progress.data_fingerprint, sources_fingerprint(sources)
     if now != trained_on:
-        paths = ", ".join(record.path for record in records)
+        paths = ", ".join(str(source.dataset.path) for source in sources)
         raise CheckpointError(
             f"{reader.folder}: was trained on another data set (fingerprint {trained_on}) than "
             f"{paths} holds now ({now}); restore the data"
@@ -156,13 +163,13 @@ def _validation_loss(reader: CheckpointReader, batches: Sequence[Batch]) -> tupl
 def _summary(
     run_dir: Path,
     reader: CheckpointReader,
-    sources: Sequence[TrainingSource],
+    sources: Sequence[tuple[TrainingSource, SourceRecord]],
     batches: Sequence[Batch],
     *,
     val_loss: float,
 ) -> Summary:
     vocab_size, data = reader.config.model.vocab_size, reader.config.data
-    records = source_records(sources, data)
+    records = [record for _, record in sources]
     everything = (
         SampleId(source, number)
         for source, record in enumerate(records)
@@ -170,7 +177,7 @@ def _summary(
     )
     opened = [
         training_samples(source.dataset, packing=data.packing, length=data.sequence_length)
-        for source in sources
+        for source, _ in sources
     ]
     val_pairs = [(b.input_ids.numpy(), b.labels.numpy()) for b in batches]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 from mamba_dist.commands.arguments import not_negative_int, positive_int
-from mamba_dist.commands.run_samples import RunSamples
+from mamba_dist.commands.run_samples import CONFIG_FILE, RunSamples
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import DataConfig, Packing
 from mamba_dist.data.dataset import open_dataset
@@ -67,7 +67,9 @@ def _print_place(arguments: argparse.Namespace) -> None:
     else:
         data = DataConfig()
         if arguments.config is not None:
-            data = load_config(arguments.config).config.data
+            named: Path = arguments.config
+            path = named / CONFIG_FILE if named.is_dir() else named
+            data = load_config(path).config.data
         documents.print_sample(
             arguments.sample_id,
             packing=arguments.packing or data.packing,

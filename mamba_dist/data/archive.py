@@ -12,7 +12,7 @@ data set.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,13 +92,14 @@ def pack_dataset(
         DataError: the data set is damaged or incomplete, `output` exists, or the disk is full.
     """
     manifest = read_manifest(folder)
+    known = _known_hashes(manifest)
     with _explained(output), new_folder(output) as staging:
         files = []
         for name in dataset_files(manifest):
             packed = _pack_file(
                 folder / name, staging, level=level, threads=threads, advance=advance
             )
-            _check_against(manifest, packed, f"{folder / name} is damaged and was not packed")
+            _check_against(known, packed, f"{folder / name} is damaged and was not packed")
             files.append(packed)
         result = PackedDataset(manifest.fingerprint, tuple(files))
         content = {"format_version": PACKED_FORMAT_VERSION, **asdict(result)}
@@ -123,8 +124,9 @@ def unpack_dataset(
             file.name for file in index.files
         ]:
             raise DataError(f"{packed / PACKED_NAME} belongs to another data set; pack it again")
+        known = _known_hashes(manifest)
         for file in index.files:
-            _check_against(manifest, file, f"{packed / file.archive} is of another data set")
+            _check_against(known, file, f"{packed / file.archive} is of another data set")
     return manifest
 
 
@@ -225,17 +227,22 @@ def _fields(hashes: FileHashes) -> tuple[int, str, str]:
     return hashes.bytes, hashes.xxh3, hashes.sha256
 
 
-def _check_against(manifest: Manifest, file: PackedFile, fault: str) -> None:
-    """Nothing, if a file is what the manifest says, where it says anything."""
-    expected = {shard.file: shard.sha256 for shard in manifest.shards}
-    expected[manifest.tokenizer.file] = manifest.tokenizer.sha256
-    expected[INPUTS_NAME] = manifest.inputs.sha256
+def _known_hashes(manifest: Manifest) -> dict[str, str]:
+    """By name, the sha256 of each file of which the manifest says it."""
+    known = {shard.file: shard.sha256 for shard in manifest.shards}
+    known[manifest.tokenizer.file] = manifest.tokenizer.sha256
+    known[INPUTS_NAME] = manifest.inputs.sha256
     if manifest.inputs.ids_sha256 is not None:
-        expected[DOCUMENT_IDS_NAME] = manifest.inputs.ids_sha256
+        known[DOCUMENT_IDS_NAME] = manifest.inputs.ids_sha256
     if manifest.index.sha256 is not None:
-        expected[INDEX_NAME] = manifest.index.sha256
-    if expected.get(file.name, file.sha256) != file.sha256:
+        known[INDEX_NAME] = manifest.index.sha256
+    return known
+
+
+def _check_against(known: Mapping[str, str], file: PackedFile, fault: str) -> None:
+    """Nothing, if a file is what the manifest says, where it says anything."""
+    if known.get(file.name, file.sha256) != file.sha256:
         raise DataError(
-            f"{fault}: its sha256 is {file.sha256}, the manifest says {expected[file.name]}; see "
+            f"{fault}: its sha256 is {file.sha256}, the manifest says {known[file.name]}; see "
             "tools/verify_shards.py"
         )

@@ -42,11 +42,11 @@ class TokenStream:
     """All documents of one split end to end, in shard order."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        self._batches = SplitReaders(folder, manifest, split)
+        self._places: dict[int, _Place] = {}
+        self._batches = SplitReaders(folder, manifest, split, views=self._places)
         # begins[i] is the position of the first token of batch i; the last entry is the end.
         self._table = manifest.shards_of(split)
         self._begins = self._table.token_begins
-        self._places: dict[int, _Place] = {}
         # Of all batches but the last, which are nearly equal.
         last = self._table.batches - 1
         self._batch_tokens = max(1, self._begins[last] // max(1, last))

@@ -1,6 +1,7 @@
 """From a number to documents: by doc_id, by place in a split, and the input file each came from.
 
-Only the pages that the search touches are read: O(log batches) of a split for a doc_id.
+Of the shards only the pages that the search touches are read, O(log batches) of a split for a
+doc_id; inputs.jsonl, one line an input file, is read whole.
 """
 
 import json

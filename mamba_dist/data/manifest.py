@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_dist.data.durable import write_durably
+from mamba_dist.data.index_file import index_bytes, map_index
 from mamba_dist.data.shard_index import (
     INDEX_NAME,
     SPLITS,
@@ -36,9 +37,7 @@ from mamba_dist.data.shard_index import (
     ShardIndex,
     ShardRecord,
     SplitTable,
-    index_bytes,
     index_of,
-    map_index,
 )
 from mamba_dist.errors import DataError
 
@@ -203,8 +202,12 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes index.npy, then manifest.json atomically; from then on the folder is a data set."""
-    index = index_bytes(manifest.index)
+    """Writes index.npy, then manifest.json atomically; from then on the folder is a data set.
+
+    Raises:
+        DataError: the index was read from a file, and is damaged there.
+    """
+    index = index_bytes(manifest.index, manifest.fingerprint)
     write_durably(folder / INDEX_NAME, index)
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -282,7 +285,7 @@ def read_manifest(folder: Path) -> Manifest:
             if version == 1
             else content["content_sha256"] == _content_hash(content)
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}); tokenize again"
         ) from error
@@ -346,6 +349,7 @@ def _map_shards(folder: Path, content: dict[str, Any]) -> ShardIndex:
     index = map_index(
         folder,
         [(int(one["shards"]), int(one["batches"])) for one in counts],
+        fingerprint=str(content["fingerprint"]),
         sha256=content["index_sha256"],
     )
     for split, expected in zip(SPLITS, counts, strict=True):

@@ -8,14 +8,15 @@ says where; reading is a numpy view at that offset. pyarrow's `get_batch` on a m
 measured to pull in 356 of 405 MB at start, the map here 8 KB.
 """
 
+import ctypes
 import errno
 import mmap
-import resource
-from collections.abc import Iterator
-from contextlib import suppress
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, MutableMapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,10 @@ from mamba_dist.errors import DataError
 
 _MAGIC = b"ARROW1"
 _METADATA_PREFIX = "mamba_dist."
+# A process of several data sets, two splits each, stays far below Linux's 65,530 maps.
+_KEPT_READERS: Final = 512
+_MADVISE: Final = ctypes.CDLL(None).madvise
+_MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -132,56 +137,67 @@ class ShardReader:
             ) from error
 
     @cached_property
-    def _map(self) -> mmap.mmap:
+    def _map(self) -> pa.Buffer:
         check_size(self.path, self.record)
-        mapped = _map_file(self.path)
-        mapped.madvise(self._advice)
-        for fault in header_faults(
-            pa.BufferReader(pa.py_buffer(mapped)), self.record, self._manifest
-        ):
+        mapped = _map_file(self.path, self._advice)
+        for fault in header_faults(pa.BufferReader(mapped), self.record, self._manifest):
             raise DataError(
                 f"shard {self.path} {fault}; restore it or tokenize again with --overwrite"
             )
         return mapped
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    """The file in memory. Python keeps a descriptor open for each map (3.13 need not), so that a
-    data set of many shards meets the usual soft limit of 1,024; it is raised when it is met.
+def _map_file(path: Path, advice: int) -> pa.Buffer:
+    """The file in memory, for as long as the buffer or a view of it lives; no descriptor is kept,
+    as Python's own mmap does before 3.13.
 
     Raises:
-        DataError: it cannot be opened or mapped, or the hard limit is reached.
+        DataError: it cannot be opened or mapped.
     """
     try:
-        return _map_once(path)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError):  # macOS calls its limit infinite, and takes less
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    try:
-        return _map_once(path)
-    except OSError as error:
-        raise DataError(
-            f"shard {path} cannot be read: {error.strerror}; a process keeps each shard that it "
-            f"has read open, and may open {limit} files; raise that limit (ulimit -Hn)"
-        ) from error
+        with pa.memory_map(str(path)) as source:
+            # Any buffer holds the whole map, and asking for a longer one would read all of it.
+            beginning = source.read_buffer(1)
+            mapped = pa.foreign_buffer(beginning.address, source.size(), base=beginning)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"shard {path} cannot be read: {error}{_limit_advice(error)}") from error
+    # Advice may be refused (a kernel without it) and reading is right all the same.
+    _MADVISE(mapped.address, mapped.size, advice)
+    return mapped
 
 
-def _map_once(path: Path) -> mmap.mmap:
-    with path.open("rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+def _limit_advice(error: Exception) -> str:
+    # Arrow keeps the number of what it met for some calls only, the words for all.
+    if os.strerror(errno.EMFILE) in str(error):
+        return "; close some, or raise the limit (ulimit -n)"
+    if os.strerror(errno.ENOMEM) in str(error):
+        return (
+            f"; a process keeps {_KEPT_READERS} shards of each split mapped: raise its limit of "
+            "address space (ulimit -v) or the machine's of maps (sysctl vm.max_map_count)"
+        )
+    return ""
 
 
 class SplitReaders:
-    """The batches of one split by number, each with its shard's reader, made when asked for."""
+    """The batches of one split by number, each with its shard's reader, made when asked for.
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
+    Of more than 512 shards those asked for last are kept. A map is there as long as any view of it:
+    what the caller keeps of batches, by number, stands in `views` and leaves it with the shard.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: str,
+        *,
+        views: MutableMapping[int, Any] | None = None,
+    ) -> None:
         self._folder = folder
         self._manifest = manifest
         self._table = manifest.shards_of(split)
-        self._readers: dict[int, ShardReader] = {}
+        self._readers: OrderedDict[int, tuple[ShardReader, range]] = OrderedDict()
+        self._views = {} if views is None else views
 
     def __len__(self) -> int:
         return self._table.batches
@@ -193,11 +209,17 @@ class SplitReaders:
             DataError: the index is damaged there.
         """
         number, place = self._table.find_batch(batch)
-        reader = self._readers.get(number)
-        if reader is None:
-            record = self._table[number]
-            reader = ShardReader(self._folder / record.file, record, self._manifest)
-            self._readers[number] = reader
+        if (kept := self._readers.get(number)) is not None:
+            self._readers.move_to_end(number)
+            return kept[0], place
+        record = self._table[number]
+        reader = ShardReader(self._folder / record.file, record, self._manifest)
+        if len(self._readers) == _KEPT_READERS:
+            _, (_, batches) = self._readers.popitem(last=False)
+            for gone in batches:
+                self._views.pop(gone, None)
+        first = batch - place
+        self._readers[number] = reader, range(first, first + len(record.batches))
         return reader, place
 
 

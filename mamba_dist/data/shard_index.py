@@ -1,4 +1,4 @@
-"""index.npy: every shard and record batch of a data set, mapped and never read whole.
+"""index.npy: every shard and record batch of a data set; index_file.py maps it.
 
 One array of little-endian uint64 in NumPy's file format. For each split a table of its shards and
 one of its batches follow each other, each column by column; manifest.json says how many rows:
@@ -9,19 +9,18 @@ one of its batches follow each other, each column by column; manifest.json says 
 
 The row after the last holds the ends, so that a row and the next give counts. `first_token` and
 `first_document` count from the beginning of the split. `check` is the xxh3 of all numbers of its
-row and of what the next begins with, seeded by the row's number: whatever row is used is known to
-be whole, and 10 trillion tokens (1.2 million batches, 68 MB) are opened by reading a few pages.
+row and of what the next begins with, seeded by the data set's fingerprint, the split and the row's
+number: whatever row is used is known to be whole and in its place, and 10 trillion tokens (1.2
+million batches, 68 MB) are opened by reading a few pages.
 Shards are named by their split and number.
 """
 
-import mmap
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, Final, TypeVar, overload
+from typing import Final, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -33,10 +32,8 @@ INDEX_NAME = "index.npy"
 SPLITS = ("train", "val")
 Numbers = npt.NDArray[np.uint64]
 Record = TypeVar("Record")
-_SHARD_COLUMNS: Final = 9
-_BATCH_COLUMNS: Final = 7
-_NPY_MAGIC: Final = b"\x93NUMPY\x01\x00"
-_HEADER_BYTES: Final = 128
+SHARD_COLUMNS: Final = 9
+BATCH_COLUMNS: Final = 7
 
 
 @dataclass(frozen=True)
@@ -101,13 +98,24 @@ class _Rows(Sequence[Record]):
 
 
 class SplitTable(_Rows[ShardRecord]):
-    """The shards of one split in reading order, and its batches by number."""
+    """The shards of one split in reading order, and its batches by number.
+
+    `fingerprint` is that of the data set whose checks the rows bear, None for rows that are in no
+    file yet.
+    """
 
     def __init__(
-        self, split: str, shards: Numbers, batches: Numbers, *, name: str = "a new index"
+        self,
+        split: str,
+        shards: Numbers,
+        batches: Numbers,
+        *,
+        fingerprint: str | None = None,
+        name: str = "a new index",
     ) -> None:
         self.split = split
         self._name = name
+        self._salt = _salt(fingerprint, split)
         self._shards: list[memoryview] = [column.data for column in shards]
         self._batches: list[memoryview] = [column.data for column in batches]
 
@@ -168,7 +176,7 @@ class SplitTable(_Rows[ShardRecord]):
 
     def _search(self, begins: memoryview, sought: int) -> int:
         number = bisect_right(begins, sought) - 1
-        if not 0 <= number < len(begins) - 1 or not begins[number] <= sought < begins[number + 1]:
+        if not 0 <= number < len(begins) - 1:
             raise self._damaged(f"where {sought:,} was searched among {begins[-1]:,}")
         return number
 
@@ -217,15 +225,34 @@ class SplitTable(_Rows[ShardRecord]):
     ) -> list[int]:
         row = [column[number] for column in columns[:-1]]
         row += [columns[begin][number + 1] for begin in begins]
-        if _check(row, number) != columns[-1][number]:
+        check = xxhash.xxh3_64_intdigest(
+            struct.pack(f"<{len(row)}Q", *row), seed=self._salt ^ number
+        )
+        if check != columns[-1][number]:
             kind = "batch" if columns is self._batches else "shard"
             raise self._damaged(f"in the row of {kind} {number}")
         return row
 
+    def sealed(self, fingerprint: str) -> list[memoryview]:
+        """All columns, with the checks of the data set of that fingerprint.
+
+        Raises:
+            DataError: a row is damaged.
+        """
+        for columns, begins in ((self._shards, (0,)), (self._batches, (0, 1))):
+            for number in range(len(columns[0]) - 1):
+                self._whole(columns, number, begins)
+        shards, batches = (
+            np.stack([np.asarray(column) for column in columns[:-1]])
+            for columns in (self._shards, self._batches)
+        )
+        sealed = new_table(self.split, shards, batches, fingerprint=fingerprint)
+        return [*sealed._shards, *sealed._batches]
+
     def _damaged(self, where: str) -> DataError:
         return DataError(
-            f"{self._name} is damaged in the split {self.split} {where}; restore it or tokenize "
-            "again with --overwrite"
+            f"{self._name} is damaged in the split {self.split} {where}, or it is of another data "
+            "set; restore it or tokenize again with --overwrite"
         )
 
 
@@ -274,7 +301,7 @@ def index_of(shards: Sequence[ShardRecord]) -> ShardIndex:
     """The index of shards that are listed split by split and named by number.
 
     Raises:
-        ValueError: they are not, or the batches of one do not add up to it.
+        ValueError: they are not, the batches of one do not add up to it, or a number does not fit.
     """
     if isinstance(shards, ShardIndex):
         return shards
@@ -286,6 +313,10 @@ def index_of(shards: Sequence[ShardRecord]) -> ShardIndex:
     for shard, name in zip(shards, names, strict=True):
         if shard.file != name:
             raise ValueError(f"shard {shard.file!r} of split {shard.split!r}, expected {name}")
+        numbers = chain([shard.bytes], *map(_numbers, shard.batches))
+        # Said here, since numpy wraps such numbers round before version 2.
+        if not all(0 <= number < 2**64 for number in numbers):
+            raise ValueError(f"a number of {name} is negative or of more than 64 bits")
         for count in ("documents", "tokens"):
             if sum(getattr(batch, count) for batch in shard.batches) != getattr(shard, count):
                 raise ValueError(
@@ -296,89 +327,50 @@ def index_of(shards: Sequence[ShardRecord]) -> ShardIndex:
     )
 
 
+def _numbers(batch: BatchRecord) -> list[int]:
+    places = [batch.offsets_at, batch.values_at, batch.doc_ids_at]
+    return [batch.documents, batch.tokens, *places]
+
+
 def _table_of(split: str, shards: Sequence[ShardRecord]) -> SplitTable:
     batches = list(chain.from_iterable(shard.batches for shard in shards))
-    in_shards = np.zeros((_SHARD_COLUMNS - 1, len(shards) + 1), dtype="<u8")
+    in_shards = np.zeros((SHARD_COLUMNS - 1, len(shards) + 1), dtype="<u8")
     in_shards[0, 1:] = np.cumsum([len(shard.batches) for shard in shards], dtype=np.uint64)
     for number, shard in enumerate(shards):
         sha256 = [int(shard.sha256[at : at + 16], 16) for at in range(0, 64, 16)]
         hashed = all(batch.xxh3 is not None for batch in shard.batches)
         in_shards[1:, number] = [shard.bytes, int(shard.xxh3, 16), *sha256, hashed]
-    in_batches = np.zeros((_BATCH_COLUMNS - 1, len(batches) + 1), dtype="<u8")
+    in_batches = np.zeros((BATCH_COLUMNS - 1, len(batches) + 1), dtype="<u8")
     in_batches[0, 1:] = np.cumsum([batch.tokens for batch in batches], dtype=np.uint64)
     in_batches[1, 1:] = np.cumsum([batch.documents for batch in batches], dtype=np.uint64)
     for number, batch in enumerate(batches):
         xxh3 = int(batch.xxh3 or "0", 16)
-        places = [batch.offsets_at, batch.values_at, batch.doc_ids_at]
-        in_batches[2:, number] = [*places, xxh3]
-    return SplitTable(split, with_checks(in_shards, (0,)), with_checks(in_batches, (0, 1)))
+        in_batches[2:, number] = [*_numbers(batch)[2:], xxh3]
+    return new_table(split, in_shards, in_batches)
 
 
-def with_checks(columns: Numbers, begins: tuple[int, ...]) -> Numbers:
+def new_table(
+    split: str, shards: Numbers, batches: Numbers, *, fingerprint: str | None = None
+) -> SplitTable:
+    """The table of a split from the columns of its shards (8, shards + 1) and batches
+    (6, batches + 1) uint64, that is, all but their checks.
+    """
+    salt = _salt(fingerprint, split)
+    return SplitTable(
+        split,
+        _with_checks(shards, (0,), salt=salt),
+        _with_checks(batches, (0, 1), salt=salt),
+        fingerprint=fingerprint,
+    )
+
+
+def _with_checks(columns: Numbers, begins: tuple[int, ...], *, salt: int) -> Numbers:
     """A table with its last column; `begins` are the columns of which a row needs the next too."""
     following = np.roll(columns[list(begins)], -1, axis=1)
     rows = np.ascontiguousarray(np.vstack([columns, following]).T)
-    checks = [xxhash.xxh3_64_intdigest(row, seed=number) for number, row in enumerate(rows)]
+    checks = [xxhash.xxh3_64_intdigest(row, seed=salt ^ number) for number, row in enumerate(rows)]
     return np.vstack([columns, np.array(checks, dtype="<u8")])
 
 
-def _check(row: Sequence[int], number: int) -> int:
-    return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(row)}Q", *row), seed=number)
-
-
-def index_bytes(index: ShardIndex) -> bytes:
-    """The content of index.npy."""
-    columns = [
-        column
-        for split in SPLITS
-        for column in (*index.split(split)._shards, *index.split(split)._batches)
-    ]
-    numbers = np.concatenate(columns).astype("<u8")
-    return _header(len(numbers)) + numbers.tobytes()
-
-
-def _header(count: int) -> bytes:
-    """The head of a .npy file of so many uint64, version 1.0 of its format, always the same."""
-    described = f"{{'descr': '<u8', 'fortran_order': False, 'shape': ({count},), }}"
-    padded = described.ljust(_HEADER_BYTES - len(_NPY_MAGIC) - 3) + "\n"
-    return _NPY_MAGIC + struct.pack("<H", len(padded)) + padded.encode()
-
-
-def map_index(folder: Path, counts: Sequence[tuple[int, int]], *, sha256: str) -> ShardIndex:
-    """The index of a data set folder; `counts` are the shards and batches of each split.
-
-    Raises:
-        DataError: it is missing, or not of that size.
-    """
-    path = folder / INDEX_NAME
-    sizes = [
-        (_SHARD_COLUMNS * (shards + 1), _BATCH_COLUMNS * (batches + 1))
-        for shards, batches in counts
-    ]
-    try:
-        numbers = _map_numbers(path, sum(map(sum, sizes)))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}; restore it or tokenize again with --overwrite"
-        ) from error
-    tables, at = [], 0
-    for split, (in_shards, in_batches) in zip(SPLITS, sizes, strict=True):
-        shards = numbers[at : at + in_shards].reshape(_SHARD_COLUMNS, -1)
-        at += in_shards
-        batches = numbers[at : at + in_batches].reshape(_BATCH_COLUMNS, -1)
-        at += in_batches
-        tables.append(SplitTable(split, shards, batches, name=str(path)))
-    return ShardIndex(tables, sha256=sha256)
-
-
-def _map_numbers(path: Path, count: int) -> npt.NDArray[Any]:
-    expected = _HEADER_BYTES + 8 * count
-    if (size := path.stat().st_size) != expected:
-        raise ValueError(f"it has {size} bytes, by the manifest {expected}")
-    with path.open("rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    # A search jumps about: reading ahead would pull in a hundred kilobytes at each step.
-    mapped.madvise(mmap.MADV_RANDOM)
-    if mapped[:_HEADER_BYTES] != _header(count):
-        raise ValueError("it does not begin as the manifest says")
-    return np.frombuffer(mapped, dtype="<u8", offset=_HEADER_BYTES)
+def _salt(fingerprint: str | None, split: str) -> int:
+    return 0 if fingerprint is None else xxhash.xxh3_64_intdigest(f"{fingerprint} {split}".encode())

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from mamba_dist.config.schema import DataConfig
 from mamba_dist.data.dataset import TokenDataset, open_dataset
 from mamba_dist.data.samples import training_samples
-from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
+from mamba_dist.data.segments import (
+    RunOrder,
+    SourceContent,
+    SourceRecord,
+    first_segment,
+    mixture_fingerprint,
+)
 from mamba_dist.errors import DataError
 
 
@@ -59,19 +65,31 @@ def source_records(
         DataError: a training split has nothing to predict, or needs a plan that is not there.
     """
     return tuple(
-        SourceRecord(
-            path=str(source.dataset.path),
-            fingerprint=source.dataset.fingerprint,
-            weight=source.weight,
-            max_epochs=source.max_epochs,
+        _record(
+            source,
             samples=len(
                 training_samples(
                     source.dataset, packing=config.packing, length=config.sequence_length
                 )
             ),
-            content=_content(source.dataset),
         )
         for source in sources
+    )
+
+
+def sources_fingerprint(sources: Sequence[TrainingSource]) -> str:
+    """The fingerprint that a run of these sources has, for which no plan need be there."""
+    return mixture_fingerprint([_record(source, samples=0) for source in sources])
+
+
+def _record(source: TrainingSource, *, samples: int) -> SourceRecord:
+    return SourceRecord(
+        path=str(source.dataset.path),
+        fingerprint=source.dataset.fingerprint,
+        weight=source.weight,
+        max_epochs=source.max_epochs,
+        samples=samples,
+        content=_content(source.dataset),
     )
 
 

@@ -107,7 +107,8 @@ def test_the_samples_that_a_training_log_names_lead_to_their_windows(
         assert f"sample {sample} of the run: epoch {epoch}, sample id {window}\n" in printed
         alone = which(capsys, made_once, "--sample-id", window, "--sequence-length", 64)
         assert alone in printed
-        assert alone == which(capsys, made_once, "--sample-id", window, "--config", config)
+        for run in (config, tmp_path):
+            assert alone == which(capsys, made_once, "--sample-id", window, "--config", run)
 
 
 def test_a_planned_sample_names_the_document_of_each_of_its_pieces(

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_data import made_documents, write_dataset
 from old_manifest import write_version_1
@@ -66,6 +67,37 @@ def test_a_shard_outside_the_folder_is_refused(dataset: TokenDataset) -> None:
         change=lambda content: content["shards"][0].update(file="../other.arrow"),
     )
     with pytest.raises(DataError, match="is damaged"):
+        open_dataset(dataset.path)
+
+
+@pytest.mark.parametrize("number", [-8, 2**64])
+@pytest.mark.parametrize("place", ["shard", "batch"])
+def test_a_number_of_version_1_that_no_file_has_is_refused(
+    dataset: TokenDataset, number: int, place: str
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        if place == "shard":
+            content["shards"][0]["bytes"] = number
+        else:
+            content["shards"][0]["batches"][0][3] = number
+
+    write_version_1(dataset.path, dataset.manifest, change=change)
+    with pytest.raises(
+        DataError, match=r"manifest\.json is damaged .*a number of train-00000\.arrow is"
+    ):
+        open_dataset(dataset.path)
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=["tokens", "documents"])
+def test_an_index_that_ends_elsewhere_is_refused_before_samples_are_counted(
+    dataset: TokenDataset, column: int
+) -> None:
+    path = dataset.path / "index.npy"
+    numbers = np.load(path)
+    train = dataset.manifest.shards_of("train")
+    numbers[9 * (len(train) + 1) + (column + 1) * (train.batches + 1) - 1] += 100
+    np.save(path, numbers)
+    with pytest.raises(DataError, match=r"index\.npy has \d+ train (tokens|documents), not"):
         open_dataset(dataset.path)
 
 

@@ -66,7 +66,7 @@ def test_opening_a_data_set_maps_nothing(dataset: TokenDataset) -> None:
     stream = opened.train
     assert not stream._batches._readers
     stream.read(0, 5)
-    assert ["_map" in vars(shard) for shard in stream._batches._readers.values()] == [True]
+    assert ["_map" in vars(shard) for shard, _ in stream._batches._readers.values()] == [True]
 
 
 @settings(max_examples=20, deadline=None)

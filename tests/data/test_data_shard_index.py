@@ -15,15 +15,16 @@ from old_manifest import write_version_1
 
 from mamba_dist.data import dataset as dataset_module
 from mamba_dist.data.dataset import TokenDataset, TokenStream, open_dataset
+from mamba_dist.data.index_file import index_bytes
 from mamba_dist.data.manifest import Manifest, read_manifest, write_manifest
 from mamba_dist.data.order import SampleOrder
 from mamba_dist.data.shard_index import (
     INDEX_NAME,
+    SPLITS,
+    Numbers,
     ShardIndex,
-    SplitTable,
-    index_bytes,
     index_of,
-    with_checks,
+    new_table,
 )
 from mamba_dist.errors import DataError
 
@@ -50,7 +51,9 @@ def test_shards_and_batches_are_read_back_as_they_were_written(dataset: TokenDat
     assert len(plain) == len(again) > 3
     assert again[-1] == plain[-1]
     assert again[1:3] == tuple(plain[1:3])
-    assert index_bytes(again) == (dataset.path / INDEX_NAME).read_bytes()
+    in_file = (dataset.path / INDEX_NAME).read_bytes()
+    assert index_bytes(again, dataset.fingerprint) == in_file
+    assert index_bytes(dataset.manifest.index, dataset.fingerprint) == in_file
     for split in ("train", "val"):
         of_split = [shard for shard in plain if shard.split == split]
         table = again.split(split)
@@ -148,6 +151,22 @@ def test_a_search_led_astray_by_a_damaged_row_is_noticed(
     assert all("index.npy is damaged in the split train" in said for said in noticed)
 
 
+@pytest.mark.parametrize(("at", "wrong"), [(0, 2**60), (-1, 0)])
+def test_a_search_that_ends_outside_the_shards_is_noticed(
+    copied: Path, dataset: TokenDataset, at: int, wrong: int
+) -> None:
+    numbers, found = tables(copied, dataset.manifest)
+    shards, _ = found["train"]
+    if at == 0:
+        shards[0] = wrong
+    else:
+        shards[0, at] = wrong
+    np.save(copied / INDEX_NAME, numbers)
+    table = read_manifest(copied).shards_of("train")
+    with pytest.raises(DataError, match=r"split train where [\d,]+ was searched among"):
+        table.find_batch(0 if at == 0 else table.batches - 1)
+
+
 def test_a_missing_or_shortened_index_is_one_clear_error(copied: Path) -> None:
     path = copied / INDEX_NAME
     whole = path.read_bytes()
@@ -159,11 +178,91 @@ def test_a_missing_or_shortened_index_is_one_clear_error(copied: Path) -> None:
         open_dataset(copied)
 
 
-def test_an_index_of_another_data_set_is_refused(copied: Path, tmp_path: Path) -> None:
+def test_an_index_of_a_larger_data_set_is_refused(copied: Path, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", made_documents(70, seed=3), [[1, 0]])
     (copied / INDEX_NAME).write_bytes((other.path / INDEX_NAME).read_bytes())
     with pytest.raises(DataError, match=r"index\.npy cannot be read"):
         open_dataset(copied)
+
+
+def test_an_index_of_another_data_set_of_equal_counts_is_refused_at_every_read(
+    tmp_path: Path,
+) -> None:
+    lengths = [20 + 7 * number % 31 for number in range(60)]
+    ours, theirs = (
+        write_dataset(
+            tmp_path / name,
+            [[1 + first] * (length - 1) + [0] for length in some],
+            made_documents(9, seed=2),
+            batch_tokens=300,
+        )
+        for first, (name, some) in enumerate([("ours", lengths), ("theirs", lengths[::-1])])
+    )
+    counts = [
+        [
+            (t.tokens, t.documents, t.batches, len(t))
+            for t in (m.shards_of("train"), m.shards_of("val"))
+        ]
+        for m in (ours.manifest, theirs.manifest)
+    ]
+    assert counts[0] == counts[1]
+    (ours.path / INDEX_NAME).write_bytes((theirs.path / INDEX_NAME).read_bytes())
+    for start in range(0, ours.train.tokens - 16, 16):
+        with pytest.raises(
+            DataError, match=r"index\.npy is damaged .* of another data set; restore"
+        ):
+            open_dataset(ours.path).train.read(start, start + 16)
+
+
+def tables(folder: Path, manifest: Manifest) -> tuple[Numbers, dict[str, list[Numbers]]]:
+    """The numbers of an index, and views of them: the shards and the batches of each split."""
+    numbers, at = np.load(folder / INDEX_NAME), 0
+    found: dict[str, list[Numbers]] = {}
+    for split in SPLITS:
+        table = manifest.shards_of(split)
+        for columns, rows in ((9, len(table)), (7, table.batches)):
+            size = columns * (rows + 1)
+            found.setdefault(split, []).append(numbers[at : at + size].reshape(columns, -1))
+            at += size
+    return numbers, found
+
+
+def test_rows_in_the_place_of_others_are_refused(copied: Path, dataset: TokenDataset) -> None:
+    numbers, found = tables(copied, dataset.manifest)
+    for rows in found["train"]:
+        # In pairs, so that what comes after a row comes with it.
+        rows[:, [0, 1, 2, 3]] = rows[:, [2, 3, 0, 1]]
+    np.save(copied / INDEX_NAME, numbers)
+    table = read_manifest(copied).shards_of("train")
+    for number in (0, 2):
+        with pytest.raises(DataError, match=rf"in the row of batch {number}, or"):
+            table.batch(number, hashed=True)
+        with pytest.raises(DataError, match=rf"in the row of shard {number}, or"):
+            table[number]
+
+
+def test_a_row_of_the_other_split_is_refused(copied: Path, dataset: TokenDataset) -> None:
+    numbers, found = tables(copied, dataset.manifest)
+    for ours, theirs in zip(found["train"], found["val"], strict=True):
+        ours[:, :2] = theirs[:, :2]
+    np.save(copied / INDEX_NAME, numbers)
+    table = read_manifest(copied).shards_of("train")
+    with pytest.raises(DataError, match=r"in the row of batch 0, or"):
+        table.batch(0, hashed=True)
+    with pytest.raises(DataError, match=r"in the row of shard 0, or"):
+        table[0]
+
+
+def test_a_damaged_index_is_not_sealed_for_another_data_set(
+    copied: Path, dataset: TokenDataset
+) -> None:
+    numbers, found = tables(copied, dataset.manifest)
+    found["train"][1][3, 2] += 8
+    np.save(copied / INDEX_NAME, numbers)
+    manifest = read_manifest(copied)
+    tokenizer = replace(manifest.tokenizer, sha256="1" * 64)
+    with pytest.raises(DataError, match=r"in the row of batch 2, or"):
+        write_manifest(copied, replace(manifest, tokenizer=tokenizer))
 
 
 BATCHES, PER_SHARD, TOKENS = 1_200_000, 32, 8_400_000
@@ -176,7 +275,7 @@ def ten_trillion(dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory
     batches = np.stack([numbers * TOKENS, numbers * 9000, *[numbers] * 4]).astype("<u8")
     shard_numbers = np.arange(BATCHES // PER_SHARD + 1, dtype=np.uint64)
     shards = np.stack([shard_numbers * PER_SHARD, *[shard_numbers] * 7]).astype("<u8")
-    train = SplitTable("train", with_checks(shards, (0,)), with_checks(batches, (0, 1)))
+    train = new_table("train", shards, batches)
     val = dataset.manifest.shards_of("val")
     folder = tmp_path_factory.mktemp("ten_trillion")
     manifest: Manifest = replace(dataset.manifest, shards=ShardIndex([train, val]))
