@@ -24,6 +24,7 @@ from mamba_dist.data.training_sources import RunData, TrainingSource, new_run, o
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
+from mamba_dist.engine.zero_settings import stage_for, zero_settings
 from mamba_dist.errors import BackendError, ConfigError, DataError
 from mamba_dist.model.flops import flops_per_token
 from mamba_dist.model.init import audit, initialize
@@ -89,7 +90,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         config=config,
         world=world,
         engine=engine,
-        engine_name=f"zero-{zero.stage_for(config.engine, ranks=world.size)}",
+        engine_name=f"zero-{stage_for(config.engine, ranks=world.size)}",
         tokenizer=TokenizerRecord(sha256=tokenizer.sha256, eos_token=tokenizer.eos_token),
         versions=_versions(),
         start=start.progress,
@@ -169,7 +170,7 @@ def _build_engine(
     config: RunConfig, *, plan: BatchPlan, world: World
 ) -> tuple[Engine, list[ParamClass]]:
     training = config.training
-    stage = zero.stage_for(config.engine, ranks=world.size)
+    stage = stage_for(config.engine, ranks=world.size)
     if stage != config.engine.zero_stage:
         _log.info(
             "engine.zero_stage: %d shares nothing on one rank; running stage %d, which is the same "
@@ -177,7 +178,7 @@ def _build_engine(
             config.engine.zero_stage,
             stage,
         )
-    settings = zero.zero_settings(
+    settings = zero_settings(
         config.engine,
         stage=stage,
         precision=training.precision,

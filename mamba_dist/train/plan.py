@@ -4,7 +4,7 @@ from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import Segment, shares
 from mamba_dist.data.training_sources import new_run
-from mamba_dist.engine import zero
+from mamba_dist.engine.zero_settings import stage_for, state_bytes
 from mamba_dist.model.flops import flops_per_token, parameter_count
 from mamba_dist.train.build import open_matching_sources, planned_steps
 from mamba_dist.train.state import run_folder
@@ -27,10 +27,10 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
     [segment] = data.order.segments
     epochs = steps * plan.global_batch_size / sum(source.samples for source in segment.sources)
     model, training = config.model, config.training
-    stage = zero.stage_for(config.engine, ranks=world_size)
+    stage = stage_for(config.engine, ranks=world_size)
     asked = config.engine.zero_stage
     why = "" if stage == asked else f" (one rank shares nothing: not {asked})"
-    state_gib = zero.state_bytes(parameters, stage=stage, ranks=world_size) / 2**30
+    state_gib = state_bytes(parameters, stage=stage, ranks=world_size) / 2**30
     rows = {
         "run folder": str(run_folder(config)),
         "model": f"{model.layer}, d_model {model.d_model}, {model.n_layers} layers, "

@@ -3,14 +3,14 @@
 import pytest
 
 from mamba_dist.config.schema import EngineConfig
-from mamba_dist.engine import zero
+from mamba_dist.engine.zero_settings import stage_for, state_bytes
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_rank_runs_stage_0_and_several_the_one_that_is_asked_for(stage: int) -> None:
     config = EngineConfig(zero_stage=stage)
-    assert zero.stage_for(config, ranks=1) == 0
-    assert zero.stage_for(config, ranks=2) == stage
+    assert stage_for(config, ranks=1) == 0
+    assert stage_for(config, ranks=2) == stage
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ def test_the_state_of_a_rank_is_what_the_stage_leaves_to_it(
     stage: int, ranks: int, bytes_per_parameter: int
 ) -> None:
     """fp32 parameter, gradient and two moments; at stage 3 a master copy besides."""
-    assert zero.state_bytes(1000, stage=stage, ranks=ranks) == 1000 * bytes_per_parameter
+    assert state_bytes(1000, stage=stage, ranks=ranks) == 1000 * bytes_per_parameter

@@ -8,6 +8,7 @@ from mamba_dist.config.schema import ActivationCheckpointing, EngineConfig, Mamb
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
+from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.model.init import initialize
 from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import classify
@@ -82,7 +83,7 @@ def build_engine(
     checkpointing: ActivationCheckpointing = "none",
     recorded: bool = False,
 ) -> zero.ZeroEngine:
-    settings = zero.zero_settings(
+    settings = zero_settings(
         EngineConfig(), stage=stage, precision=precision, accumulation_steps=MICRO_STEPS
     )
     # By default parameters this small would stay whole on every rank, and stage 3 would test

@@ -3,7 +3,7 @@
 `plain` is our model in a plain PyTorch loop. `zero-N` is our model in our engine at ZeRO stage N,
 built and stepped as launch/train.py does it, on a world of one rank. Stages above 0 are as each of
 several ranks runs them, without the communication: a training run on one rank takes stage 0
-whatever its config says (`zero.stage_for`).
+whatever its config says (`zero_settings.stage_for`).
 """
 
 import torch
@@ -24,6 +24,7 @@ from mamba_dist.config.schema import EngineConfig, RunConfig
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import OptimizerSettings
 from mamba_dist.engine.world import World, start_world
+from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.errors import TrainingError
 from mamba_dist.model.init import initialize
 from mamba_dist.model.lm import MambaLM
@@ -64,7 +65,7 @@ def _engine_step(spec: StepSpec, batch: Batch) -> Step:
 def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     training = config.training
     engine_config = EngineConfig.model_validate({**config.engine.model_dump(), "zero_stage": stage})
-    settings = zero.zero_settings(
+    settings = zero_settings(
         engine_config,
         stage=stage,
         precision=training.precision,

@@ -1,0 +1,66 @@
+"""Which ZeRO stage runs, what it takes, and what DeepSpeed is told."""
+
+from typing import Any, Literal
+
+import torch
+
+from mamba_dist.config.schema import EngineConfig
+
+_NEVER = 1 << 62
+
+
+def stage_for(config: EngineConfig, *, ranks: int) -> int:
+    """The ZeRO stage that runs: on one rank, which has nobody to share with, always 0.
+
+    The others would only cost it copies.
+    """
+    return config.zero_stage if ranks > 1 else 0
+
+
+def state_bytes(parameters: int, *, stage: int, ranks: int) -> int:
+    """Bytes of fp32 parameters, gradients and AdamW's two moments on each of the ranks, about.
+
+    AdamW updates the parameters themselves; only stage 3 has a copy of them.
+    """
+    whole, shared = {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 20)}[stage]
+    return parameters * whole + -(-parameters * shared // ranks)
+
+
+def zero_settings(
+    config: EngineConfig, *, stage: int, precision: Literal["bf16", "fp32"], accumulation_steps: int
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of an engine, as `deepspeed.initialize` takes it.
+
+    Args:
+        stage: see `stage_for`.
+    """
+    settings: dict[str, Any] = {
+        # Batches are cut by the loader; DeepSpeed only needs a consistent triple.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "steps_per_print": _NEVER,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the device at the start of each forward pass and the end of each step.
+        "timers": {"throughput": {"enabled": False}},
+        "communication_data_type": config.reduce_dtype,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": config.bucket_elements,
+            "allgather_bucket_size": config.bucket_elements,
+            "stage3_prefetch_bucket_size": config.bucket_elements,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+            # Its replacement of F.linear ignores autocast on CPU.
+            "memory_efficient_linear": False,
+        },
+    }
+    if precision == "bf16":
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
+    return settings
