@@ -80,21 +80,10 @@ class ZeroEngine:
         require_fp32(module)
         self._world = world
         self._stage: int = settings["zero_optimization"]["stage"]
+        if recorder is not None and self._stage > 0:
+            raise ValueError(f"stage {self._stage} cannot be recorded, only stage 0")
         self._parameters = dict(module.named_parameters())
-        self._adamw = torch.optim.AdamW(
-            [
-                {
-                    "params": [self._parameters[name] for name in group.names],
-                    "weight_decay": group.weight_decay,
-                }
-                for group in groups
-                if group.names
-            ],
-            lr=0.0,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            fused=True,
-        )
+        self._adamw = _adamw(self._parameters, groups, optimizer)
         if self._stage == 3:
             _gather_layers_whole(module)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -117,8 +106,6 @@ class ZeroEngine:
         self._materialise_moments()
         self._recorded: RecordedMicrosteps | None = None
         if recorder is not None:
-            if self._stage > 0:
-                raise ValueError(f"stage {self._stage} cannot be recorded, only stage 0")
             self._recorded = RecordedMicrosteps(
                 self._loss_sum, parameters=list(self._parameters.values()), recorder=recorder
             )
@@ -358,6 +345,27 @@ class ZeroEngine:
             local("exp_avg"),
             local("exp_avg_sq"),
         )
+
+
+def _adamw(
+    parameters: Mapping[str, nn.Parameter],
+    groups: Sequence[ParameterGroup],
+    settings: OptimizerSettings,
+) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameters[name] for name in group.names],
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+            if group.names
+        ],
+        lr=0.0,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
 
 
 def _gather_layers_whole(module: nn.Module) -> None:

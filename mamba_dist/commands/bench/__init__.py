@@ -40,6 +40,15 @@ _ALLOCATORS: Final[dict[str, tuple[Allocator, ...]]] = {
     "both": ("default", "tuned"),
 }
 _PACKAGES: Final = ("torch", "transformers", "mambapy")
+# Benchmarks with a report of their own.
+_OTHERS: Final = {
+    "data": data,
+    "data-large": data_large,
+    "data-read": reading,
+    "gpu-ops": gpu_ops,
+    "gpu-decode": gpu_decode,
+    "gpu-train": gpu_train,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,18 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(problem)
     found: list[Figures] = []
     try:
-        if arguments.command == "data":
-            return 0 if data.run(words, arguments) else EXIT_WRONG
-        if arguments.command == "data-large":
-            return 0 if data_large.run(words, arguments) else EXIT_WRONG
-        if arguments.command == "data-read":
-            return 0 if reading.run(words, arguments) else EXIT_WRONG
-        if arguments.command == "gpu-ops":
-            return 0 if gpu_ops.run(words, arguments) else EXIT_WRONG
-        if arguments.command == "gpu-decode":
-            return 0 if gpu_decode.run(words, arguments) else EXIT_WRONG
-        if arguments.command == "gpu-train":
-            return 0 if gpu_train.run(words, arguments) else EXIT_WRONG
+        if (other := _OTHERS.get(arguments.command)) is not None:
+            return 0 if other.run(words, arguments) else EXIT_WRONG
         interrupted = _measure_all(words, arguments, found)
         if arguments.json is not None:
             write_text(
@@ -226,18 +225,9 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return f"--json: folder {arguments.json.parent} does not exist"
     if arguments.json is not None and arguments.json.is_dir():
         return f"--json: {arguments.json} is a folder, expected a file to write"
-    if arguments.command == "data":
-        return data.problem(arguments)
-    if arguments.command == "data-large":
-        return data_large.problem(arguments)
-    if arguments.command == "data-read":
-        return reading.problem(arguments)
-    if arguments.command == "gpu-ops":
-        return gpu_ops.problem(arguments)
-    if arguments.command == "gpu-decode":
-        return gpu_decode.problem(arguments)
-    if arguments.command == "gpu-train":
-        return gpu_train.problem(arguments)
+    if (other := _OTHERS.get(arguments.command)) is not None:
+        found: str | None = other.problem(arguments)
+        return found
     if not Path("/proc/stat").exists():
         return "runs on Linux only: load and memory are read from /proc"
     if arguments.command == "ops":

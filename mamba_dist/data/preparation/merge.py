@@ -7,6 +7,7 @@ tasks, or on where an earlier run was killed.
 import itertools
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -66,16 +67,9 @@ def merge_parts(
     shards = _write_shards(
         staging, records, settings=settings, identity=identity, dtype=dtype, kept=kept
     )
-    counts = {split: sum(s.documents for s in shards if s.split == split) for split in SPLITS}
-    if min(counts.values()) == 0:
+    if fault := _missing_split(shards, settings):
         staging.discard()
-        raise DataError(
-            f"the corpus has {sum(counts.values())} documents"
-            f"{' of different texts' * settings.deduplicate}: {counts['train']} for training and "
-            f"{counts['val']} for validation (chosen by content, {settings.train_split:g}/"
-            f"{settings.val_split:g}), expected at least one each; give more documents or another "
-            "--train-split"
-        )
+        raise DataError(fault)
     write_durably(staging.shards / tokenizer.name, tokenizer.read_bytes())
     ids_sha256 = _write_ids(staging, records, settings.id_field)
     proofs = staging.backends()
@@ -97,6 +91,20 @@ def merge_parts(
         backend=proofs[0] if proofs else None,
         more_backends=proofs[1:],
         duplicates=duplicates,
+    )
+
+
+def _missing_split(shards: Sequence[ShardRecord], settings: BuildSettings) -> str | None:
+    """What is wrong if a split has no documents."""
+    counts = {split: sum(s.documents for s in shards if s.split == split) for split in SPLITS}
+    if min(counts.values()) > 0:
+        return None
+    return (
+        f"the corpus has {sum(counts.values())} documents"
+        f"{' of different texts' * settings.deduplicate}: {counts['train']} for training and "
+        f"{counts['val']} for validation (chosen by content, {settings.train_split:g}/"
+        f"{settings.val_split:g}), expected at least one each; give more documents or another "
+        "--train-split"
     )
 
 
