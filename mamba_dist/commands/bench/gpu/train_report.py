@@ -165,8 +165,9 @@ def _title(measured: Runs) -> str:
     devices = {r.device for name in measured.specs for r in measured.results(name)}
     return (
         f"{model.layer} d_model {model.d_model}, {model.n_layers} layers, vocabulary "
-        f"{model.vocab_size}, {parameter_count(model):,} parameters, B{spec.batch} L{spec.length}, "
-        f"{training.precision}, activation checkpointing {training.activation_checkpointing}"
+        f"{model.vocab_size}, {parameter_count(model):,} parameters, B{spec.batch} L{spec.length}"
+        + (f", {spec.accumulation} micro-batches a step" if spec.accumulation > 1 else "")
+        + f", {training.precision}, activation checkpointing {training.activation_checkpointing}"
         + (f", {documents} documents a row" if documents else "")
         + f", on {', '.join(sorted(devices)) or 'nothing that worked'}"
     )

@@ -42,34 +42,41 @@ def _build(spec: StepSpec, batch: Batch) -> Step:
     with this_device():
         model = _model(spec.config, this_device().type)
     initialize(model, spec.config.model, seed=SEED, gather=zero.gather)
-    return plain_step(model, spec.config.training, lambda: model(**batch), spec.tokens)
+    return plain_step(model, spec, lambda: model(**batch))
 
 
 def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     world = start_world(timeout_minutes=spec.config.engine.timeout_minutes)
     stage = _STAGES[spec.variant]
-    engine = _engine(spec.config, stage, world)
+    engine = _engine(spec.config, stage, world, accumulation=spec.accumulation)
     running = engine._engine.zero_optimization_stage()
     assert running == stage, f"{spec.variant} would run ZeRO stage {running}"
 
     def step() -> Tensor:
-        loss = engine.forward_backward(batch, step_tokens=spec.tokens, last=True)
+        losses = [
+            engine.forward_backward(
+                batch, step_tokens=spec.tokens, last=number == spec.accumulation
+            )
+            for number in range(1, spec.accumulation + 1)
+        ]
         stats = engine.step(LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, skip_above=None)
         if stats.skipped:
             raise TrainingError(f"a step was dropped, its gradient norm is {stats.grad_norm}")
-        return loss
+        return torch.stack(losses).sum()
 
     return step
 
 
-def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
+def _engine(
+    config: RunConfig, stage: int, world: World, *, accumulation: int = 1
+) -> zero.ZeroEngine:
     training = config.training
     engine_config = EngineConfig.model_validate({**config.engine.model_dump(), "zero_stage": stage})
     settings = zero_settings(
         engine_config,
         stage=stage,
         precision=training.precision,
-        accumulation_steps=1,
+        accumulation_steps=accumulation,
     )
     with zero.construction(settings):
         model = _model(config, world.device.type)
