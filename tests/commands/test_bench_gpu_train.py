@@ -62,7 +62,7 @@ def result(
     step_s: float, losses: tuple[float, ...] = LOSSES, *, limit: float = 500e12
 ) -> StepResult:
     return StepResult(
-        "NVIDIA H100 80GB HBM3", (step_s, 2 * step_s, step_s), losses, 3 << 30, limit, None
+        "NVIDIA H100 80GB HBM3", (step_s, 2 * step_s, step_s), losses, 3 << 30, 4 << 30, limit, None
     )
 
 
@@ -139,7 +139,7 @@ def test_figures_follow_from_times_memory_and_size(
     assert ours[2] == "0.500x (0.500–0.500)"
     assert ours[0] == "4.00 (2.00–8.00)"
     assert ours[1] == f"{32 / 4e-3:,.0f}"
-    assert ours[3] == "3.00"
+    assert ours[3] == "3.00 (4.00)"
     assert ours[-1] == "4.0000 3.9000 3.8000 3.7000"
 
 

@@ -66,14 +66,16 @@ class StepResult:
     """What one run has found.
 
     step_s: of each timed step. losses: nats per token of every step, the first one included.
-    peak_bytes: allocated on the device since the start, None on a CPU. matmul_flops_per_s: of large
-    bf16 products on this device just before, None on a CPU.
+    peak_bytes: allocated on the device since the start, None on a CPU. peak_reserved_bytes: what
+    torch held for it, the gaps and a CUDA graph's own memory included, None on a CPU.
+    matmul_flops_per_s: of large bf16 products on this device just before, None on a CPU.
     """
 
     device: str
     step_s: tuple[float, ...]
     losses: tuple[float, ...]
     peak_bytes: int | None
+    peak_reserved_bytes: int | None
     matmul_flops_per_s: float | None
     profile: Profile | None
 
@@ -168,6 +170,7 @@ def _measured(spec: StepSpec, build: Callable[[StepSpec, Batch], Step]) -> StepR
         step_s=tuple(seconds),
         losses=tuple(float(loss) / spec.tokens for loss in losses),
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_gpu else None,
         matmul_flops_per_s=limit,
         profile=profiled(step) if spec.profile else None,
     )
