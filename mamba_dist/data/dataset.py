@@ -107,7 +107,7 @@ class TokenStream:
         if (known := self._places.get(batch)) is not None:
             return known
         shard, index = self._batches[batch]
-        if len(self._places) == _KEPT_PLACES:
+        if len(self._places) >= _KEPT_PLACES:
             self._places.clear()
         self._places[batch] = place = _Place(
             self._begins[batch],
