@@ -300,6 +300,7 @@ def _located(whole: pa.Buffer) -> list[BatchRecord]:
     records = []
     for index in range(reader.num_record_batches):
         batch = reader.get_batch(index)
+        batch.validate()  # that its lengths are lengths
         _, offsets, _, values = batch.column(0).buffers()
         _, doc_ids = batch.column(1).buffers()
         records.append(
