@@ -132,6 +132,15 @@ def test_an_id_that_is_a_lone_surrogate_counts_as_none(tmp_path: Path) -> None:
     assert found == [Document("a", 1), Document("b", 2, "\U0001f600")]
 
 
+def test_what_is_said_of_a_bad_line_is_short_however_long_its_names_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"k" * 100_000: 1}))
+    [bad] = read(path)
+    assert isinstance(bad, BadDocument)
+    assert bad.detail.startswith("fields: kkk")
+    assert len(bad.detail) < 1000
+
+
 def test_a_text_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
     [bad] = read(tmp_path / "a.txt")
