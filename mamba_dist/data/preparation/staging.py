@@ -20,7 +20,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import FrameType
@@ -296,7 +296,7 @@ def check_same_build(output: Path, manifest: Manifest, *, plan: BuildPlan) -> No
         )
 
 
-def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
+def publish(output: Path, staging: Staging, *, names: Collection[str]) -> None:
     """Moves the finished files from `staging.shards` into the output folder, all but the manifest.
 
     What lay there of an older data set goes away, its manifest first: between the two there is no
@@ -307,7 +307,9 @@ def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
     sync_folder(output)
     leftovers = (f".{MANIFEST_NAME}.*.partial", f".{INDEX_NAME}.*.partial")
     for old in list(output.iterdir()):
-        if is_ours(old.name) or any(map(old.match, leftovers)):
+        # What is renamed over is there at any moment: the tokenizer that was given may be this one.
+        is_old = is_ours(old.name) and old.name not in names
+        if is_old or any(map(old.match, leftovers)):
             old.unlink()
     for name in names:
         (staging.shards / name).rename(output / name)

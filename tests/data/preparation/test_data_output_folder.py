@@ -66,3 +66,21 @@ def test_a_tokenizer_trained_into_the_folder_is_used_or_kept(
     (output / "manifest.json").unlink()
     build(corpus_path, output, tokenizer_path)
     assert only.read_bytes() == tokenizer_path.read_bytes()
+
+
+def test_a_tokenizer_in_the_folder_is_there_after_a_kill_at_any_moment(
+    corpus_path: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "set"
+    output.mkdir()
+    tokenizer = Path(shutil.copy(tokenizer_path, output / "tokenizer.json"))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(corpus_path, output, tokenizer)
+    build(corpus_path, output, tokenizer)
+    assert tokenizer.read_bytes() == tokenizer_path.read_bytes()
