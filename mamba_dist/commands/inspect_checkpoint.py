@@ -32,7 +32,7 @@ from mamba_dist.checkpoint.inspection import (
 )
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.checkpoint.manifest import CheckpointManifest, read_manifest
-from mamba_dist.checkpoint.store import CheckpointReader
+from mamba_dist.checkpoint.reader import CheckpointReader
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.commands.arguments import not_negative_int
 from mamba_dist.config.report import shown

@@ -13,7 +13,7 @@ from typing import Any
 
 from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.store import (
+from mamba_dist.checkpoint.reader import (
     CheckpointReader,
     find_checkpoint,
     require_same_model,
