@@ -18,6 +18,8 @@ from mamba_dist.checkpoint.layout import rank_file
 from mamba_dist.checkpoint.manifest import FileRecord, FragmentRecord, RankRecord
 from mamba_dist.engine.base import STATE_KINDS, Fragment, StateKind
 
+_BLOCK_BYTES = 1 << 22
+
 
 @dataclass(frozen=True)
 class HostFragment:
@@ -74,11 +76,7 @@ def write_rank(staging: Path, rank: int, fragments: Iterable[HostFragment]) -> N
     path = staging / name
     save_file(tensors, path)
     _sync_file(path)
-    record = RankRecord(
-        file=FileRecord(name=name, size_bytes=path.stat().st_size, sha256=_sha256_of_file(path)),
-        shapes=shapes,
-        fragments=records,
-    )
+    record = RankRecord(file=_file_record(path), shapes=shapes, fragments=records)
     write_synced(_record_path(staging, rank), record.model_dump_json())
 
 
@@ -111,9 +109,20 @@ def _record_path(staging: Path, rank: int) -> Path:
     return staging / f"{rank_file(rank)}.json"
 
 
-def _sha256_of_file(path: Path) -> str:
+def _file_record(path: Path) -> FileRecord:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        length = file.read(8)
+        digest.update(length + file.read(int.from_bytes(length, "little")))
+        header = digest.hexdigest()
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+        return FileRecord(
+            name=path.name,
+            size_bytes=file.tell(),
+            sha256=digest.hexdigest(),
+            header_sha256=header,
+        )
 
 
 def _sync_file(path: Path) -> None:

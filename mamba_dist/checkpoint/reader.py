@@ -4,13 +4,10 @@ A name is never trusted: a checkpoint counts only if every file has the size and
 manifest says.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -30,10 +27,11 @@ from mamba_dist.checkpoint.manifest import (
 from mamba_dist.checkpoint.rank_file import tensor_key
 from mamba_dist.checkpoint.ranks import OneRank, Ranks
 from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
+from mamba_dist.checkpoint.state_file import StateFile, Stretch
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import MambaConfig, RunConfig
 from mamba_dist.engine.base import StateKind
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, DamagedCheckpointError
 
 
 class CheckpointReader:
@@ -43,6 +41,7 @@ class CheckpointReader:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self._fragments = fragments_by_parameter(self.manifest)
+        self._files: dict[str, StateFile] = {}
         for name, fragments in self._fragments.items():
             require_exact_cover(name, parameter_numel(self.manifest, name), fragments)
 
@@ -66,9 +65,11 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.folder}: has no parameter {name}; it belongs to another model"
             )
+        if not numel:
+            return torch.empty(0)
         pieces = pieces_of_range(self._fragments[name], start=start, numel=numel)
-        parts = [self._stored(p.fragment, kind)[p.begin : p.end] for p in pieces]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [self._whole(p.fragment, kind)[p.begin : p.end] for p in pieces]
+        whole = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
         if whole.numel() != numel:
             raise CheckpointError(
                 f"{self.folder}: parameter {name} has shape {self.manifest.shapes[name]}, elements "
@@ -94,50 +95,81 @@ class CheckpointReader:
         parts: list[Tensor] = []
         missing = numel
         for fragment in self._fragments[name]:
-            digest = hashlib.sha256()
-            with self._opened(fragment) as file:
-                stored = file.get_slice(tensor_key(name, kind))
-                begin = 0
+            with self._stored(fragment, kind) as stretch:
                 # To the end that the file has, were it another than recorded: the hash decides.
-                while (part := stored[begin : begin + missing]).numel():
-                    digest.update(part.numpy().data)
+                while stretch.numel:
+                    part = stretch.take(missing)
                     parts.append(part)
-                    begin, missing = begin + part.numel(), missing - part.numel()
+                    missing -= part.numel()
                     if not missing:
                         yield torch.cat(parts)
                         parts, missing = [], numel
-            self._require_hash(fragment, kind, digest.hexdigest())
         if parts:
             yield torch.cat(parts)
 
-    def damaged_file(self, *, share: int = 0, shares: int = 1) -> str | None:
-        """What is wrong with the first damaged file among every `shares`-th one, if any is."""
-        damage = next(file_damage(self.folder, self.manifest.files[share::shares]), None)
-        return None if damage is None else str(damage)
+    def damaged_file(self, *, share: int = 0, shares: int = 1, contents: bool = True) -> str | None:
+        """What is wrong with the first damaged file among every `shares`-th one, if any is.
 
-    def _stored(self, fragment: FragmentRecord, kind: StateKind) -> Tensor:
-        with self._opened(fragment) as file:
-            tensor: Tensor = file.get_tensor(tensor_key(fragment.name, kind))
-        self._require_hash(fragment, kind, hashlib.sha256(tensor.numpy().data).hexdigest())
-        return tensor
+        Without `contents`, tensors that are verified when they are read are left for then; those
+        of a checkpoint that is too old for that are read.
+        """
+        for record in self.manifest.files[share::shares]:
+            whole = contents or record.header_sha256 is None
+            damage = next(file_damage(self.folder, [record], contents=whole), None)
+            if damage is not None:
+                return f"{damage}; use another checkpoint"
+            try:
+                self._file(record.name)
+            except DamagedCheckpointError as error:
+                return str(error)
+        return None
+
+    def _file(self, name: str) -> StateFile:
+        if name not in self._files:
+            record = next((r for r in self.manifest.files if r.name == name), None)
+            if record is None:
+                raise DamagedCheckpointError(
+                    f"{self.folder / MANIFEST} places fragments in {name}, which has no hash; "
+                    "use another checkpoint"
+                )
+            self._files[name] = StateFile(self.folder / name, record)
+        return self._files[name]
 
     @contextmanager
-    def _opened(self, fragment: FragmentRecord) -> Iterator[Any]:
-        path = self.folder / fragment.file
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                yield file
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be read ({error}); use another checkpoint"
-            ) from error
-
-    def _require_hash(self, fragment: FragmentRecord, kind: StateKind, found: str) -> None:
-        if found != _hash_of(fragment, kind):
-            raise CheckpointError(
+    def _stored(self, fragment: FragmentRecord, kind: StateKind) -> Iterator[Stretch]:
+        """A fragment's state, all of which the block must take."""
+        with self._file(fragment.file).opened(tensor_key(fragment.name, kind)) as stretch:
+            yield stretch
+        if stretch.sha256 != getattr(fragment, f"{kind}_sha256"):
+            raise DamagedCheckpointError(
                 f"{self.folder / fragment.file}: {fragment.name} ({kind}) does not hash to what "
                 "was written; use another checkpoint"
             )
+
+    def _whole(self, fragment: FragmentRecord, kind: StateKind) -> Tensor:
+        with self._stored(fragment, kind) as stretch:
+            return stretch.take(stretch.numel)
+
+
+class DamageNote:
+    """Reads as `reader` does until the first damage, which it keeps, and gives zeros from there.
+
+    So an engine comes to the end of loading on every rank, whose collectives would else wait for
+    the one that met the damage.
+    """
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.damage: DamagedCheckpointError | None = None
+        self._reader = reader
+
+    def read(self, name: str, kind: StateKind, *, start: int, numel: int) -> Tensor:
+        """Elements start..start+numel of a parameter's flattened state, (numel,) fp32."""
+        if self.damage is None:
+            try:
+                return self._reader.read(name, kind, start=start, numel=numel)
+            except DamagedCheckpointError as error:
+                self.damage = error
+        return torch.zeros(numel)
 
 
 def open_checkpoint(path: Path, *, notice: Callable[[str], None]) -> CheckpointReader:
@@ -152,7 +184,7 @@ def open_checkpoint(path: Path, *, notice: Callable[[str], None]) -> CheckpointR
         reader = CheckpointReader(path)
         damage = reader.damaged_file()
         if damage:
-            raise CheckpointError(f"{damage}; use another checkpoint")
+            raise DamagedCheckpointError(damage)
         return reader
     found = find_checkpoint(path, ranks=OneRank(), notice=notice)
     if found is None:
@@ -163,19 +195,27 @@ def open_checkpoint(path: Path, *, notice: Callable[[str], None]) -> CheckpointR
 
 
 def find_checkpoint(
-    run_dir: Path, *, ranks: Ranks, notice: Callable[[str], None]
+    run_dir: Path,
+    *,
+    ranks: Ranks,
+    notice: Callable[[str], None],
+    before: int | None = None,
+    contents: bool = True,
 ) -> CheckpointReader | None:
     """The newest committed checkpoint whose files are as written; None if the run has none at all.
 
     All ranks call it and get the same answer; each verifies its share of the files. `notice` is
-    told of every checkpoint passed over.
+    told of every checkpoint passed over. `before` passes over that step and later ones. Without
+    `contents`, tensors are left to be verified when they are read, see `damaged_file`.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
     """
     steps = committed_steps(run_dir)
     for step in reversed(steps):
-        reader, damage = _try_open(checkpoint_folder(run_dir, step), ranks)
+        if before is not None and step >= before:
+            continue
+        reader, damage = _try_open(checkpoint_folder(run_dir, step), ranks, contents=contents)
         if not ranks.any_rank(damage is not None):
             return reader
         notice(f"passing over step {step}: {damage or 'another rank found a damaged file'}")
@@ -210,14 +250,11 @@ def set_aside_newer(run_dir: Path, step: int) -> list[str]:
     return [set_aside(run_dir, damaged) for damaged in committed_steps(run_dir) if damaged > step]
 
 
-def _try_open(folder: Path, ranks: Ranks) -> tuple[CheckpointReader | None, str | None]:
+def _try_open(
+    folder: Path, ranks: Ranks, *, contents: bool
+) -> tuple[CheckpointReader | None, str | None]:
     try:
         reader = CheckpointReader(folder)
     except CheckpointError as error:
         return None, str(error)
-    return reader, reader.damaged_file(share=ranks.rank, shares=ranks.size)
-
-
-def _hash_of(fragment: FragmentRecord, kind: StateKind) -> str:
-    value: str = getattr(fragment, f"{kind}_sha256")
-    return value
+    return reader, reader.damaged_file(share=ranks.rank, shares=ranks.size, contents=contents)

@@ -39,7 +39,7 @@ from mamba_dist.telemetry.progress import progress as progress_bar
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.schedule import total_steps
-from mamba_dist.train.state import run_folder, starting_point
+from mamba_dist.train.state import load, run_folder, starting_point
 from mamba_dist.train.stop import StopRequest
 
 _log = logging.getLogger(__name__)
@@ -78,10 +78,11 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
     sources = open_matching_sources(config)
     fresh = new_run(sources, config.data, global_batch_size=plan.global_batch_size)
     start = starting_point(config, world=world, fresh=fresh.order)
+    planned_steps(config, start.order)
+    engine, classes = _build_engine(config, plan=plan, world=world)
+    start = load(start, engine, config, world=world, fresh=fresh.order)
     data = RunData(start.order, sources)
     steps = planned_steps(config, data.order)
-    engine, classes = _build_engine(config, plan=plan, world=world)
-    start.load(engine)
     if world.rank == 0:
         _describe_run(config, classes)
     metrics, meter = _build_metrics(config, world=world, start=start.progress, steps=steps)

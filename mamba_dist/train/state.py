@@ -15,6 +15,7 @@ from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
 from mamba_dist.checkpoint.manifest import Progress
 from mamba_dist.checkpoint.reader import (
     CheckpointReader,
+    DamageNote,
     find_checkpoint,
     require_same_model,
     set_aside_newer,
@@ -37,16 +38,6 @@ class StartingPoint:
     order: RunOrder
     reader: CheckpointReader | None
 
-    def load(self, engine: Engine) -> None:
-        """Brings the engine to the state of the checkpoint.
-
-        Raises:
-            CheckpointError: the checkpoint does not fit the engine.
-        """
-        if self.reader is not None:
-            engine.load_fragments(self.reader, adam_steps=self.reader.manifest.adam_steps)
-            _log.info("resumed after step %d from %s", self.reader.step, self.reader.folder)
-
 
 def beginning(order: RunOrder) -> Progress:
     """The progress of a run that has not trained yet."""
@@ -64,8 +55,14 @@ def advanced(progress: Progress, *, tokens: int) -> Progress:
     )
 
 
-def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> StartingPoint:
+def starting_point(
+    config: RunConfig, *, world: World, fresh: RunOrder, before: int | None = None
+) -> StartingPoint:
     """Where to go on; `fresh` is the order that the config would begin with.
+
+    Of the checkpoints only manifests, sizes and headers are looked at, so that a mistake is told
+    before anything large is built; `load` verifies the rest. `before`: that step and later ones
+    are known to be damaged.
 
     Raises:
         DataError: ranks found different data sets, such as copies on their nodes that differ.
@@ -83,7 +80,9 @@ def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> Start
                 "set it to auto, or train in another run folder (training.run_dir=…)"
             )
         return start
-    reader = find_checkpoint(run_dir, ranks=world, notice=_log.warning)
+    reader = find_checkpoint(
+        run_dir, ranks=world, notice=_log.warning, before=before, contents=False
+    )
     if reader is None:
         if config.checkpoint.resume == "required":
             raise CheckpointError(
@@ -93,15 +92,46 @@ def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> Start
         return start
     require_same_model(reader, config.model)
     order = continued_order(reader, config, fresh)
+    return StartingPoint(
+        reader.manifest.progress.model_copy(update=_described(order)), order, reader
+    )
+
+
+def load(
+    start: StartingPoint, engine: Engine, config: RunConfig, *, world: World, fresh: RunOrder
+) -> StartingPoint:
+    """Where the run really goes on, now that the engine is in that state: `start`, or a checkpoint
+    before it if bytes of that turned out to be damaged.
+
+    Every byte is read once, and verified while it is.
+
+    Raises:
+        CheckpointError: as of `starting_point`; or the checkpoint does not fit the engine.
+    """
+    while start.reader is not None:
+        reader, noted = start.reader, DamageNote(start.reader)
+        engine.load_fragments(noted, adam_steps=reader.manifest.adam_steps)
+        if not world.any_rank(noted.damage is not None):
+            _settle(reader, config, world=world)
+            return start
+        _log.warning(
+            "passing over step %d: %s",
+            reader.step,
+            noted.damage or "another rank found a damaged file",
+        )
+        start = starting_point(config, world=world, fresh=fresh, before=reader.step)
+    return start
+
+
+def _settle(reader: CheckpointReader, config: RunConfig, *, world: World) -> None:
+    """Says what the run goes on from; later checkpoints, all of them damaged, leave its way."""
     if world.rank == 0:
-        for name in set_aside_newer(run_dir, reader.step):
+        for name in set_aside_newer(run_folder(config), reader.step):
             _log.warning("damaged checkpoint set aside as %s", name)
     world.barrier()
     for line in _changes(reader.config, config):
         _log.warning("changed since step %d: %s", reader.step, line)
-    return StartingPoint(
-        reader.manifest.progress.model_copy(update=_described(order)), order, reader
-    )
+    _log.info("resumed after step %d from %s", reader.step, reader.folder)
 
 
 def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
