@@ -69,6 +69,8 @@ def snapshot(
     *,
     fragments: Iterable[Fragment] | None = None,
     config: RunConfig | None = None,
+    saved_at: float | None = None,
+    val_loss: float | None = None,
     **progress,
 ) -> Snapshot:
     return Snapshot(
@@ -88,6 +90,8 @@ def snapshot(
         tokenizer=TokenizerRecord(sha256="0", eos_token="e"),
         engine="test",
         versions={"torch": torch.__version__},
+        saved_at=saved_at,
+        val_loss=val_loss,
     )
 
 

@@ -89,6 +89,11 @@ class CheckpointManifest(_Record):
     world_size: int
     engine: str
     versions: dict[str, str]
+    saved_at: float | None = None
+    """Seconds since 1970 by the clock of rank 0. None: the checkpoint is older than this field."""
+    val_loss: float | None = None
+    """Validation loss of this very state, in nats per token. None: it was not validated, or the
+    loss was not finite, or the checkpoint is older than this field."""
     config: RunConfig
     tokenizer: TokenizerRecord
     shapes: dict[str, list[int]]

@@ -14,10 +14,8 @@ from pathlib import Path
 from mamba_dist.checkpoint.layout import (
     MANIFEST,
     checkpoint_folder,
-    committed_steps,
-    remove_checkpoint,
+    make_staging_folder,
     staging_folder,
-    steps_to_remove,
     sync_folder,
 )
 from mamba_dist.checkpoint.manifest import (
@@ -50,21 +48,24 @@ class Snapshot:
     tokenizer: TokenizerRecord
     engine: str
     versions: dict[str, str]
+    saved_at: float | None = None
+    """Seconds since 1970."""
+    val_loss: float | None = None
+    """Validation loss of this very state, nats per token; None: it was not validated."""
 
 
 def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> Path:
     """The committed folder; called by all ranks, returns on all of them after the commit.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write; nothing is committed then and
-            the checkpoints before are untouched.
+        CheckpointError: on every rank, if any rank could not write; the checkpoints before are
+            untouched then.
     """
     step = snapshot.progress.step
     folder, staging = checkpoint_folder(run_dir, step), staging_folder(run_dir, step)
     with _agreed(ranks, staging):
         if ranks.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            make_staging_folder(run_dir, step)
     with _agreed(ranks, staging):
         write_rank(staging, ranks.rank, copied_to_host(snapshot.fragments))
     with _agreed(ranks, staging):
@@ -89,6 +90,8 @@ def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) 
         world_size=world_size,
         engine=snapshot.engine,
         versions=snapshot.versions,
+        saved_at=snapshot.saved_at,
+        val_loss=snapshot.val_loss,
         config=snapshot.config,
         tokenizer=snapshot.tokenizer,
         shapes=shapes,
@@ -100,14 +103,6 @@ def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) 
     sync_folder(staging)
     os.rename(staging, folder)
     sync_folder(folder.parent)
-
-
-def apply_retention(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[int]:
-    """Steps whose checkpoints were deleted; call on one rank only."""
-    doomed = steps_to_remove(committed_steps(run_dir), keep_last=keep_last, keep_every=keep_every)
-    for step in doomed:
-        remove_checkpoint(run_dir, step)
-    return doomed
 
 
 @contextmanager
@@ -123,6 +118,8 @@ def _agreed(ranks: Ranks, staging: Path) -> Iterator[None]:
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         reason = failure or "another rank could not write"
-        raise CheckpointError(
+        refusal = CheckpointError(
             f"{staging}: checkpoint not written ({reason}); the ones before are untouched"
-        ) from failure
+        )
+        refusal.of_one_rank = failure is not None
+        raise refusal from failure

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
+from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
@@ -63,6 +64,7 @@ class Run:
     validation: Iterable[Batch]
     metrics: Metrics
     meter: Meter
+    retention: Retention
     guard: SkipGuard
     stop: StopRequest
 
@@ -108,6 +110,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         ),
         metrics=metrics,
         meter=meter,
+        retention=Retention(run_folder(config), config.checkpoint),
         guard=SkipGuard(config.training.max_skipped_steps),
         stop=stop,
     )

@@ -25,7 +25,6 @@ from mamba_dist.checkpoint.layout import (
     committed_steps,
     remove_left_behind,
     staging_folder,
-    steps_to_remove,
 )
 from mamba_dist.checkpoint.manifest import FragmentRecord
 from mamba_dist.checkpoint.reader import (
@@ -35,7 +34,9 @@ from mamba_dist.checkpoint.reader import (
     set_aside_newer,
 )
 from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
-from mamba_dist.checkpoint.store import apply_retention, save_checkpoint
+from mamba_dist.checkpoint.retention import Retention
+from mamba_dist.checkpoint.store import save_checkpoint
+from mamba_dist.config.schema import CheckpointConfig
 from mamba_dist.engine.base import flat_share
 from mamba_dist.errors import CheckpointError
 
@@ -226,21 +227,8 @@ def test_damaged_checkpoints_are_set_aside_and_their_step_can_be_saved_again(
     assert set_aside_newer(tmp_path, reader.step) == ["step-00000002.damaged"]
     assert committed_steps(tmp_path) == [1]
     save(tmp_path, 2)
-    assert apply_retention(tmp_path, keep_last=1, keep_every=None) == [1]
+    assert Retention(tmp_path, CheckpointConfig(keep_last=1)).apply(notice=pytest.fail) == [1]
     assert open_checkpoint(tmp_path, notice=print).step == 2
-
-
-def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3, 4, 5)
-    assert apply_retention(tmp_path, keep_last=2, keep_every=3) == [1, 2]
-    assert committed_steps(tmp_path) == [3, 4, 5]
-
-
-@given(st.lists(st.integers(1, 99), unique=True, min_size=1), st.integers(1, 5))
-def test_retention_never_gives_up_the_newest(steps: list[int], keep_last: int) -> None:
-    doomed = steps_to_remove(steps, keep_last=keep_last, keep_every=None)
-    assert max(steps) not in doomed
-    assert len(steps) - len(doomed) == min(keep_last, len(steps))
 
 
 def record(start: int, numel: int) -> FragmentRecord:
