@@ -55,12 +55,15 @@ class Retention:
         """Steps whose checkpoints were deleted.
 
         One that lacks files or cannot be read does not count as kept and is left as it is, for a
-        person; `notice` is told so once.
+        person; `notice` is told so once, and of those that somebody else deleted.
 
         Raises:
             CheckpointError: one could not be deleted.
         """
         steps = committed_steps(self._run_dir)
+        for gone in sorted(self._seen.keys() - set(steps)):
+            del self._seen[gone]
+            notice(f"{checkpoint_folder(self._run_dir, gone)}: somebody else deleted it")
         found = [self._if_whole(step, notice) for step in steps]
         whole = [one for one in found if one is not None]
         doomed = steps_to_remove(whole, self._policy)

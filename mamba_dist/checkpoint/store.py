@@ -32,9 +32,10 @@ from mamba_dist.checkpoint.rank_file import (
     write_synced,
 )
 from mamba_dist.checkpoint.ranks import Ranks
+from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.base import Fragment
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, DamagedCheckpointError
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) 
 
     Raises:
         OSError: it could not be written, or not be made durable.
+        DamagedCheckpointError: a file is not there any more.
     """
     records = take_rank_records(staging, ranks=world_size)
     shapes: dict[str, list[int]] = {}
@@ -100,6 +102,9 @@ def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) 
     )
     write_synced(staging / MANIFEST, manifest_text(manifest))
     remove_rank_records(staging, ranks=world_size)
+    damage = next(file_damage(staging, manifest.files, contents=False), None)
+    if damage is not None:
+        raise DamagedCheckpointError(f"{damage}: something else changes this folder")
     sync_folder(staging)
     os.rename(staging, folder)
     sync_folder(folder.parent)
