@@ -39,8 +39,9 @@ from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink, 
 from mamba_dist.telemetry.progress import progress as progress_bar
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
+from mamba_dist.train.run_folder import run_folder
 from mamba_dist.train.schedule import total_steps
-from mamba_dist.train.state import load, run_folder, starting_point
+from mamba_dist.train.state import load, starting_point
 from mamba_dist.train.stop import StopRequest
 
 _log = logging.getLogger(__name__)

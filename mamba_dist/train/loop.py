@@ -11,8 +11,9 @@ from mamba_dist.errors import CheckpointError, TrainingError
 from mamba_dist.ops.readback import read_later
 from mamba_dist.train.build import Run
 from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
+from mamba_dist.train.run_folder import HeldFolder, run_folder
 from mamba_dist.train.schedule import learning_rate
-from mamba_dist.train.state import advanced, run_folder
+from mamba_dist.train.state import advanced
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +26,12 @@ class Outcome:
     stopped_by: str | None
 
 
-def train(run: Run) -> Outcome:
+def train(run: Run, folder: HeldFolder) -> Outcome:
     """Trains until the last step, or until some rank is told to stop.
 
     Raises:
-        TrainingError: too many steps in a row were skipped, or the final loss is not finite.
+        TrainingError: too many steps in a row were skipped, the final loss is not finite, or
+            another run has taken the folder.
         DataError: the loader failed.
         CheckpointError: the last checkpoint of this start could not be written.
     """
@@ -74,6 +76,7 @@ def train(run: Run) -> Outcome:
         if last or (not stopping and _due(config.training.eval_steps, progress.step)):
             val_loss = _validate(run, progress, last=last)
         if last or stopping or _due(config.checkpoint.save_steps, progress.step):
+            folder.require()
             _save(run, progress, val_loss=val_loss, must_succeed=last or stopping)
         if stopping:
             return Outcome(progress, run.stop.reason or "a stop of another rank")

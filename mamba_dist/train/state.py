@@ -1,17 +1,14 @@
-"""Where a run stands, and its return to that point: progress, lock and resume.
+"""Where a run stands, and its return to that point: progress and resume.
 
 No random state is kept: the data order derives from (seed, step), and Mamba has no dropout.
 """
 
-import fcntl
 import hashlib
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
+from mamba_dist.checkpoint.layout import committed_steps
 from mamba_dist.checkpoint.manifest import Progress
 from mamba_dist.checkpoint.reader import (
     CheckpointReader,
@@ -24,8 +21,9 @@ from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import RunOrder, mixture_fingerprint
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
-from mamba_dist.errors import CheckpointError, DataError, TrainingError
+from mamba_dist.errors import CheckpointError, DataError
 from mamba_dist.train.continuation import continued_order
+from mamba_dist.train.run_folder import run_folder
 
 _log = logging.getLogger(__name__)
 
@@ -147,41 +145,6 @@ def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
         )
         error.of_one_rank = True
         raise error
-
-
-def prepare_run_folder(config: RunConfig, *, world: World) -> AbstractContextManager[object]:
-    """Holds the run folder, made and cleaned of what a kill left, for this run alone.
-
-    The kernel releases the lock when the process ends, however it ends.
-
-    Raises:
-        TrainingError: on all ranks, if another run holds the folder or it cannot be written.
-    """
-    run_dir = run_folder(config)
-    lock: AbstractContextManager[object] = nullcontext()
-    problem = ""
-    if world.rank == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = (run_dir / "lock").open("w", encoding="utf-8")
-            lock = file
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name in remove_left_behind(run_dir):
-                _log.warning("removed %s, which an interrupted save left behind", name)
-        except BlockingIOError:
-            problem = "another run is training in it; wait for its end, or set training.run_dir=…"
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror}); set training.run_dir=…"
-    if world.any_rank(bool(problem)):
-        raise TrainingError(f"{run_dir}: {problem or 'refused by rank 0'}")
-    return lock
-
-
-def run_folder(config: RunConfig) -> Path:
-    """The folder of the run; set by loading a config file."""
-    if config.training.run_dir is None:
-        raise ValueError("training.run_dir is filled in when a config is loaded from a file")
-    return Path(config.training.run_dir)
 
 
 def _changes(saved: RunConfig, now: RunConfig) -> list[str]:
