@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from mamba_dist.telemetry.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
+
+_EVENTS_ROOM_BYTES = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -121,6 +124,9 @@ class TensorBoardSink:
     def write(self, record: Record) -> None:
         group = "train" if isinstance(record, TrainRecord) else "validation"
         if self._writer is None:
+            # A writer without room leaves an empty file, and a traceback of its thread.
+            with tempfile.TemporaryFile(dir=self._folder, buffering=0) as probe:
+                probe.write(bytes(_EVENTS_ROOM_BYTES))
             self._writer = SummaryWriter(self._folder)
         try:
             for name, value in asdict(record).items():
