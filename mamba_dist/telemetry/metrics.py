@@ -124,6 +124,7 @@ class TensorBoardSink:
     def write(self, record: Record) -> None:
         group = "train" if isinstance(record, TrainRecord) else "validation"
         if self._writer is None:
+            Path(self._folder).mkdir(exist_ok=True)
             # A writer without room leaves an empty file, and a traceback of its thread.
             with tempfile.TemporaryFile(dir=self._folder, buffering=0) as probe:
                 probe.write(bytes(_EVENTS_ROOM_BYTES))

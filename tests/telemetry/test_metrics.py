@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -201,6 +202,7 @@ def test_tensorboard_begins_another_file_after_its_folder_was_gone(tmp_path: Pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     writer.add_scalar = dead
+    shutil.rmtree(tmp_path / "tensorboard")
     with pytest.raises(OSError, match="No space left"):
         sink.write(replace(VALIDATED, step=11))
     sink.write(replace(VALIDATED, step=12))
