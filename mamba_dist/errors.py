@@ -50,5 +50,9 @@ class CheckpointError(MambaDistError):
     """A checkpoint is missing, damaged, or belongs to another model or data set."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Bytes of a checkpoint are not what was written, or cannot be read."""
+
+
 class TrainingError(MambaDistError):
     """Training cannot go on: for example too many skipped steps in a row."""

@@ -1,28 +1,21 @@
-"""Real checkpoints of a made-up state, written by the store's own stages as any number of ranks."""
+"""Real checkpoints of a made-up state, written by its own stages as any number of ranks."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from mamba_dist.checkpoint import store
 from mamba_dist.checkpoint.layout import checkpoint_folder, staging_folder
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
-from mamba_dist.checkpoint.store import Snapshot
+from mamba_dist.checkpoint.rank_file import copied_to_host, write_rank
+from mamba_dist.checkpoint.ranks import OneRank
+from mamba_dist.checkpoint.store import Snapshot, commit
 from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
 from mamba_dist.engine.base import STATE_KINDS, Fragment, flat_share
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (1,)}
 
 State = dict[str, dict[str, torch.Tensor]]
-
-
-class OneRank:
-    rank = 0
-    size = 1
-
-    def any_rank(self, flag: bool) -> bool:
-        return flag
 
 
 class RankOf(OneRank):
@@ -76,6 +69,8 @@ def snapshot(
     *,
     fragments: Iterable[Fragment] | None = None,
     config: RunConfig | None = None,
+    saved_at: float | None = None,
+    val_loss: float | None = None,
     **progress,
 ) -> Snapshot:
     return Snapshot(
@@ -95,6 +90,8 @@ def snapshot(
         tokenizer=TokenizerRecord(sha256="0", eos_token="e"),
         engine="test",
         versions={"torch": torch.__version__},
+        saved_at=saved_at,
+        val_loss=val_loss,
     )
 
 
@@ -108,12 +105,11 @@ def write_as_ranks(
     config: RunConfig | None = None,
     **progress,
 ) -> Path:
-    """A save of `size` ranks, one after the other in this process, by the store's own stages."""
+    """A save of `size` ranks, one after the other in this process, by its own stages."""
     staging, folder = staging_folder(run_dir, step), checkpoint_folder(run_dir, step)
     staging.mkdir(parents=True)
     for rank in range(size):
-        store._write_rank(
-            staging, rank, fragments_of(step, rank=rank, size=size, state=state, flat=flat)
-        )
-    store._commit(staging, folder, snapshot(step, config=config, **progress), size)
+        fragments = fragments_of(step, rank=rank, size=size, state=state, flat=flat)
+        write_rank(staging, rank, copied_to_host(fragments))
+    commit(staging, folder, snapshot(step, config=config, **progress), world_size=size)
     return folder

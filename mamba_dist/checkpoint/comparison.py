@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mamba_dist.checkpoint.inspection import BLOCK_NUMEL, squared_norm
 from mamba_dist.checkpoint.manifest import CheckpointManifest
-from mamba_dist.checkpoint.store import CheckpointReader
+from mamba_dist.checkpoint.reader import CheckpointReader
 from mamba_dist.engine.base import STATE_KINDS, StateKind
 from mamba_dist.errors import CheckpointError
 

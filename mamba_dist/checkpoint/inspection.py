@@ -16,7 +16,7 @@ from mamba_dist.checkpoint.layout import (
     unfinished,
 )
 from mamba_dist.checkpoint.manifest import CheckpointManifest, parameter_numel
-from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
+from mamba_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.data.segments import RunOrder, SourceRecord, shares
 from mamba_dist.engine.base import STATE_KINDS, StateKind

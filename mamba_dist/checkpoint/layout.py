@@ -34,6 +34,19 @@ def staging_folder(run_dir: Path, step: int) -> Path:
     return checkpoint_folder(run_dir, step).with_suffix(".partial")
 
 
+def make_staging_folder(run_dir: Path, step: int) -> Path:
+    """The empty staging folder of a step; what an earlier attempt left in it is gone."""
+    parent, staging = checkpoints_folder(run_dir), staging_folder(run_dir, step)
+    if not parent.is_dir():
+        parent.mkdir(parents=True)
+        # Its name too must survive a power cut, or the first checkpoint is lost with it.
+        sync_folder(run_dir)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
+    return staging
+
+
 def rank_file(rank: int) -> str:
     """Name of the file with one rank's fragments."""
     return f"rank-{rank:05d}.safetensors"
@@ -68,7 +81,11 @@ def remove_checkpoint(run_dir: Path, step: int) -> None:
     """Deletes a committed checkpoint; a kill in between leaves no half of it under its name."""
     folder = checkpoint_folder(run_dir, step)
     doomed = folder.with_suffix(".removed")
+    if doomed.exists():
+        shutil.rmtree(doomed)
     os.rename(folder, doomed)
+    # Else a power cut might bring the old name back over files that are gone.
+    sync_folder(folder.parent)
     shutil.rmtree(doomed)
 
 
@@ -80,12 +97,6 @@ def set_aside(run_dir: Path, step: int) -> str:
         shutil.rmtree(kept)
     os.rename(folder, kept)
     return kept.name
-
-
-def steps_to_remove(steps: list[int], *, keep_last: int, keep_every: int | None) -> list[int]:
-    """The committed `steps` to give up: not the last ones, no multiple of `keep_every`."""
-    older = sorted(steps)[:-keep_last]
-    return [step for step in older if keep_every is None or step % keep_every]
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import Segment
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, DamagedCheckpointError
 
 
 class _Record(BaseModel):
@@ -55,6 +55,9 @@ class FileRecord(_Record):
     name: str
     size_bytes: int
     sha256: str
+    header_sha256: str | None = None
+    """Of what stands before the tensors, which have hashes of their own: so all can be verified
+    while it is read for use. None: the checkpoint is older than this field."""
 
 
 class FragmentRecord(_Record):
@@ -86,6 +89,11 @@ class CheckpointManifest(_Record):
     world_size: int
     engine: str
     versions: dict[str, str]
+    saved_at: float | None = None
+    """Seconds since 1970 by the clock of rank 0. None: the checkpoint is older than this field."""
+    val_loss: float | None = None
+    """Validation loss of this very state, in nats per token. None: it was not validated, or the
+    loss was not finite, or the checkpoint is older than this field."""
     config: RunConfig
     tokenizer: TokenizerRecord
     shapes: dict[str, list[int]]
@@ -107,11 +115,15 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """
     path = folder / MANIFEST
     try:
-        stored = json.loads(path.read_bytes())
-        if not isinstance(stored, dict) or stored.get("sha256") != _hash_of_body(
-            stored.get("manifest")
+        text = path.read_bytes()
+        stored = json.loads(text)
+        # The text too: 1e-05 and 1E-05, a bit apart, are the same number.
+        if not (
+            isinstance(stored, dict)
+            and stored.get("sha256") == _hash_of_body(stored.get("manifest"))
+            and text == _compact(stored).encode()
         ):
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{path}: does not hash to what was written: its contents changed"
             )
         return CheckpointManifest.model_validate_json(_compact(stored["manifest"]))
@@ -127,7 +139,9 @@ def read_manifest(folder: Path) -> CheckpointManifest:
             "use the version of mamba-dist that wrote it, or an older checkpoint"
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}): its contents changed") from error
+        raise DamagedCheckpointError(
+            f"{path}: is not JSON ({error}): its contents changed"
+        ) from error
 
 
 def fragments_by_parameter(manifest: CheckpointManifest) -> dict[str, list[FragmentRecord]]:

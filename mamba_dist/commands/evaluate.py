@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mamba_dist.checkpoint.history import recorded_order
-from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
+from mamba_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.config.text import write_text

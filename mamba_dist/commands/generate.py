@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mamba_dist.checkpoint.store import open_checkpoint
+from mamba_dist.checkpoint.reader import open_checkpoint
 from mamba_dist.config.schema import MambaConfig, RunConfig
 from mamba_dist.data.tokenization import Tokenizer, dataset_file_name, load_tokenizer
 from mamba_dist.errors import DataError, MambaDistError

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from mamba_dist.checkpoint.inspection import (
 )
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.checkpoint.manifest import CheckpointManifest, read_manifest
-from mamba_dist.checkpoint.store import CheckpointReader
+from mamba_dist.checkpoint.reader import CheckpointReader
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.commands.arguments import not_negative_int
 from mamba_dist.config.report import shown
@@ -103,6 +104,10 @@ def _print_description(folder: Path, manifest: CheckpointManifest) -> None:
     print(f"  step        {at.step:>18,}  optimizer steps, {manifest.adam_steps:,} of them updates")
     print(f"  tokens      {at.trained_tokens:>18,}  trained on")
     print(f"  samples     {at.next_sample:>18,}  read, {at.global_batch_size:,} a step")
+    if manifest.saved_at is not None:
+        print(f"  saved       {_moment(manifest.saved_at):>18}  by the clock of rank 0, in UTC")
+    if manifest.val_loss is not None:
+        print(f"  validation  {manifest.val_loss:>18.6f}  nats per token")
     versions = ", ".join(f"{name} {number}" for name, number in sorted(manifest.versions.items()))
     print(f"  written by  {manifest.engine} on {_counted(manifest.world_size, 'rank')}")
     print(f"  versions    {versions or 'not recorded'}")
@@ -251,6 +256,10 @@ def _sizes(model: MambaConfig) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _moment(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _short(digest: str) -> str:

@@ -77,16 +77,29 @@ def _length_problems(config: RunConfig) -> list[Problem]:
 
 
 def _retention(config: RunConfig) -> list[Problem]:
+    problems = []
     every, save = config.checkpoint.keep_every_steps, config.checkpoint.save_steps
-    if every is None or every % save == 0:
-        return []
-    return [
-        Problem(
-            "checkpoint.keep_every_steps",
-            f"found {every}, expected a multiple of checkpoint.save_steps {save}: "
-            "there is no checkpoint at other steps",
+    if every is not None and every % save:
+        problems.append(
+            Problem(
+                "checkpoint.keep_every_steps",
+                f"found {every}, expected a multiple of checkpoint.save_steps {save}: "
+                "there is no checkpoint at other steps",
+            )
         )
-    ]
+    validate = config.training.eval_steps
+    if config.checkpoint.keep_best is not None and (
+        validate is None or (save % validate and validate % save)
+    ):
+        problems.append(
+            Problem(
+                "checkpoint.keep_best",
+                f"checkpoints are saved every {save} steps (save_steps) and training.eval_steps is "
+                f"{'null' if validate is None else validate}; expected one to be a multiple of the "
+                "other, since only a checkpoint of a validated step has a loss to compare",
+            )
+        )
+    return problems
 
 
 def _kernel_problems(model: MambaConfig) -> list[Problem]:

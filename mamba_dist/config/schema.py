@@ -316,6 +316,11 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this are kept for ever."""
+    keep_every_hours: float | None = Field(default=None, gt=0, le=10_000)
+    """The first checkpoint is kept for ever, and each that is so long after the last kept so."""
+    keep_best: int | None = Field(default=None, ge=1, le=1000)
+    """So many checkpoints with the lowest validation loss are kept; those count that were saved at
+    a step of training.eval_steps."""
     resume: Literal["auto", "required", "never"] = "auto"
     """auto continues the newest whole checkpoint of the run folder, if it holds any."""
     # Read from a YAML list; a tuple keeps the section immutable.

@@ -6,7 +6,10 @@ the one that counts.
 """
 
 import json
+import logging
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from mamba_dist.telemetry.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
+
+_EVENTS_ROOM_BYTES = 1 << 16
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,16 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends one JSON object per record to metrics.jsonl."""
+    """Appends one JSON object per record to metrics.jsonl.
+
+    What a full disk did not take is written with the next record, so that none is lost or cut.
+    """
 
     def __init__(self, run_dir: Path) -> None:
-        path = run_dir / METRICS_FILE
-        _drop_cut_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run_dir / METRICS_FILE
+        _drop_cut_line(self._path)
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, record: Record) -> None:
         # JSON has no NaN; a skipped step's norm becomes null.
@@ -86,27 +97,50 @@ class JsonlSink:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in asdict(record).items()
         }
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(fields) + "\n").encode()
+        self._append()
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._append()
+        finally:
+            self._file.close()
+
+    def _append(self) -> None:
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            deleted, self._file = self._file, self._path.open("ab", buffering=0)
+            deleted.close()
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 class TensorBoardSink:
     """Scalars under train/ and validation/ in the folder tensorboard/."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._folder = str(run_dir / "tensorboard")
+        self._writer: SummaryWriter | None = SummaryWriter(self._folder)
 
     def write(self, record: Record) -> None:
         group = "train" if isinstance(record, TrainRecord) else "validation"
-        for name, value in asdict(record).items():
-            if name != "step":
-                self._writer.add_scalar(f"{group}/{name}", value, record.step)
+        if self._writer is None:
+            Path(self._folder).mkdir(exist_ok=True)
+            # A writer without room leaves an empty file, and a traceback of its thread.
+            with tempfile.TemporaryFile(dir=self._folder, buffering=0) as probe:
+                probe.write(bytes(_EVENTS_ROOM_BYTES))
+            self._writer = SummaryWriter(self._folder)
+        try:
+            for name, value in asdict(record).items():
+                if name != "step":
+                    self._writer.add_scalar(f"{group}/{name}", value, record.step)
+        except OSError:
+            # Its thread has ended and it would raise this for ever; another begins another file.
+            self._writer = None
+            raise
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class ConsoleSink:
@@ -135,20 +169,42 @@ class ConsoleSink:
 
 
 class Metrics:
-    """All sinks of a run; empty on every rank but 0."""
+    """All sinks of a run; empty on every rank but 0.
+
+    A sink that the disk refuses, full or gone, is no reason to end a run: it is said, once until it
+    works again.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = tuple(sinks)
+        self._failing: set[Sink] = set()
 
     def write(self, record: Record) -> None:
         """Sends one record to every sink."""
         for sink in self._sinks:
-            sink.write(record)
+            try:
+                sink.write(record)
+            except OSError as error:
+                if sink not in self._failing:
+                    self._failing.add(sink)
+                    _log.error(
+                        "%s cannot write its records (%s); training goes on, and each record is "
+                        "another try",
+                        type(sink).__name__,
+                        error,
+                    )
+            else:
+                if sink in self._failing:
+                    self._failing.remove(sink)
+                    _log.warning("%s writes its records again", type(sink).__name__)
 
     def close(self) -> None:
         """Makes what was written durable."""
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except OSError as error:
+                _log.error("%s could not write its last records (%s)", type(sink).__name__, error)
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
+from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
@@ -38,8 +39,9 @@ from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink, 
 from mamba_dist.telemetry.progress import progress as progress_bar
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
+from mamba_dist.train.run_folder import run_folder
 from mamba_dist.train.schedule import total_steps
-from mamba_dist.train.state import run_folder, starting_point
+from mamba_dist.train.state import load, starting_point
 from mamba_dist.train.stop import StopRequest
 
 _log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class Run:
     validation: Iterable[Batch]
     metrics: Metrics
     meter: Meter
+    retention: Retention
     guard: SkipGuard
     stop: StopRequest
 
@@ -78,10 +81,11 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
     sources = open_matching_sources(config)
     fresh = new_run(sources, config.data, global_batch_size=plan.global_batch_size)
     start = starting_point(config, world=world, fresh=fresh.order)
+    planned_steps(config, start.order)
+    engine, classes = _build_engine(config, plan=plan, world=world)
+    start = load(start, engine, config, world=world, fresh=fresh.order)
     data = RunData(start.order, sources)
     steps = planned_steps(config, data.order)
-    engine, classes = _build_engine(config, plan=plan, world=world)
-    start.load(engine)
     if world.rank == 0:
         _describe_run(config, classes)
     metrics, meter = _build_metrics(config, world=world, start=start.progress, steps=steps)
@@ -107,6 +111,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         ),
         metrics=metrics,
         meter=meter,
+        retention=Retention(run_folder(config), config.checkpoint),
         guard=SkipGuard(config.training.max_skipped_steps),
         stop=stop,
     )

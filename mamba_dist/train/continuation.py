@@ -3,7 +3,7 @@
 import os
 
 from mamba_dist.checkpoint.history import recorded_order
-from mamba_dist.checkpoint.store import CheckpointReader
+from mamba_dist.checkpoint.reader import CheckpointReader
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import (
     RunOrder,

@@ -2,16 +2,18 @@
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.store import Snapshot, apply_retention, save_checkpoint
+from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
 from mamba_dist.errors import CheckpointError, TrainingError
 from mamba_dist.ops.readback import read_later
 from mamba_dist.train.build import Run
 from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
+from mamba_dist.train.run_folder import HeldFolder, run_folder
 from mamba_dist.train.schedule import learning_rate
-from mamba_dist.train.state import advanced, run_folder
+from mamba_dist.train.state import advanced
 
 _log = logging.getLogger(__name__)
 
@@ -24,11 +26,12 @@ class Outcome:
     stopped_by: str | None
 
 
-def train(run: Run) -> Outcome:
+def train(run: Run, folder: HeldFolder) -> Outcome:
     """Trains until the last step, or until some rank is told to stop.
 
     Raises:
-        TrainingError: too many steps in a row were skipped, or the final loss is not finite.
+        TrainingError: too many steps in a row were skipped, the final loss is not finite, or
+            another run has taken the folder.
         DataError: the loader failed.
         CheckpointError: the last checkpoint of this start could not be written.
     """
@@ -69,10 +72,12 @@ def train(run: Run) -> Outcome:
         stopping = stops > 0 and not last
         if last or stopping:
             meter.flush(progress, lr=lr, grad_norm=stats.grad_norm)
+        val_loss = None
         if last or (not stopping and _due(config.training.eval_steps, progress.step)):
-            _validate(run, progress, last=last)
+            val_loss = _validate(run, progress, last=last)
         if last or stopping or _due(config.checkpoint.save_steps, progress.step):
-            _save(run, progress, must_succeed=last or stopping)
+            folder.require()
+            _save(run, progress, val_loss=val_loss, must_succeed=last or stopping)
         if stopping:
             return Outcome(progress, run.stop.reason or "a stop of another rank")
     return Outcome(progress, None)
@@ -82,22 +87,25 @@ def _due(every_steps: int | None, step: int) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def _validate(run: Run, progress: Progress, *, last: bool) -> None:
+def _validate(run: Run, progress: Progress, *, last: bool) -> float | None:
+    """The validation loss, if it is finite and no stop came between."""
     record = evaluate(
         run.engine, run.validation, world=run.world, stop=run.stop, step=progress.step
     )
     if record is None:
-        return
+        return None
     run.metrics.write(record)
-    if last and not math.isfinite(record.val_loss):
+    if math.isfinite(record.val_loss):
+        return record.val_loss
+    if last:
         raise TrainingError(
             f"the run ends at step {progress.step} with a validation loss of {record.val_loss}; "
             "its weights are broken: resume from an older checkpoint"
         )
+    return None
 
 
-def _save(run: Run, progress: Progress, *, must_succeed: bool) -> None:
-    run_dir, policy = run_folder(run.config), run.config.checkpoint
+def _save(run: Run, progress: Progress, *, val_loss: float | None, must_succeed: bool) -> None:
     snapshot = Snapshot(
         progress=progress,
         adam_steps=run.engine.adam_steps,
@@ -106,9 +114,11 @@ def _save(run: Run, progress: Progress, *, must_succeed: bool) -> None:
         tokenizer=run.tokenizer,
         engine=run.engine_name,
         versions=run.versions,
+        saved_at=round(time.time(), 3),
+        val_loss=val_loss,
     )
     try:
-        folder = save_checkpoint(run_dir, snapshot, ranks=run.world)
+        folder = save_checkpoint(run_folder(run.config), snapshot, ranks=run.world)
     except CheckpointError as error:
         if must_succeed:
             raise
@@ -117,4 +127,7 @@ def _save(run: Run, progress: Progress, *, must_succeed: bool) -> None:
         return
     if run.world.rank == 0:
         _log.info("saved %s", folder)
-        apply_retention(run_dir, keep_last=policy.keep_last, keep_every=policy.keep_every_steps)
+        try:
+            run.retention.apply(notice=_log.warning)
+        except CheckpointError as error:
+            _log.error("%s", error)

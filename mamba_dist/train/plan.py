@@ -7,7 +7,7 @@ from mamba_dist.data.training_sources import new_run
 from mamba_dist.engine.zero_settings import stage_for, state_bytes
 from mamba_dist.model.flops import flops_per_token, parameter_count
 from mamba_dist.train.build import open_matching_sources, planned_steps
-from mamba_dist.train.state import run_folder
+from mamba_dist.train.run_folder import run_folder
 
 
 def describe_plan(config: RunConfig, *, world_size: int) -> str:

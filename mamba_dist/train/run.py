@@ -8,7 +8,7 @@ from mamba_dist.telemetry.log import setup_logging
 from mamba_dist.train.build import build_run
 from mamba_dist.train.loop import train
 from mamba_dist.train.plan import describe_plan
-from mamba_dist.train.state import prepare_run_folder
+from mamba_dist.train.run_folder import held_run_folder
 from mamba_dist.train.stop import EXIT_STOPPED, StopRequest, watch_launcher
 
 __all__ = ["describe_plan", "run_training"]
@@ -31,7 +31,7 @@ def run_training(config: RunConfig) -> int:
             deterministic=config.training.deterministic,
         )
         setup_logging(rank=world.rank, world_size=world.size)
-        with prepare_run_folder(config, world=world):
+        with held_run_folder(config, world=world) as folder:
             run = build_run(config, world=world, stop=stop)
             if run.start.step >= run.total_steps:
                 _log.warning(
@@ -40,7 +40,7 @@ def run_training(config: RunConfig) -> int:
                     run.total_steps,
                 )
             try:
-                outcome = train(run)
+                outcome = train(run, folder)
             finally:
                 run.metrics.close()
             world.barrier()

@@ -1,20 +1,18 @@
-"""Where a run stands, and its return to that point: progress, lock and resume.
+"""Where a run stands, and its return to that point: progress and resume.
 
 No random state is kept: the data order derives from (seed, step), and Mamba has no dropout.
 """
 
-import fcntl
 import hashlib
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mamba_dist.checkpoint.layout import committed_steps, remove_left_behind
+from mamba_dist.checkpoint.layout import committed_steps
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.store import (
+from mamba_dist.checkpoint.reader import (
     CheckpointReader,
+    DamageNote,
     find_checkpoint,
     require_same_model,
     set_aside_newer,
@@ -23,8 +21,9 @@ from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import RunOrder, mixture_fingerprint
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
-from mamba_dist.errors import CheckpointError, DataError, TrainingError
+from mamba_dist.errors import CheckpointError, DataError
 from mamba_dist.train.continuation import continued_order
+from mamba_dist.train.run_folder import run_folder
 
 _log = logging.getLogger(__name__)
 
@@ -36,16 +35,6 @@ class StartingPoint:
     progress: Progress
     order: RunOrder
     reader: CheckpointReader | None
-
-    def load(self, engine: Engine) -> None:
-        """Brings the engine to the state of the checkpoint.
-
-        Raises:
-            CheckpointError: the checkpoint does not fit the engine.
-        """
-        if self.reader is not None:
-            engine.load_fragments(self.reader, adam_steps=self.reader.manifest.adam_steps)
-            _log.info("resumed after step %d from %s", self.reader.step, self.reader.folder)
 
 
 def beginning(order: RunOrder) -> Progress:
@@ -64,8 +53,14 @@ def advanced(progress: Progress, *, tokens: int) -> Progress:
     )
 
 
-def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> StartingPoint:
+def starting_point(
+    config: RunConfig, *, world: World, fresh: RunOrder, before: int | None = None
+) -> StartingPoint:
     """Where to go on; `fresh` is the order that the config would begin with.
+
+    Of the checkpoints only manifests, sizes and headers are looked at, so that a mistake is told
+    before anything large is built; `load` verifies the rest. `before`: that step and later ones
+    are known to be damaged.
 
     Raises:
         DataError: ranks found different data sets, such as copies on their nodes that differ.
@@ -83,7 +78,9 @@ def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> Start
                 "set it to auto, or train in another run folder (training.run_dir=…)"
             )
         return start
-    reader = find_checkpoint(run_dir, ranks=world, notice=_log.warning)
+    reader = find_checkpoint(
+        run_dir, ranks=world, notice=_log.warning, before=before, contents=False
+    )
     if reader is None:
         if config.checkpoint.resume == "required":
             raise CheckpointError(
@@ -93,15 +90,46 @@ def starting_point(config: RunConfig, *, world: World, fresh: RunOrder) -> Start
         return start
     require_same_model(reader, config.model)
     order = continued_order(reader, config, fresh)
+    return StartingPoint(
+        reader.manifest.progress.model_copy(update=_described(order)), order, reader
+    )
+
+
+def load(
+    start: StartingPoint, engine: Engine, config: RunConfig, *, world: World, fresh: RunOrder
+) -> StartingPoint:
+    """Where the run really goes on, now that the engine is in that state: `start`, or a checkpoint
+    before it if bytes of that turned out to be damaged.
+
+    Every byte is read once, and verified while it is.
+
+    Raises:
+        CheckpointError: as of `starting_point`; or the checkpoint does not fit the engine.
+    """
+    while start.reader is not None:
+        reader, noted = start.reader, DamageNote(start.reader)
+        engine.load_fragments(noted, adam_steps=reader.manifest.adam_steps)
+        if not world.any_rank(noted.damage is not None):
+            _settle(reader, config, world=world)
+            return start
+        _log.warning(
+            "passing over step %d: %s",
+            reader.step,
+            noted.damage or "another rank found a damaged file",
+        )
+        start = starting_point(config, world=world, fresh=fresh, before=reader.step)
+    return start
+
+
+def _settle(reader: CheckpointReader, config: RunConfig, *, world: World) -> None:
+    """Says what the run goes on from; later checkpoints, all of them damaged, leave its way."""
     if world.rank == 0:
-        for name in set_aside_newer(run_dir, reader.step):
+        for name in set_aside_newer(run_folder(config), reader.step):
             _log.warning("damaged checkpoint set aside as %s", name)
     world.barrier()
     for line in _changes(reader.config, config):
         _log.warning("changed since step %d: %s", reader.step, line)
-    return StartingPoint(
-        reader.manifest.progress.model_copy(update=_described(order)), order, reader
-    )
+    _log.info("resumed after step %d from %s", reader.step, reader.folder)
 
 
 def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
@@ -117,41 +145,6 @@ def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
         )
         error.of_one_rank = True
         raise error
-
-
-def prepare_run_folder(config: RunConfig, *, world: World) -> AbstractContextManager[object]:
-    """Holds the run folder, made and cleaned of what a kill left, for this run alone.
-
-    The kernel releases the lock when the process ends, however it ends.
-
-    Raises:
-        TrainingError: on all ranks, if another run holds the folder or it cannot be written.
-    """
-    run_dir = run_folder(config)
-    lock: AbstractContextManager[object] = nullcontext()
-    problem = ""
-    if world.rank == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = (run_dir / "lock").open("w", encoding="utf-8")
-            lock = file
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name in remove_left_behind(run_dir):
-                _log.warning("removed %s, which an interrupted save left behind", name)
-        except BlockingIOError:
-            problem = "another run is training in it; wait for its end, or set training.run_dir=…"
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror}); set training.run_dir=…"
-    if world.any_rank(bool(problem)):
-        raise TrainingError(f"{run_dir}: {problem or 'refused by rank 0'}")
-    return lock
-
-
-def run_folder(config: RunConfig) -> Path:
-    """The folder of the run; set by loading a config file."""
-    if config.training.run_dir is None:
-        raise ValueError("training.run_dir is filled in when a config is loaded from a file")
-    return Path(config.training.run_dir)
 
 
 def _changes(saved: RunConfig, now: RunConfig) -> list[str]:

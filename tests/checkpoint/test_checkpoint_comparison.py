@@ -12,7 +12,7 @@ from written_checkpoint import SHAPES, State, run_config, state_of, write_as_ran
 from mamba_dist.checkpoint.comparison import field_differences, state_differences
 from mamba_dist.checkpoint.inspection import state_bytes
 from mamba_dist.checkpoint.manifest import read_manifest
-from mamba_dist.checkpoint.store import CheckpointReader
+from mamba_dist.checkpoint.reader import CheckpointReader
 from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
 from mamba_dist.engine.base import STATE_KINDS
 from mamba_dist.errors import CheckpointError

@@ -19,7 +19,7 @@ from mamba_dist.checkpoint.inspection import (
 )
 from mamba_dist.checkpoint.layout import staging_folder
 from mamba_dist.checkpoint.manifest import read_manifest
-from mamba_dist.checkpoint.store import CheckpointReader
+from mamba_dist.checkpoint.reader import CheckpointReader
 from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
 from mamba_dist.engine.base import STATE_KINDS
 from mamba_dist.errors import CheckpointError

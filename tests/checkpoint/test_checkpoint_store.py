@@ -19,24 +19,24 @@ from written_checkpoint import (
     write_as_ranks,
 )
 
-from mamba_dist.checkpoint import store
+from mamba_dist.checkpoint import rank_file
 from mamba_dist.checkpoint.layout import (
     checkpoint_folder,
     committed_steps,
     remove_left_behind,
     staging_folder,
-    steps_to_remove,
 )
 from mamba_dist.checkpoint.manifest import FragmentRecord
-from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
-from mamba_dist.checkpoint.store import (
-    apply_retention,
+from mamba_dist.checkpoint.reader import (
     find_checkpoint,
     open_checkpoint,
     require_same_model,
-    save_checkpoint,
     set_aside_newer,
 )
+from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
+from mamba_dist.checkpoint.retention import Retention
+from mamba_dist.checkpoint.store import save_checkpoint
+from mamba_dist.config.schema import CheckpointConfig
 from mamba_dist.engine.base import flat_share
 from mamba_dist.errors import CheckpointError
 
@@ -88,7 +88,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_cleaned_up(tmp_path: Path) 
     save(tmp_path, 1)
     staging = staging_folder(tmp_path, 2)
     staging.mkdir()
-    store._write_rank(staging, 0, fragments_of(2))
+    rank_file.write_rank(staging, 0, rank_file.copied_to_host(fragments_of(2)))
     assert committed_steps(tmp_path) == [1]
     reader = newest(tmp_path)
     assert reader is not None
@@ -183,7 +183,7 @@ def test_a_full_disk_raises_and_leaves_the_checkpoints_before_untouched(
     def no_room(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", no_room)
+    monkeypatch.setattr(rank_file, "save_file", no_room)
     with pytest.raises(CheckpointError, match="No space left"):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -209,7 +209,7 @@ def test_a_failure_on_one_rank_fails_the_save_on_all(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(store, "save_file", fail)
+    monkeypatch.setattr(rank_file, "save_file", fail)
     staging_folder(tmp_path, 1).mkdir(parents=True)
     ranks = Second()
     with pytest.raises(CheckpointError, match="not written"):
@@ -227,21 +227,8 @@ def test_damaged_checkpoints_are_set_aside_and_their_step_can_be_saved_again(
     assert set_aside_newer(tmp_path, reader.step) == ["step-00000002.damaged"]
     assert committed_steps(tmp_path) == [1]
     save(tmp_path, 2)
-    assert apply_retention(tmp_path, keep_last=1, keep_every=None) == [1]
+    assert Retention(tmp_path, CheckpointConfig(keep_last=1)).apply(notice=pytest.fail) == [1]
     assert open_checkpoint(tmp_path, notice=print).step == 2
-
-
-def test_retention_keeps_the_last_and_every_nth(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3, 4, 5)
-    assert apply_retention(tmp_path, keep_last=2, keep_every=3) == [1, 2]
-    assert committed_steps(tmp_path) == [3, 4, 5]
-
-
-@given(st.lists(st.integers(1, 99), unique=True, min_size=1), st.integers(1, 5))
-def test_retention_never_gives_up_the_newest(steps: list[int], keep_last: int) -> None:
-    doomed = steps_to_remove(steps, keep_last=keep_last, keep_every=None)
-    assert max(steps) not in doomed
-    assert len(steps) - len(doomed) == min(keep_last, len(steps))
 
 
 def record(start: int, numel: int) -> FragmentRecord:

@@ -15,7 +15,7 @@ from mamba_dist.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
-from mamba_dist.checkpoint.store import CheckpointReader
+from mamba_dist.checkpoint.reader import CheckpointReader
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.data.durable import hash_file
 from mamba_dist.errors import CheckpointError

@@ -56,7 +56,7 @@ def written(run_dir: Path, step: int = 5, size: int = 2, **options: Any) -> Path
 
 def test_a_run_folder_shows_its_newest_checkpoint(tmp_path: Path, asked: Asked) -> None:
     written(tmp_path, 4)
-    folder = written(tmp_path)
+    folder = written(tmp_path, saved_at=1767225600.0, val_loss=3.25)
     report = tmp_path / "report.json"
     printed = asked(tmp_path, "--json", report)
     assert printed == asked(folder)
@@ -65,6 +65,8 @@ def test_a_run_folder_shows_its_newest_checkpoint(tmp_path: Path, asked: Asked) 
         r"  step +5  optimizer steps, 4 of them updates",
         r"  tokens +495  trained on",
         r"  samples +32  read, 4 a step",
+        r"  saved +2026-01-01 00:00  by the clock of rank 0, in UTC",
+        r"  validation +3\.250000  nats per token",
         r"  written by  test on 2 ranks",
         rf"  versions    torch {re.escape(torch.__version__)}",
         r"  model       mamba1, 1 layer, d_model 16, d_inner 32, d_state 16, .*",

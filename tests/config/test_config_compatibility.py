@@ -113,6 +113,26 @@ def test_checkpoints_to_keep_are_among_those_written(
     ]
 
 
+@pytest.mark.parametrize(
+    ("validate", "fits"), [(500, True), (250, True), (1500, True), (300, False), (None, False)]
+)
+def test_the_best_are_kept_only_where_checkpoints_are_validated(
+    problems: Problems,
+    write_config: WriteConfig,
+    minimal: dict[str, Any],
+    validate: int | None,
+    fits: bool,
+) -> None:
+    minimal["checkpoint"] = {"save_steps": 500, "keep_best": 1}
+    minimal["training"]["eval_steps"] = validate
+    if fits:
+        load_config(write_config(minimal))
+        return
+    (line,) = problems(minimal)
+    assert line.startswith("checkpoint.keep_best: checkpoints are saved every 500 steps")
+    assert f"training.eval_steps is {'null' if validate is None else validate};" in line
+
+
 FITS_CUDA = [
     [],
     ["model.d_conv=2"],

@@ -126,6 +126,13 @@ RANGES: list[Row] = [
     ("checkpoint.keep_last", [1, NOTHING], [0, None], "an integer of at least 1"),
     ("checkpoint.keep_every_steps", [1000, None], [0], "an integer of at least 1 or null"),
     (
+        "checkpoint.keep_every_hours",
+        [TINY, 10_000, None],
+        [0, 10_001],
+        "a number above 0 and at most 10000 or null",
+    ),
+    ("checkpoint.keep_best", [1, 1000, None], [0, 1001], "an integer from 1 to 1000 or null"),
+    (
         "checkpoint.resume",
         ["auto", "required", "never"],
         [True],

@@ -14,7 +14,8 @@ import tiny_lm as tiny
 import torch
 
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
-from mamba_dist.checkpoint.store import Snapshot, find_checkpoint, save_checkpoint
+from mamba_dist.checkpoint.reader import find_checkpoint
+from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
 from mamba_dist.config.schema import RunConfig, TrainingConfig
 from mamba_dist.engine.base import STATE_KINDS
 from mamba_dist.engine.world import World, start_world, stop_world

@@ -1,8 +1,11 @@
 """Records in every sink: lines that can be parsed, events that TensorBoard reads, the console."""
 
+import errno
 import io
 import json
+import logging
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -133,3 +136,77 @@ def test_every_sink_gets_every_record(tmp_path: Path) -> None:
     metrics.write(TRAINED)
     metrics.close()
     assert read_metrics(first) == read_metrics(second) == [asdict(TRAINED)]
+
+
+class FullDisk:
+    """A disk that takes so many more bytes, under the files that are opened unbuffered."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def under(self, sink: JsonlSink) -> None:
+        file, disk = sink._file, self
+
+        class Limited:
+            fileno, close = file.fileno, file.close
+
+            def write(self, data: bytes) -> int:
+                if not disk.room:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                written = file.write(data[: disk.room])
+                disk.room -= written
+                return written
+
+        sink._file = Limited()
+
+
+def test_a_full_disk_loses_no_record_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("mamba_dist"), "propagate", True)
+    sink = JsonlSink(tmp_path)
+    disk = FullDisk(room=30)
+    disk.under(sink)
+    metrics = Metrics([sink])
+    for step in (1, 2, 3):
+        metrics.write(replace(VALIDATED, step=step))
+    assert caplog.text.count("JsonlSink cannot write its records") == 1
+    assert "No space left" in caplog.text
+    disk.room = 10**6
+    metrics.write(replace(VALIDATED, step=4))
+    assert caplog.text.count("writes its records again") == 1
+    disk.room = 0
+    metrics.write(replace(VALIDATED, step=5))
+    metrics.close()
+    assert "could not write its last records" in caplog.text
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_metrics_go_on_in_a_new_file_if_theirs_is_deleted(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path)
+    metrics = Metrics([sink])
+    metrics.write(VALIDATED)
+    (tmp_path / METRICS_FILE).unlink()
+    metrics.write(replace(VALIDATED, step=11))
+    metrics.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [11]
+
+
+def test_tensorboard_begins_another_file_after_its_folder_was_gone(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    sink.write(VALIDATED)
+    writer = sink._writer
+    assert writer is not None
+
+    def dead(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer.add_scalar = dead
+    shutil.rmtree(tmp_path / "tensorboard")
+    with pytest.raises(OSError, match="No space left"):
+        sink.write(replace(VALIDATED, step=11))
+    sink.write(replace(VALIDATED, step=12))
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert 12 in [event.step for event in events.Scalars("validation/val_loss")]

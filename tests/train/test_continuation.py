@@ -10,7 +10,7 @@ from saved_run import save_run
 
 from mamba_dist.checkpoint.history import recorded_order
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.store import CheckpointReader, open_checkpoint
+from mamba_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 from mamba_dist.config.schema import (
     CheckpointConfig,
     DataConfig,

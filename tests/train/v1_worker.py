@@ -21,7 +21,7 @@ from mamba_dist.telemetry.metrics import Metrics, Record, TrainRecord
 from mamba_dist.train.build import Run, build_run, open_matching_sources
 from mamba_dist.train.loop import train
 from mamba_dist.train.meter import Meter
-from mamba_dist.train.state import prepare_run_folder
+from mamba_dist.train.run_folder import held_run_folder
 from mamba_dist.train.stop import StopRequest
 
 
@@ -101,7 +101,7 @@ def one_step(run: Run) -> dict[str, object]:
 def observe(folder: Path, name: str, world: World) -> Run:
     run_dir = folder / "worker-runs" / name
     config = load_config(folder / f"{name}.json", [f"training.run_dir={run_dir}"]).config
-    with prepare_run_folder(config, world=world):
+    with held_run_folder(config, world=world):
         run = build_run(config, world=world, stop=StopRequest())
         before = weights_of(run)
         seen = {"name": name, "padded_ids": padded_ids(run), **one_step(run)}

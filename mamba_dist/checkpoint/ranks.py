@@ -1,0 +1,24 @@
+"""What saving and finding a checkpoint need of the ranks of a run."""
+
+from typing import Protocol
+
+
+class Ranks(Protocol):
+    """The ranks that save or read together."""
+
+    rank: int
+    size: int
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank; also a barrier."""
+
+
+class OneRank:
+    """A process alone."""
+
+    rank = 0
+    size = 1
+
+    def any_rank(self, flag: bool) -> bool:
+        """The flag."""
+        return flag

@@ -1,0 +1,119 @@
+"""The folder of a run: where it is, and the lock by which one run alone writes into it."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from mamba_dist.checkpoint.layout import remove_left_behind
+from mamba_dist.config.schema import RunConfig
+from mamba_dist.engine.world import World
+from mamba_dist.errors import TrainingError
+
+_log = logging.getLogger(__name__)
+
+LOCK = "lock"
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The folder of the run; set by loading a config file."""
+    if config.training.run_dir is None:
+        raise ValueError("training.run_dir is filled in when a config is loaded from a file")
+    return Path(config.training.run_dir)
+
+
+class HeldFolder:
+    """A run folder that rank 0 holds for this run alone.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
+
+    def __init__(self, run_dir: Path, world: World) -> None:
+        self._run_dir = run_dir
+        self._world = world
+        self._lock: TextIO | None = None
+
+    def take(self) -> None:
+        """Makes the folder and holds it, cleaned of what a kill left in it.
+
+        Raises:
+            TrainingError: on all ranks, if another run holds the folder or it cannot be written.
+        """
+        problem = ""
+        if self._world.rank == 0:
+            try:
+                self._hold()
+                for name in remove_left_behind(self._run_dir):
+                    _log.warning("removed %s, which an interrupted save left behind", name)
+            except BlockingIOError:
+                problem = _taken()
+            except OSError as error:
+                problem = f"cannot be written or locked ({error.strerror}); set training.run_dir=…"
+        self._agree(problem)
+
+    def require(self) -> None:
+        """Returns while nobody else can write there; a folder that was deleted is held again.
+
+        Raises:
+            TrainingError: on all ranks, if it was deleted and another run holds the new one.
+        """
+        problem = ""
+        if self._world.rank == 0 and not self._is_held():
+            _log.error("%s was deleted while the run trains; it is made again", self._run_dir)
+            try:
+                self._hold()
+            except BlockingIOError:
+                problem = f"was deleted, and {_taken()}"
+            except OSError as error:
+                # What is to be written there says the same; until then training goes on.
+                _log.error("%s: cannot be written or locked (%s)", self._run_dir, error.strerror)
+        self._agree(problem)
+
+    def release(self) -> None:
+        """Lets the next run have it."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _hold(self) -> None:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (self._run_dir / LOCK).open("w", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise
+        self.release()
+        self._lock = lock
+
+    def _is_held(self) -> bool:
+        try:
+            named = (self._run_dir / LOCK).stat()
+        except OSError:
+            return False
+        return self._lock is not None and os.path.samestat(named, os.fstat(self._lock.fileno()))
+
+    def _agree(self, problem: str) -> None:
+        if self._world.any_rank(bool(problem)):
+            raise TrainingError(f"{self._run_dir}: {problem or 'refused by rank 0'}")
+
+
+@contextmanager
+def held_run_folder(config: RunConfig, *, world: World) -> Iterator[HeldFolder]:
+    """The folder of the run, held while the block lasts.
+
+    Raises:
+        TrainingError: on all ranks, if another run holds the folder or it cannot be written.
+    """
+    folder = HeldFolder(run_folder(config), world)
+    try:
+        folder.take()
+        yield folder
+    finally:
+        folder.release()
+
+
+def _taken() -> str:
+    return "another run is training in it; wait for its end, or set training.run_dir=…"

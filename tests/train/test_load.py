@@ -1,0 +1,138 @@
+"""Loading at a resume: damage that only shows when a tensor is read leads to the one before."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from saved_run import save_run
+from written_checkpoint import OneRank
+
+from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
+from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
+from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
+from mamba_dist.engine.base import STATE_KINDS, FragmentReader
+from mamba_dist.errors import CheckpointError
+from mamba_dist.train.state import load, starting_point
+
+CONTENT = SourceContent(1_234_567, 10, 99, 3, 2, "a" * 64, 320, 0, 0.9, 0.1)
+SOURCE = SourceRecord("data/web", "f" * 64, 1.0, None, 100, CONTENT)
+NUMEL = 8
+
+
+class OneWorld(OneRank):
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        return [float(value) for value in values]
+
+    def barrier(self) -> None:
+        pass
+
+
+class Loading:
+    """An engine of one parameter."""
+
+    def __init__(self) -> None:
+        self.state = {kind: torch.full((NUMEL,), -1.0) for kind in STATE_KINDS}
+        self.adam_steps = -1
+        self.loads = 0
+
+    def load_fragments(self, reader: FragmentReader, *, adam_steps: int) -> None:
+        self.loads += 1
+        self.adam_steps = adam_steps
+        for kind, own in self.state.items():
+            own.copy_(reader.read("a", kind, start=0, numel=NUMEL))
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the run says, also after a test that set up the package's own handler."""
+    package = logging.getLogger("mamba_dist")
+    before = package.propagate
+    package.propagate = True
+    with caplog.at_level(logging.INFO, logger="mamba_dist"):
+        yield caplog
+    package.propagate = before
+
+
+def prepared(run_dir: Path, *steps: int) -> tuple[RunConfig, RunOrder]:
+    config = RunConfig(
+        model=MambaConfig(d_model=16, n_layers=1, vocab_size=320),
+        training=TrainingConfig(
+            run_dir=str(run_dir), warmup_steps=1, global_batch_size=32, max_steps=9
+        ),
+    )
+    order = RunOrder([first_segment([SOURCE], global_batch_size=32)], seed=0, shuffle=True)
+    for step in steps:
+        save_run(
+            run_dir, config, order, step=step, parameters={"a": torch.full((NUMEL,), float(step))}
+        )
+    return config, order
+
+
+def flip_last_byte(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+
+
+def rank_file_of(run_dir: Path, step: int) -> Path:
+    return checkpoint_folder(run_dir, step) / "rank-00000.safetensors"
+
+
+def test_a_flipped_byte_of_a_moment_leads_to_the_checkpoint_before(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    config, order = prepared(tmp_path, 2, 4)
+    flip_last_byte(rank_file_of(tmp_path, 4))
+    world, engine = OneWorld(), Loading()
+    start = starting_point(config, world=world, fresh=order)
+    assert start.progress.step == 4
+    assert committed_steps(tmp_path) == [2, 4]
+
+    start = load(start, engine, config, world=world, fresh=order)
+    assert start.progress.step == 2
+    assert start.progress.next_sample == order.positions(2).start
+    assert engine.adam_steps == 2
+    for tensor in engine.state.values():
+        assert torch.equal(tensor, torch.full((NUMEL,), 2.0))
+    assert f"passing over step 4: {rank_file_of(tmp_path, 4)}" in said.text
+    assert "resumed after step 2" in said.text
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000004.damaged",
+    ]
+
+
+def test_if_none_is_whole_the_run_ends_and_nothing_is_set_aside(tmp_path: Path) -> None:
+    config, order = prepared(tmp_path, 2, 4)
+    for step in (2, 4):
+        flip_last_byte(rank_file_of(tmp_path, step))
+    world, engine = OneWorld(), Loading()
+    start = starting_point(config, world=world, fresh=order)
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
+        load(start, engine, config, world=world, fresh=order)
+    assert engine.loads == 2
+    assert committed_steps(tmp_path) == [2, 4]
+
+
+def test_damage_that_another_rank_meets_leads_this_one_to_the_same_checkpoint(
+    tmp_path: Path,
+) -> None:
+    class Other(OneWorld):
+        """Rank 0 of two, the other of which fails at the first load."""
+
+        failed = False
+
+        def any_rank(self, flag: bool) -> bool:
+            fails = engine.loads == 1 and not self.failed
+            self.failed = self.failed or fails
+            return flag or fails
+
+    config, order = prepared(tmp_path, 2, 4)
+    engine = Loading()
+    start = starting_point(config, world=OneWorld(), fresh=order)
+    start = load(start, engine, config, world=Other(), fresh=order)
+    assert engine.loads == 2
+    assert start.progress.step == 2
+    assert torch.equal(engine.state["master"], torch.full((NUMEL,), 2.0))

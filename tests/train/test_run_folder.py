@@ -1,0 +1,66 @@
+"""One run holds its folder, also after somebody deleted it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from written_checkpoint import OneRank
+
+from mamba_dist.checkpoint.layout import staging_folder
+from mamba_dist.errors import TrainingError
+from mamba_dist.train.run_folder import HeldFolder
+
+
+def taken(run_dir: Path) -> HeldFolder:
+    folder = HeldFolder(run_dir, OneRank())
+    folder.take()
+    return folder
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    first = taken(tmp_path / "run")
+    staged = staging_folder(tmp_path / "run", 3)
+    staged.mkdir(parents=True)
+    with pytest.raises(TrainingError, match="another run is training in it"):
+        taken(tmp_path / "run")
+    # Nothing of the first is cleaned away by the one that is refused.
+    assert staged.is_dir()
+    first.require()
+    first.release()
+    second = taken(tmp_path / "run")
+    assert not staged.exists()
+    second.release()
+
+
+def test_a_deleted_folder_is_held_again(tmp_path: Path) -> None:
+    first = taken(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    first.require()
+    with pytest.raises(TrainingError, match="another run is training in it"):
+        taken(tmp_path / "run")
+    first.require()
+    first.release()
+
+
+def test_a_run_whose_folder_was_deleted_and_taken_by_another_ends(tmp_path: Path) -> None:
+    first = taken(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    second = taken(tmp_path / "run")
+    with pytest.raises(TrainingError, match="was deleted, and another run is training in it"):
+        first.require()
+    second.require()
+    second.release()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"cannot be written or locked \(Not a directory\)"):
+        taken(tmp_path / "file" / "run")
+
+
+def test_a_folder_that_cannot_be_made_again_is_no_reason_to_end(tmp_path: Path) -> None:
+    first = taken(tmp_path / "above" / "run")
+    shutil.rmtree(tmp_path / "above")
+    (tmp_path / "above").write_text("")
+    first.require()
+    first.release()
