@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 on one and two gloo ranks equals one plain PyTorch process (bounds of the design)."""
+"""ZeRO 0 to 3 and FSDP2 on one and two gloo ranks equals one plain PyTorch process (bounds of the design)."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("parity_worker.py")
+KINDS = (0, 1, 2, 3, "fsdp2")
+STEPS = 5
 CASES = [("mamba1", 2, "fp32"), ("mamba1", 2, "bf16"), ("mamba2", 2, "fp32")]
 SLOW_CASES = [("mamba2", 2, "bf16"), ("mamba1", 1, "fp32"), ("mamba1", 1, "bf16")]
 
@@ -14,27 +16,35 @@ SLOW_CASES = [("mamba2", 2, "bf16"), ("mamba1", 1, "fp32"), ("mamba1", 1, "bf16"
     ("layer", "world_size", "precision"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
 )
-def test_every_stage_equals_one_plain_process(run_ranks, layer, world_size, precision) -> None:
+def test_every_engine_equals_one_plain_process(run_ranks, layer, world_size, precision) -> None:
     output = run_ranks(WORKER, layer, precision, world_size=world_size)[0]
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     parity = [r for r in results if r["case"] == "parity"]
-    assert {(r["stage"], r["checkpointing"], r["recorded"]) for r in parity} == {
-        *((stage, kind, False) for stage in (0, 1, 2, 3) for kind in ("none", "full")),
-        (3, "selective", False),
-        (0, "none", True),
+    assert {(r["kind"], r["checkpointing"], *r["choices"]) for r in parity} == {
+        *((kind, recomputed) for kind in KINDS for recomputed in ("none", "full")),
+        (3, "selective"),
+        ("fsdp2", "selective"),
+        (0, "none", "recorded"),
+        ("fsdp2", "none", "reshard_after_forward"),
+        ("fsdp2", "none", "reduce_dtype"),
     }
     for result in parity:
-        assert result["loss"] <= 1e-5, result
-        assert result["norm"] <= 1e-5, result
-        assert result["gradient"] <= 1e-5, result
-        assert result["weight_over_lr"] <= 0.05, result
+        rounds = "reduce_dtype" in result["choices"]
+        # A bf16 gradient is off by up to 2^-8, and AdamW's first steps are as long as for a large
+        # one.
+        relative, over_lr = (2**-7, STEPS) if rounds else (1e-5, 0.05)
+        assert result["loss"] <= (1e-3 if rounds else 1e-5), result
+        assert result["norm"] <= relative, result
+        assert result["gradient"] <= relative, result
+        assert result["gradient"] > 1e-5 or not rounds or world_size == 1, result
+        assert result["weight_over_lr"] <= over_lr, result
         assert result["owned_elements"] == result["elements"], result
         assert result["dtypes"] == ["torch.float32"], result
     skips = [r for r in results if r["case"] in ("nan", "spike", "infinite")]
-    assert {(r["stage"], r["case"], r["recorded"]) for r in skips} == {
-        *((stage, case, False) for stage in (0, 1, 2, 3) for case in ("nan", "spike")),
-        *((stage, "infinite", False) for stage in (0, 1, 2)),
-        (0, "nan", True),
+    assert {(r["kind"], r["case"], *r["choices"]) for r in skips} == {
+        *((kind, case) for kind in KINDS for case in ("nan", "spike")),
+        *((kind, "infinite") for kind in KINDS if kind != 3),
+        (0, "nan", "recorded"),
     }
     for result in skips:
         assert result["skipped"] == [False, False, True, False, False], result
