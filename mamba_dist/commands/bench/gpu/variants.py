@@ -3,7 +3,8 @@
 `plain` is our model in a plain PyTorch loop. `zero-N` is our model in our engine at ZeRO stage N,
 built and stepped as launch/train.py does it, on a world of one rank. Stages above 0 are as each of
 several ranks runs them, without the communication: a training run on one rank takes stage 0
-whatever its config says (`zero_settings.stage_for`).
+whatever its config says (`zero_settings.stage_for`). `fsdp2` is our model in our other engine, as a
+training run on one rank has it: it copies each layer's parameters as if it gathered them.
 """
 
 import torch
@@ -20,9 +21,9 @@ from mamba_dist.commands.bench.gpu.step import (
     serve,
     this_device,
 )
-from mamba_dist.config.schema import EngineConfig, RunConfig
-from mamba_dist.engine import zero
-from mamba_dist.engine.base import OptimizerSettings
+from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
+from mamba_dist.engine import fsdp2, zero
+from mamba_dist.engine.base import Engine, OptimizerSettings
 from mamba_dist.engine.world import World, start_world
 from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.errors import TrainingError
@@ -34,10 +35,11 @@ from mamba_dist.ops.cuda_graph import CudaRecorder
 from mamba_dist.train.build import decay_groups, microstep_recorder
 
 _STAGES = {"zero-0": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3}
+_FSDP2 = "fsdp2"
 
 
 def _build(spec: StepSpec, batch: Batch) -> Step:
-    if spec.variant in _STAGES:
+    if spec.variant in _STAGES or spec.variant == _FSDP2:
         return _engine_step(spec, batch)
     with this_device():
         model = _model(spec.config, this_device().type)
@@ -47,10 +49,11 @@ def _build(spec: StepSpec, batch: Batch) -> Step:
 
 def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     world = start_world(timeout_minutes=spec.config.engine.timeout_minutes)
-    stage = _STAGES[spec.variant]
-    engine = _engine(spec.config, stage, world)
-    running = engine._engine.zero_optimization_stage()
-    assert running == stage, f"{spec.variant} would run ZeRO stage {running}"
+    engine: Engine
+    if spec.variant == _FSDP2:
+        engine = _fsdp2(spec.config, world)
+    else:
+        engine = _zero(spec.config, _STAGES[spec.variant], world)
 
     def step() -> Tensor:
         loss = engine.forward_backward(batch, step_tokens=spec.tokens, last=True)
@@ -62,9 +65,11 @@ def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     return step
 
 
-def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
+def _zero(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     training = config.training
-    engine_config = EngineConfig.model_validate({**config.engine.model_dump(), "zero_stage": stage})
+    engine_config = EngineConfig.model_validate(
+        {**config.engine.model_dump(), "kind": "zero", "zero_stage": stage}
+    )
     settings = zero_settings(
         engine_config,
         stage=stage,
@@ -74,15 +79,41 @@ def _engine(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     with zero.construction(settings):
         model = _model(config, world.device.type)
     initialize(model, config.model, seed=SEED, gather=zero.gather)
-    return zero.ZeroEngine(
+    engine = zero.ZeroEngine(
         model.to(world.device),
         groups=decay_groups(classify(model), training.weight_decay),
-        optimizer=OptimizerSettings(
-            beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
-        ),
+        optimizer=_optimizer(training),
         settings=settings,
         world=world,
         recorder=_recorder(config, stage, world.device),
+    )
+    running = engine._engine.zero_optimization_stage()
+    assert running == stage, f"zero-{stage} would run ZeRO stage {running}"
+    return engine
+
+
+def _fsdp2(config: RunConfig, world: World) -> fsdp2.Fsdp2Engine:
+    training = config.training
+    with fsdp2.construction():
+        model = _model(config, world.device.type)
+    engine = fsdp2.Fsdp2Engine(
+        model,
+        groups=decay_groups(classify(model), training.weight_decay),
+        optimizer=_optimizer(training),
+        settings=fsdp2.Fsdp2Settings(
+            precision=training.precision,
+            reduce_dtype=config.engine.reduce_dtype,
+            reshard_after_forward=config.engine.reshard_after_forward,
+        ),
+        world=world,
+    )
+    initialize(model, config.model, seed=SEED, gather=engine.gather)
+    return engine
+
+
+def _optimizer(training: TrainingConfig) -> OptimizerSettings:
+    return OptimizerSettings(
+        beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
     )
 
 
