@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 and FSDP2 on one and two gloo ranks equals one plain PyTorch process (bounds of the design)."""
+"""ZeRO 0 to 3 and FSDP2 on one and two gloo ranks equal one plain process (bounds: the design)."""
 
 import json
 from pathlib import Path

@@ -21,9 +21,9 @@ from mamba_dist.commands.bench.gpu.step import (
     serve,
     this_device,
 )
-from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
-from mamba_dist.engine import fsdp2, zero
-from mamba_dist.engine.base import Engine, OptimizerSettings
+from mamba_dist.config.schema import EngineConfig, RunConfig
+from mamba_dist.engine import zero
+from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World, start_world
 from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.errors import TrainingError
@@ -32,7 +32,12 @@ from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import classify
 from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.ops.cuda_graph import CudaRecorder
-from mamba_dist.train.build import decay_groups, microstep_recorder
+from mamba_dist.train.build import (
+    build_fsdp2,
+    decay_groups,
+    microstep_recorder,
+    optimizer_settings,
+)
 
 _STAGES = {"zero-0": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3}
 _FSDP2 = "fsdp2"
@@ -51,7 +56,7 @@ def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     world = start_world(timeout_minutes=spec.config.engine.timeout_minutes)
     engine: Engine
     if spec.variant == _FSDP2:
-        engine = _fsdp2(spec.config, world)
+        engine, _ = build_fsdp2(spec.config, world=world)
     else:
         engine = _zero(spec.config, _STAGES[spec.variant], world)
 
@@ -82,7 +87,7 @@ def _zero(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     engine = zero.ZeroEngine(
         model.to(world.device),
         groups=decay_groups(classify(model), training.weight_decay),
-        optimizer=_optimizer(training),
+        optimizer=optimizer_settings(training),
         settings=settings,
         world=world,
         recorder=_recorder(config, stage, world.device),
@@ -90,31 +95,6 @@ def _zero(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
     running = engine._engine.zero_optimization_stage()
     assert running == stage, f"zero-{stage} would run ZeRO stage {running}"
     return engine
-
-
-def _fsdp2(config: RunConfig, world: World) -> fsdp2.Fsdp2Engine:
-    training = config.training
-    with fsdp2.construction():
-        model = _model(config, world.device.type)
-    engine = fsdp2.Fsdp2Engine(
-        model,
-        groups=decay_groups(classify(model), training.weight_decay),
-        optimizer=_optimizer(training),
-        settings=fsdp2.Fsdp2Settings(
-            precision=training.precision,
-            reduce_dtype=config.engine.reduce_dtype,
-            reshard_after_forward=config.engine.reshard_after_forward,
-        ),
-        world=world,
-    )
-    initialize(model, config.model, seed=SEED, gather=engine.gather)
-    return engine
-
-
-def _optimizer(training: TrainingConfig) -> OptimizerSettings:
-    return OptimizerSettings(
-        beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
-    )
 
 
 def _model(config: RunConfig, device_type: str) -> MambaLM:
