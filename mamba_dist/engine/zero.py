@@ -180,7 +180,8 @@ class ZeroEngine:
                 if self._stage == 0
                 else self._fragment(name, parameter)
             )
-            if own is None:
+            # Of a parameter with fewer elements than ranks, some own nothing.
+            if own is None or not own.master.numel():
                 continue
             for kind in ("master", "exp_avg", "exp_avg_sq"):
                 target = own.tensor(kind)
