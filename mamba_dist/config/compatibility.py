@@ -42,17 +42,25 @@ def compatibility_problems(config: RunConfig) -> list[Problem]:
 def _engine_kind(config: RunConfig) -> list[Problem]:
     """Fields of one engine that are set for the other; what is at its default says nothing."""
     engine, default = config.engine, EngineConfig()
-    if engine.kind == "zero":
-        if engine.reshard_after_forward:
-            return []
-        return [
-            Problem(
-                "engine.reshard_after_forward",
-                "found false, which is for engine.kind fsdp2; leave it out, and take zero_stage: 2 "
-                "to keep parameters whole",
-            )
-        ]
     problems = []
+    if engine.kind == "zero":
+        if not engine.reshard_after_forward:
+            problems.append(
+                Problem(
+                    "engine.reshard_after_forward",
+                    "found false, which is for engine.kind fsdp2; leave it out, and take "
+                    "zero_stage: 2 to keep parameters whole",
+                )
+            )
+        if engine.gather_dtype == "bf16":
+            problems.append(
+                Problem(
+                    "engine.gather_dtype",
+                    "found bf16, which is for engine.kind fsdp2; leave it out: zero_stage 3 "
+                    "gathers in engine.reduce_dtype",
+                )
+            )
+        return problems
     if engine.zero_stage is not None:
         problems.append(
             Problem(
@@ -74,15 +82,17 @@ def _engine_kind(config: RunConfig) -> list[Problem]:
 
 
 def _precision_problems(config: RunConfig) -> list[Problem]:
-    if config.engine.reduce_dtype == "bf16" and config.training.precision == "fp32":
-        return [
-            Problem(
-                "engine.reduce_dtype",
-                "bf16 would round the gradients of training.precision fp32; "
-                "set reduce_dtype: fp32 or precision: bf16",
-            )
-        ]
-    return []
+    if config.training.precision == "bf16":
+        return []
+    return [
+        Problem(
+            f"engine.{field}",
+            f"bf16 would round the {what} of training.precision fp32; "
+            f"set {field}: fp32 or precision: bf16",
+        )
+        for field, what in (("reduce_dtype", "gradients"), ("gather_dtype", "weights"))
+        if getattr(config.engine, field) == "bf16"
+    ]
 
 
 def _length_problems(config: RunConfig) -> list[Problem]:

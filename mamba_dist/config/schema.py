@@ -300,6 +300,10 @@ class EngineConfig(Section):
     reshard_after_forward: bool = True
     """fsdp2: give up a layer's whole parameters between its forward and its backward pass; false
     keeps them, which saves half of the gathering for 4 bytes a parameter."""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """fsdp2 at precision bf16: how in_proj and out_proj, nearly all of a layer, are gathered. bf16
+    halves that traffic, and no rank holds their rounded copies between forward and backward pass;
+    they are rounded for their products anyway. All other parameters are gathered in fp32."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Gradient reduction and ZeRO-3 gathering; bf16 halves the traffic and loses precision."""
     bucket_elements: int = Field(default=50_000_000, ge=1, le=10**10)

@@ -7,24 +7,26 @@ dimension into as many equal parts as there are ranks, the last ones shorter or 
 
 Precision is what the ZeRO engine has: parameters are stored, gathered and reduced in float32, and
 autocast rounds what goes into matrix products. FSDP2's own way, a MixedPrecisionPolicy with
-param_dtype bfloat16, would round A_log, D and dt_bias with the rest of their layer.
+param_dtype bfloat16, rounds all parameters of a unit, so only units without A_log, D, dt_bias or a
+norm may have it: the large projections, where they are asked for. Autocast would round them the
+same; but it keeps what it has rounded for the backward pass, and FSDP2 gathers it again.
 
-Bytes that a rank receives per parameter, times (ranks - 1) / ranks: 4 for each gathering, of which
-a micro-batch has two (one if parameters stay after the forward pass), and 4 for the gradients of a
-step, 2 if they are reduced in bfloat16.
+Bytes that a rank receives per parameter, times (ranks - 1) / ranks: 4 for each gathering, 2 in
+bfloat16, of which a micro-batch has two (one if parameters stay after the forward pass), and 4 for
+the gradients of a step, 2 if they are reduced in bfloat16.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mamba_dist.engine.adamw import adamw, judge, materialise_moments
@@ -40,12 +42,19 @@ from mamba_dist.engine.base import (
 )
 from mamba_dist.engine.world import World
 
+# Gradients come out of autograd in param_dtype, rounded as autocast rounds them, and are
+# accumulated and reduced in reduce_dtype.
+_ROUNDED: Final = MixedPrecisionPolicy(
+    param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+)
+
 
 @dataclass(frozen=True)
 class Fsdp2Settings:
     """What of a run concerns FSDP2; the fields are those of the training and engine sections."""
 
     precision: Literal["bf16", "fp32"]
+    gather_dtype: Literal["fp32", "bf16"]
     reduce_dtype: Literal["fp32", "bf16"]
     reshard_after_forward: bool
 
@@ -78,10 +87,13 @@ class Fsdp2Engine:
         optimizer: OptimizerSettings,
         settings: Fsdp2Settings,
         world: World,
+        projections: Collection[nn.Module] = (),
     ) -> None:
         """See `Engine`.
 
         Args:
+            projections: modules inside of layers that are gathered in `gather_dtype`. Each call of
+                a layer calls their forward, and nobody else reads their parameters.
             module: built in `construction` its parameters are sharded layer by layer, and have no
                 values before they are written in `gather`; otherwise they keep their values.
         """
@@ -89,7 +101,8 @@ class Fsdp2Engine:
         self._world = world
         self._settings = settings
         self._module = module
-        self._units = _shard(module, settings=settings, world=world)
+        rounded = frozenset(projections if settings.gather_dtype == "bf16" else ())
+        self._units = _shard(module, rounded=rounded, settings=settings, world=world)
         self._reduces = True
         self._parameters = {n: cast(DTensor, p) for n, p in module.named_parameters()}
         self._owners = _owners(module)
@@ -275,8 +288,11 @@ class _RoundedReduceScatter:
         output_tensor.copy_(rounded)
 
 
-def _shard(module: nn.Module, *, settings: Fsdp2Settings, world: World) -> list[FSDPModule]:
-    """The units, layers first: every layer of a ModuleList, then the rest of the module."""
+def _shard(
+    module: nn.Module, *, rounded: Collection[nn.Module], settings: Fsdp2Settings, world: World
+) -> list[FSDPModule]:
+    """The units, inner ones first: what is rounded of each layer of a ModuleList, the rest of it,
+    and the rest of the module."""
     # Layers give out views, and nothing here adds to them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -285,6 +301,10 @@ def _shard(module: nn.Module, *, settings: Fsdp2Settings, world: World) -> list[
         for layer in layers:
             _materialise(layer, world.device)
             reshard = settings.reshard_after_forward
+            if members := [member for member in layer.modules() if member in rounded]:
+                units += fully_shard(
+                    members, mesh=mesh, reshard_after_forward=reshard, mp_policy=_ROUNDED
+                )[:1]  # They share one state.
             units.append(fully_shard(layer, mesh=mesh, reshard_after_forward=reshard))
     _materialise(module, world.device)
     units.append(fully_shard(module, mesh=mesh))

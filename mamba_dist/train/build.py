@@ -233,10 +233,12 @@ def build_fsdp2(config: RunConfig, *, world: World) -> tuple[fsdp2.Fsdp2Engine, 
         optimizer=optimizer_settings(training),
         settings=fsdp2.Fsdp2Settings(
             precision=training.precision,
+            gather_dtype=chosen.gather_dtype,
             reduce_dtype=chosen.reduce_dtype,
             reshard_after_forward=chosen.reshard_after_forward,
         ),
         world=world,
+        projections=model.projections,
     )
     initialize(model, config.model, seed=training.seed, gather=engine.gather)
     return engine, classes

@@ -59,11 +59,18 @@ def test_fp32_gradients_are_not_reduced_in_bf16(
     )
 
 
+def test_fp32_weights_are_not_gathered_in_bf16(problems: Problems, minimal: dict[str, Any]) -> None:
+    fsdp2 = ("engine.kind=fsdp2", "engine.zero_stage=null", "engine.gather_dtype=bf16")
+    (line,) = problems(minimal, "training.precision=fp32", *fsdp2)
+    assert "engine.gather_dtype: bf16 would round the weights of training.precision fp32" in line
+
+
 @pytest.mark.parametrize(
     ("overrides", "path", "advice"),
     [
         (["kind=fsdp2", "zero_stage=3"], "engine.zero_stage", "engine.zero_stage=null"),
         (["kind=fsdp2", "bucket_elements=1000"], "engine.bucket_elements", "leave it out"),
+        (["gather_dtype=bf16"], "engine.gather_dtype", "engine.reduce_dtype"),
         (["reshard_after_forward=false"], "engine.reshard_after_forward", "zero_stage: 2"),
     ],
 )

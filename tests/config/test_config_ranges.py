@@ -113,6 +113,7 @@ RANGES: list[Row] = [
     ("engine.kind", ["zero", "fsdp2"], ["ddp"], "one of 'zero', 'fsdp2'"),
     ("engine.zero_stage", [0, 1, 2, 3], [-1, 4, "3"], "one of 0, 1, 2, 3 or null"),
     ("engine.reshard_after_forward", [True], ["layer"], "true or false"),
+    ("engine.gather_dtype", ["fp32"], ["fp16"], "one of 'fp32', 'bf16'"),
     ("engine.reduce_dtype", ["fp32", "bf16"], ["fp16"], "one of 'fp32', 'bf16'"),
     ("engine.bucket_elements", [1, 10**10], [0, 10**10 + 1], "an integer from 1 to 10000000000"),
     ("engine.cuda_graphs", [True, False], ["graph"], "true or false"),

@@ -70,6 +70,26 @@ def first_gradients(engine, kind: int | str, world: World) -> dict[str, Tensor]:
     return {n: whole_gradient(kind, p) for n, p in engine.module.named_parameters()}
 
 
+def rounded_parameters(engine) -> set[str]:
+    """Is filled by each forward with the names of parameters that it reads in less than fp32."""
+    found: set[str] = set()
+    names = {module: name for name, module in engine.module.named_modules()}
+
+    def look(module, args) -> None:
+        for part in module.modules():
+            # Those come to look at themselves.
+            if part is module or part not in engine.module.lm.projections:
+                found.update(
+                    f"{names[part]}.{parameter}"
+                    for parameter, value in part.named_parameters(recurse=False)
+                    if value.dtype != torch.float32
+                )
+
+    for module in (*engine.module.lm.backbone.layers, *engine.module.lm.projections):
+        module.register_forward_pre_hook(look)
+    return found
+
+
 def relative_l2(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
@@ -93,6 +113,7 @@ def parity(
     }
     found = first_gradients(tiny.build_engine(kind, **make), kind, world)
     engine = tiny.build_engine(kind, **make)
+    rounded = rounded_parameters(engine)
     steps = [tiny.engine_step(engine, step, world=world) for step in range(STEPS)]
     final = tiny.whole_weights(engine)
     elements = sum(f.master.numel() for f in engine.fragments())
@@ -111,6 +132,7 @@ def parity(
         "owned_elements": world.sum_over_ranks([elements])[0],
         "elements": sum(w.numel() for w in weights.values()),
         "dtypes": sorted({str(w.dtype) for w in final.values()}),
+        "rounded": sorted(rounded),
     }
 
 
@@ -187,6 +209,10 @@ def main() -> None:
         if kind == "fsdp2":
             results.append(parity(kind, "none", *case, plain, reshard_after_forward=False))
             results.append(parity(kind, "none", *case, plain, reduce_dtype="bf16"))
+            if precision == "bf16":
+                results += [
+                    parity(kind, c, *case, plain, gather_dtype="bf16") for c in checkpointing
+                ]
         if world.rank == 0:
             for result in results:
                 print(json.dumps(result), flush=True)

@@ -20,6 +20,7 @@ def test_every_engine_equals_one_plain_process(run_ranks, layer, world_size, pre
     output = run_ranks(WORKER, layer, precision, world_size=world_size)[0]
     results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     parity = [r for r in results if r["case"] == "parity"]
+    gathered_in_bf16 = ("none", "full", "selective") if precision == "bf16" else ()
     assert {(r["kind"], r["checkpointing"], *r["choices"]) for r in parity} == {
         *((kind, recomputed) for kind in KINDS for recomputed in ("none", "full")),
         (3, "selective"),
@@ -27,6 +28,7 @@ def test_every_engine_equals_one_plain_process(run_ranks, layer, world_size, pre
         (0, "none", "recorded"),
         ("fsdp2", "none", "reshard_after_forward"),
         ("fsdp2", "none", "reduce_dtype"),
+        *(("fsdp2", recomputed, "gather_dtype") for recomputed in gathered_in_bf16),
     }
     for result in parity:
         rounds = "reduce_dtype" in result["choices"]
@@ -40,6 +42,11 @@ def test_every_engine_equals_one_plain_process(run_ranks, layer, world_size, pre
         assert result["weight_over_lr"] <= over_lr, result
         assert result["owned_elements"] == result["elements"], result
         assert result["dtypes"] == ["torch.float32"], result
+        # The projections of a layer, and neither A_log nor D nor the dt bias nor a norm.
+        only = (
+            {"in_proj.weight", "out_proj.weight"} if "gather_dtype" in result["choices"] else set()
+        )
+        assert {".".join(n.split(".")[-2:]) for n in result["rounded"]} == only, result
     skips = [r for r in results if r["case"] in ("nan", "spike", "infinite")]
     assert {(r["kind"], r["case"], *r["choices"]) for r in skips} == {
         *((kind, case) for kind in KINDS for case in ("nan", "spike")),

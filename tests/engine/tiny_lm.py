@@ -26,8 +26,16 @@ OPTIMIZER = OptimizerSettings(beta1=0.9, beta2=0.95, eps=1e-8)
 
 
 def tiny_config(layer: str) -> MambaConfig:
+    # One head and an odd rank of dt: two ranks cannot share them evenly.
     return MambaConfig(
-        layer=layer, d_model=32, n_layers=2, vocab_size=61, d_state=8, headdim=16, chunk_size=8
+        layer=layer,
+        d_model=32,
+        n_layers=2,
+        vocab_size=61,
+        d_state=8,
+        headdim=64,
+        dt_rank=3,
+        chunk_size=8,
     )
 
 
@@ -80,6 +88,7 @@ def build_fsdp2(
     precision: str,
     world: World,
     checkpointing: ActivationCheckpointing = "none",
+    gather_dtype: str = "fp32",
     reduce_dtype: str = "fp32",
     reshard_after_forward: bool = True,
 ) -> fsdp2.Fsdp2Engine:
@@ -90,8 +99,9 @@ def build_fsdp2(
         module,
         groups=parameter_groups(lm),
         optimizer=OPTIMIZER,
-        settings=fsdp2.Fsdp2Settings(precision, reduce_dtype, reshard_after_forward),
+        settings=fsdp2.Fsdp2Settings(precision, gather_dtype, reduce_dtype, reshard_after_forward),
         world=world,
+        projections=lm.projections,
     )
     initialize(lm, tiny_config(layer), seed=3, gather=engine.gather)
     return engine

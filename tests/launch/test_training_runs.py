@@ -140,6 +140,7 @@ def test_a_run_under_fsdp2_goes_on_under_zero_on_another_number_of_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_one_two_four_and_one_rank_with_mixed_engines_are_one_run(
     tiny_data: Path, tmp_path: Path
 ) -> None:
