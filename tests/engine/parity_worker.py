@@ -11,6 +11,7 @@ import tiny_lm as tiny
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mamba_dist.engine.base import STATE_KINDS
 from mamba_dist.engine.world import World, start_world, stop_world
@@ -67,6 +68,9 @@ def first_gradients(engine, kind: int | str, world: World) -> dict[str, Tensor]:
             step_tokens=tiny.step_tokens(0, world.size),
             last=micro == tiny.MICRO_STEPS - 1,
         )
+        shards = [p for p in engine.module.parameters() if isinstance(p, DTensor)]
+        reduced = [p.grad is not None for p in shards]
+        assert all(reduced) if micro == tiny.MICRO_STEPS - 1 else not any(reduced)
     return {n: whole_gradient(kind, p) for n, p in engine.module.named_parameters()}
 
 

@@ -147,7 +147,12 @@ def test_one_two_four_and_one_rank_with_mixed_engines_are_one_run(
     training = {"max_steps": 16, "eval_steps": None, "lr_schedule": "constant"}
     whole = write_config(tmp_path / "whole", tiny_data, training=training)
     require_success(finish(launching.python_command(whole)))
-    mixed = write_config(tmp_path / "mixed", tiny_data, training=training)
+    mixed = write_config(
+        tmp_path / "mixed",
+        tiny_data,
+        training=training,
+        checkpoint={"save_steps": 4, "keep_last": 4},
+    )
     run_dir = tmp_path / "mixed/run"
     legs = (
         (launching.torchrun_command, 1, "fsdp2"),
@@ -163,8 +168,8 @@ def test_one_two_four_and_one_rank_with_mixed_engines_are_one_run(
         )
         end = f"training.max_steps={4 * (leg + 1)}"
         require_success(finish(command(mixed, end, *engine, ranks=ranks)))
-    engines = [read_manifest(checkpoint_folder(run_dir, step)).engine for step in (8, 12, 16)]
-    assert engines == ["zero-3", "fsdp2", "zero-0"]
+    engines = [read_manifest(checkpoint_folder(run_dir, step)).engine for step in (4, 8, 12, 16)]
+    assert engines == ["fsdp2", "zero-3", "fsdp2", "zero-0"]
     assert losses(run_dir).keys() == set(range(1, 17))
     assert list(losses(run_dir).values()) == pytest.approx(
         list(losses(tmp_path / "whole/run").values()), rel=1e-5
