@@ -6,7 +6,7 @@ E d_inner, G groups, H heads, K d_conv, N d_state.
 import math
 
 from mamba_dist.config.report import Problem, config_error
-from mamba_dist.config.schema import MambaConfig, RunConfig
+from mamba_dist.config.schema import EngineConfig, MambaConfig, RunConfig
 
 _INT32_MAX = 2**31 - 1
 # csrc/causal_conv1d.cpp of causal-conv1d: channels-last input wants both.
@@ -40,21 +40,59 @@ def compatibility_problems(config: RunConfig) -> list[Problem]:
 
 
 def _engine_kind(config: RunConfig) -> list[Problem]:
-    if config.engine.kind == "fsdp2":
-        return [Problem("engine.kind", "fsdp2 is not available yet; set engine.kind: zero")]
-    return []
+    """Fields of one engine that are set for the other; what is at its default says nothing."""
+    engine, default = config.engine, EngineConfig()
+    problems = []
+    if engine.kind == "zero":
+        if not engine.reshard_after_forward:
+            problems.append(
+                Problem(
+                    "engine.reshard_after_forward",
+                    "found false, which is for engine.kind fsdp2; leave it out, and take "
+                    "zero_stage: 2 to keep parameters whole",
+                )
+            )
+        if engine.gather_dtype == "bf16":
+            problems.append(
+                Problem(
+                    "engine.gather_dtype",
+                    "found bf16, which is for engine.kind fsdp2; leave it out: zero_stage 3 "
+                    "gathers in engine.reduce_dtype",
+                )
+            )
+        return problems
+    if engine.zero_stage is not None:
+        problems.append(
+            Problem(
+                "engine.zero_stage",
+                f"found {engine.zero_stage}, but engine.kind fsdp2 has no stages: it always shards "
+                "parameters, gradients and AdamW's state; leave it out, or set it to null "
+                "(engine.zero_stage=null)",
+            )
+        )
+    if engine.bucket_elements != default.bucket_elements:
+        problems.append(
+            Problem(
+                "engine.bucket_elements",
+                f"found {engine.bucket_elements}, but engine.kind fsdp2 reduces the gradients of "
+                "a layer at once; leave it out",
+            )
+        )
+    return problems
 
 
 def _precision_problems(config: RunConfig) -> list[Problem]:
-    if config.engine.reduce_dtype == "bf16" and config.training.precision == "fp32":
-        return [
-            Problem(
-                "engine.reduce_dtype",
-                "bf16 would round the gradients of training.precision fp32; "
-                "set reduce_dtype: fp32 or precision: bf16",
-            )
-        ]
-    return []
+    if config.training.precision == "bf16":
+        return []
+    return [
+        Problem(
+            f"engine.{field}",
+            f"bf16 would round the {what} of training.precision fp32; "
+            f"set {field}: fp32 or precision: bf16",
+        )
+        for field, what in (("reduce_dtype", "gradients"), ("gather_dtype", "weights"))
+        if getattr(config.engine, field) == "bf16"
+    ]
 
 
 def _length_problems(config: RunConfig) -> list[Problem]:

@@ -2,8 +2,8 @@
 
 The loop, the checkpoint and the tools see only what stands here. An engine's share of the state is
 a set of fragments: for each parameter one contiguous range of its flattened fp32 master copy with
-the same range of AdamW's moments. Every ZeRO stage owns its state in that form, so a checkpoint
-written by one engine can be read by another.
+the same range of AdamW's moments. Every ZeRO stage and FSDP2 own their state in that form, so a
+checkpoint written by one engine can be read by another.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -110,7 +110,10 @@ class Engine(Protocol):
         """Overwrites parameters, moments and AdamW's step from `reader`."""
 
     def gather(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
-        """Context in which `parameters` are whole; what rank 0 writes there becomes their value."""
+        """Context in which `parameters` are whole; what rank 0 writes there becomes their value.
+
+        The module may hold other tensors in their place meanwhile: look them up by their names.
+        """
 
 
 def flat_share(numel: int, *, rank: int, world_size: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from mamba_dist.engine.adamw import adamw, judge, materialise_moments
 from mamba_dist.engine.base import (
     Fragment,
     FragmentReader,
@@ -29,7 +30,6 @@ from mamba_dist.engine.base import (
 )
 from mamba_dist.engine.graph import RecordedMicrosteps, Recorder
 from mamba_dist.engine.world import World
-from mamba_dist.ops.readback import read_later
 
 
 def construction(settings: Mapping[str, Any]) -> AbstractContextManager[object]:
@@ -83,7 +83,7 @@ class ZeroEngine:
         if recorder is not None and self._stage > 0:
             raise ValueError(f"stage {self._stage} cannot be recorded, only stage 0")
         self._parameters = dict(module.named_parameters())
-        self._adamw = _adamw(self._parameters, groups, optimizer)
+        self._adamw = adamw(self._parameters, groups, optimizer)
         if self._stage == 3:
             _gather_layers_whole(module)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -103,7 +103,9 @@ class ZeroEngine:
             self._share_masters()
         if self._stage > 0:
             self._watch_norm()
-        self._materialise_moments()
+        materialise_moments(self._adamw, self._masters())
+        if self._stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
         self._recorded: RecordedMicrosteps | None = None
         if recorder is not None:
             self._recorded = RecordedMicrosteps(
@@ -153,9 +155,9 @@ class ZeroEngine:
         """Clips and applies the accumulated gradients, or drops them on all ranks."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        self._skip_above = float("inf") if skip_above is None else skip_above
         if self._stage == 0:
-            return self._step_replicated(max_grad_norm)
+            return self._step_replicated(max_grad_norm=max_grad_norm, skip_above=skip_above)
+        self._skip_above = float("inf") if skip_above is None else skip_above
         self._optimizer.clip_grad = 0.0 if max_grad_norm is None else max_grad_norm
         self._engine.step()
         return StepStats(grad_norm=self._norm, skipped=not self._engine.was_step_applied())
@@ -178,7 +180,8 @@ class ZeroEngine:
                 if self._stage == 0
                 else self._fragment(name, parameter)
             )
-            if own is None:
+            # Of a parameter with fewer elements than ranks, some own nothing.
+            if own is None or not own.master.numel():
                 continue
             for kind in ("master", "exp_avg", "exp_avg_sq"):
                 target = own.tensor(kind)
@@ -212,25 +215,19 @@ class ZeroEngine:
     def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.to(self._world.device, non_blocking=True) for k, v in inputs.items()}
 
-    def _step_replicated(self, max_grad_norm: float | None) -> StepStats:
+    def _step_replicated(
+        self, *, max_grad_norm: float | None, skip_above: float | None
+    ) -> StepStats:
         # DeepSpeed at stage 0 neither reports a norm nor skips (measured: one NaN made all weights
         # NaN).
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        # `_is_bad`, on the device.
-        bad = ~(norm.double() <= self._skip_above) | norm.isinf()
-        report = read_later(torch.stack([norm, bad.float()]))
-        # AdamW clips and skips on the device, so that the host need not know before it goes on.
-        self._adamw.found_inf = bad.float()  # type: ignore[attr-defined]
-        self._adamw.grad_scale = (  # type: ignore[attr-defined]
-            None if max_grad_norm is None else torch.clamp((norm + 1e-6) / max_grad_norm, min=1.0)
-        )
+        stats = judge(self._adamw, norm, max_grad_norm=max_grad_norm, skip_above=skip_above)
         self._engine.step()
-        self._norm, skipped = report()
-        return StepStats(grad_norm=self._norm, skipped=bool(skipped))
+        return stats()
 
     def _is_bad(self, norm: float) -> bool:
-        # A NaN compares false with everything, so the condition is asked the other way round.
+        # As in `judge`, on the host.
         return not norm <= self._skip_above or norm == float("inf")
 
     def _watch_norm(self) -> None:
@@ -272,18 +269,6 @@ class ZeroEngine:
         if self._stage == 3:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return list(self._optimizer.single_partition_of_fp32_groups)
-
-    def _materialise_moments(self) -> None:
-        # AdamW creates its state at the first update, but a checkpoint may be read or written
-        # before it.
-        for master in self._masters():
-            self._adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
-            }
-        if self._stage in (1, 2):
-            self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
         if self._stage == 0:
@@ -345,27 +330,6 @@ class ZeroEngine:
             local("exp_avg"),
             local("exp_avg_sq"),
         )
-
-
-def _adamw(
-    parameters: Mapping[str, nn.Parameter],
-    groups: Sequence[ParameterGroup],
-    settings: OptimizerSettings,
-) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.names],
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-            if group.names
-        ],
-        lr=0.0,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
 
 
 def _gather_layers_whole(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ def stage_for(config: EngineConfig, *, ranks: int) -> int:
 
     The others would only cost it copies.
     """
+    assert config.zero_stage is not None, f"{config.kind} has no stages"
     return config.zero_stage if ranks > 1 else 0
 
 

@@ -63,8 +63,8 @@ def init_rule(name: str) -> InitRule:
 def initialize(model: nn.Module, config: MambaConfig, *, seed: int, gather: Gather) -> None:
     """Sets every parameter by its rule; the same seed gives the same bits, however often called.
 
-    `gather` gives the context in which parameters are whole and writable (under ZeRO-3 all ranks
-    write the same values).
+    `gather` gives the context in which the model holds parameters that are whole and writable (all
+    ranks write the same values).
 
     Raises:
         ModelError: a parameter has no rule or no storage.
@@ -74,9 +74,11 @@ def initialize(model: nn.Module, config: MambaConfig, *, seed: int, gather: Gath
         if parameter.is_meta:
             raise ModelError(f"parameter {name} is on the meta device and cannot be initialised")
         with gather([parameter]):
-            values = torch.empty(parameter.shape, dtype=torch.float32)
+            # An engine may have put another one in its place.
+            whole = model.get_parameter(name)
+            values = torch.empty(whole.shape, dtype=torch.float32)
             rule.fill(values, config, Generator().manual_seed(_stream(seed, name)))
-            parameter.copy_(values)
+            whole.copy_(values)
 
 
 @torch.no_grad()
@@ -91,12 +93,13 @@ def audit(model: nn.Module, config: MambaConfig, *, gather: Gather) -> None:
     for name, parameter in model.named_parameters():
         rule = init_rule(name)
         with gather([parameter]):
-            if parameter.dtype != torch.float32:
-                deviation: str | None = f"its dtype is {parameter.dtype}, expected torch.float32"
-            elif not bool(torch.isfinite(parameter).all()):
+            whole = model.get_parameter(name)
+            if whole.dtype != torch.float32:
+                deviation: str | None = f"its dtype is {whole.dtype}, expected torch.float32"
+            elif not bool(torch.isfinite(whole).all()):
                 deviation = "it holds values that are not finite"
             else:
-                deviation = rule.check(parameter.detach().cpu(), config)
+                deviation = rule.check(whole.detach().cpu(), config)
         if deviation:
             raise ModelError(
                 f"parameter {name} is not initialised as its rule says ({rule.text}): {deviation}"

@@ -110,6 +110,15 @@ class MambaLM(nn.Module):
         tied_weight = self.backbone.embedding.weight if config.tie_embeddings else None
         self.lm_head = Head(config, tied_weight=tied_weight, backend=backend)
 
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """Nearly all of the layers' weights: under autocast they are read in its dtype only.
+
+        A layer's forward calls theirs, and nobody else reads their parameters.
+        """
+        mixers = [block.mixer for block in self.backbone.layers if isinstance(block, Block)]
+        return tuple(part for mixer in mixers for part in (mixer.in_proj, mixer.out_proj))
+
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> Tensor:

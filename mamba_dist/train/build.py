@@ -15,14 +15,14 @@ from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
 from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
-from mamba_dist.config.schema import RunConfig
+from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
 from mamba_dist.data.batch import Batch
 from mamba_dist.data.loader import TrainLoader, ValidationLoader
 from mamba_dist.data.manifest import check_splits, check_vocabulary
 from mamba_dist.data.segments import RunOrder
 from mamba_dist.data.tokenization import check_tokenizer
 from mamba_dist.data.training_sources import RunData, TrainingSource, new_run, open_sources
-from mamba_dist.engine import zero
+from mamba_dist.engine import fsdp2, zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
 from mamba_dist.engine.zero_settings import stage_for, zero_settings
@@ -94,7 +94,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         config=config,
         world=world,
         engine=engine,
-        engine_name=f"zero-{stage_for(config.engine, ranks=world.size)}",
+        engine_name=engine_name(config.engine, ranks=world.size),
         tokenizer=TokenizerRecord(sha256=tokenizer.sha256, eos_token=tokenizer.eos_token),
         versions=_versions(),
         start=start.progress,
@@ -173,7 +173,25 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
     return steps
 
 
+def engine_name(config: EngineConfig, *, ranks: int) -> str:
+    """What a checkpoint says of the engine that wrote it."""
+    return "fsdp2" if config.kind == "fsdp2" else f"zero-{stage_for(config, ranks=ranks)}"
+
+
 def _build_engine(
+    config: RunConfig, *, plan: BatchPlan, world: World
+) -> tuple[Engine, list[ParamClass]]:
+    engine: Engine
+    if config.engine.kind == "fsdp2":
+        engine, classes = build_fsdp2(config, world=world)
+    else:
+        engine, classes = _build_zero(config, plan=plan, world=world)
+    # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
+    audit(engine.module, config.model, gather=engine.gather)
+    return engine, classes
+
+
+def _build_zero(
     config: RunConfig, *, plan: BatchPlan, world: World
 ) -> tuple[Engine, list[ParamClass]]:
     training = config.training
@@ -191,31 +209,65 @@ def _build_engine(
         precision=training.precision,
         accumulation_steps=plan.accumulation_steps,
     )
-    backend = ops_backend(config, device_type=world.device.type)
     recorder = None
-    if stage == 0 and config.engine.cuda_graphs and backend == "gpu":
+    if stage == 0 and config.engine.cuda_graphs and _backend(config, world) == "gpu":
         recorder = microstep_recorder(config, world.device)
     with zero.construction(settings):
-        model = MambaLM(
-            config.model,
-            backend=backend,
-            activation_checkpointing=training.activation_checkpointing,
-        )
+        model = _model(config, world)
     initialize(model, config.model, seed=training.seed, gather=zero.gather)
     classes = classify(model)
     engine = zero.ZeroEngine(
         model.to(world.device),
         groups=decay_groups(classes, training.weight_decay),
-        optimizer=OptimizerSettings(
-            beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
-        ),
+        optimizer=optimizer_settings(training),
         settings=settings,
         world=world,
         recorder=recorder,
     )
-    # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
-    audit(model, config.model, gather=engine.gather)
     return engine, classes
+
+
+def build_fsdp2(config: RunConfig, *, world: World) -> tuple[fsdp2.Fsdp2Engine, list[ParamClass]]:
+    """The engine with its initial weights, and how its parameters are treated."""
+    training, chosen = config.training, config.engine
+    _log.info("FSDP2 shards each layer over %d ranks", world.size)
+    with fsdp2.construction():
+        model = _model(config, world)
+    classes = classify(model)
+    engine = fsdp2.Fsdp2Engine(
+        model,
+        groups=decay_groups(classes, training.weight_decay),
+        optimizer=optimizer_settings(training),
+        settings=fsdp2.Fsdp2Settings(
+            precision=training.precision,
+            gather_dtype=chosen.gather_dtype,
+            reduce_dtype=chosen.reduce_dtype,
+            reshard_after_forward=chosen.reshard_after_forward,
+        ),
+        world=world,
+        projections=model.projections,
+    )
+    initialize(model, config.model, seed=training.seed, gather=engine.gather)
+    return engine, classes
+
+
+def _model(config: RunConfig, world: World) -> MambaLM:
+    return MambaLM(
+        config.model,
+        backend=_backend(config, world),
+        activation_checkpointing=config.training.activation_checkpointing,
+    )
+
+
+def _backend(config: RunConfig, world: World) -> str:
+    return ops_backend(config, device_type=world.device.type)
+
+
+def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
+    """AdamW's fields of a run."""
+    return OptimizerSettings(
+        beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
+    )
 
 
 def microstep_recorder(config: RunConfig, device: torch.device) -> CudaRecorder | None:

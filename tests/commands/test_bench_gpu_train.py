@@ -40,12 +40,12 @@ data: {sequence_length: 16}
 """
 STAGES = """
 import os, sys
-from mamba_dist.commands.bench.gpu.variants import _STAGES, _engine
+from mamba_dist.commands.bench.gpu.variants import _STAGES, _zero
 from mamba_dist.config.load import load_config
 from mamba_dist.engine.world import start_world
 config, world = load_config(sys.argv[1]).config, start_world(timeout_minutes=1)
 for name, stage in _STAGES.items():
-    print(name, _engine(config, stage, world)._engine.zero_optimization_stage(), flush=True)
+    print(name, _zero(config, stage, world)._engine.zero_optimization_stage(), flush=True)
 os._exit(0)
 """
 LOSSES = (4.0, 3.9, 3.8, 3.7, 3.6)
@@ -93,7 +93,7 @@ def measured(config: Path, answers: Mapping[str, object], *more: str) -> int:
 def test_the_engine_and_a_plain_loop_are_timed_and_learn_the_same(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--variants", "plain,zero-0,zero-3", "--steps", "2", "--warmup", "3")
+    arguments = ("--variants", "plain,zero-0,zero-3,fsdp2", "--steps", "2", "--warmup", "3")
     more = ("--accumulation-steps", "2", "--device", "cpu", "--rounds", "1", "--json", "found.json")
     # Of a launcher that had another run in mind.
     launcher = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"}
@@ -112,16 +112,17 @@ def test_the_engine_and_a_plain_loop_are_timed_and_learn_the_same(
     assert f"In full: `tools/bench.py gpu-train --config {config} {full}" in run.stdout
     assert "mamba1 d_model 32, 2 layers, vocabulary 61" in run.stdout
     rows = cells(run.stdout)
-    assert list(rows) == ["our model, plain loop", "our model, zero-0", "our model, zero-3"]
+    engines = ["zero-0", "zero-3", "fsdp2"]
+    assert list(rows) == ["our model, plain loop", *(f"our model, {name}" for name in engines)]
     assert all("n/a" in row for row in rows.values()), "a CPU has no peak memory of a device"
     assert "- zero-3: as each of several ranks runs it, without the communication" in run.stdout
-    plain, zero_0, zero_3 = json.loads((tmp_path / "found.json").read_text())["records"]
+    plain, *others = json.loads((tmp_path / "found.json").read_text())["records"]
     losses = plain["losses"][0]
     assert len(losses) == 5
     assert losses == sorted(losses, reverse=True), "the batch is not being learnt"
-    for record in (zero_0, zero_3):
+    for record in others:
         assert record["losses"][0] == pytest.approx(losses, rel=1e-5)
-    for record in (plain, zero_0, zero_3):
+    for record in (plain, *others):
         assert record["tokens_per_s"] == pytest.approx(64 / record["step_s"]["median"])
         assert 0 < record["step_s"]["low"] <= record["step_s"]["median"]
 

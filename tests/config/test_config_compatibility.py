@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mamba_dist.config import (
+    ConfigLoader,
     EngineConfig,
     create_default_config,
     load_config,
@@ -58,11 +59,42 @@ def test_fp32_gradients_are_not_reduced_in_bf16(
     )
 
 
-def test_fsdp2_is_refused_as_not_available_yet(
-    write_config: WriteConfig, minimal: dict[str, Any]
+def test_fp32_weights_are_not_gathered_in_bf16(problems: Problems, minimal: dict[str, Any]) -> None:
+    fsdp2 = ("engine.kind=fsdp2", "engine.zero_stage=null", "engine.gather_dtype=bf16")
+    (line,) = problems(minimal, "training.precision=fp32", *fsdp2)
+    assert "engine.gather_dtype: bf16 would round the weights of training.precision fp32" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "advice"),
+    [
+        (["kind=fsdp2", "zero_stage=3"], "engine.zero_stage", "engine.zero_stage=null"),
+        (["kind=fsdp2", "bucket_elements=1000"], "engine.bucket_elements", "leave it out"),
+        (["gather_dtype=bf16"], "engine.gather_dtype", "engine.reduce_dtype"),
+        (["reshard_after_forward=false"], "engine.reshard_after_forward", "zero_stage: 2"),
+    ],
+)
+def test_what_belongs_to_the_other_engine_is_refused(
+    problems: Problems, minimal: dict[str, Any], overrides: list[str], path: str, advice: str
 ) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.kind: fsdp2 is not available yet"):
-        load_config(write_config(minimal), ["engine.kind=fsdp2"])
+    (line,) = problems(minimal, *(f"engine.{override}" for override in overrides))
+    assert line.startswith(f"override {path}: found ")
+    assert advice in line
+
+
+def test_every_field_of_a_run_survives_a_change_of_engine_there_and_back(
+    write_config: WriteConfig, minimal: dict[str, Any], tmp_path: Path
+) -> None:
+    """The resolved config holds every field, those of the other engine too."""
+    path = write_config({**minimal, "engine": {"zero_stage": 3}})
+    to_fsdp2 = ["engine.kind=fsdp2", "engine.zero_stage=null"]
+    changed = load_config(path, [*to_fsdp2, "engine.reshard_after_forward=false"]).config
+    assert (changed.engine.kind, changed.engine.zero_stage) == ("fsdp2", None)
+    resolved = tmp_path / "resolved.yaml"
+    ConfigLoader.save_to_file(changed, resolved)
+    assert load_config(resolved).config == changed
+    back = load_config(resolved, ["engine.kind=zero", "engine.reshard_after_forward=true"]).config
+    assert back.engine == EngineConfig(zero_stage=1)
 
 
 @pytest.mark.parametrize(

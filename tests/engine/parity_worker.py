@@ -1,4 +1,4 @@
-"""Every ZeRO stage on these ranks against one plain PyTorch process on the same global batch.
+"""Every ZeRO stage and FSDP2 on these ranks against one plain process on the same global batch.
 
 Prints one JSON line per case from rank 0.
 """
@@ -11,7 +11,9 @@ import tiny_lm as tiny
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from mamba_dist.engine.base import STATE_KINDS
 from mamba_dist.engine.world import World, start_world, stop_world
 from mamba_dist.model.init import initialize
 
@@ -53,17 +55,43 @@ def plain_run(layer: str, precision: str, world: World, *, skip: bool):
     return losses, norms, gradients, {n: p.detach() for n, p in named.items()}
 
 
-def first_gradients(engine, stage: int, world: World) -> dict[str, Tensor]:
+def whole_gradient(kind: int | str, parameter) -> Tensor:
+    if kind == "fsdp2":
+        return parameter.grad.full_tensor()
+    return (parameter.grad if kind == 0 else safe_get_full_grad(parameter)).clone()
+
+
+def first_gradients(engine, kind: int | str, world: World) -> dict[str, Tensor]:
     for micro in range(tiny.MICRO_STEPS):
         engine.forward_backward(
             tiny.batch(0, micro, world.rank),
             step_tokens=tiny.step_tokens(0, world.size),
             last=micro == tiny.MICRO_STEPS - 1,
         )
-    return {
-        n: (p.grad if stage == 0 else safe_get_full_grad(p)).clone()
-        for n, p in engine.module.named_parameters()
-    }
+        shards = [p for p in engine.module.parameters() if isinstance(p, DTensor)]
+        reduced = [p.grad is not None for p in shards]
+        assert all(reduced) if micro == tiny.MICRO_STEPS - 1 else not any(reduced)
+    return {n: whole_gradient(kind, p) for n, p in engine.module.named_parameters()}
+
+
+def rounded_parameters(engine) -> set[str]:
+    """Is filled by each forward with the names of parameters that it reads in less than fp32."""
+    found: set[str] = set()
+    names = {module: name for name, module in engine.module.named_modules()}
+
+    def look(module, args) -> None:
+        for part in module.modules():
+            # Those come to look at themselves.
+            if part is module or part not in engine.module.lm.projections:
+                found.update(
+                    f"{names[part]}.{parameter}"
+                    for parameter, value in part.named_parameters(recurse=False)
+                    if value.dtype != torch.float32
+                )
+
+    for module in (*engine.module.lm.backbone.layers, *engine.module.lm.projections):
+        module.register_forward_pre_hook(look)
+    return found
 
 
 def relative_l2(got: Tensor, wanted: Tensor) -> float:
@@ -71,14 +99,13 @@ def relative_l2(got: Tensor, wanted: Tensor) -> float:
 
 
 def parity(
-    stage: int,
+    kind: int | str,
     checkpointing: str,
     layer: str,
     precision: str,
     world: World,
     plain,
-    *,
-    recorded: bool = False,
+    **choices,
 ) -> dict:
     losses, norms, gradients, weights = plain
     make = {
@@ -86,18 +113,19 @@ def parity(
         "precision": precision,
         "checkpointing": checkpointing,
         "world": world,
-        "recorded": recorded,
+        **choices,
     }
-    found = first_gradients(tiny.build_engine(stage, **make), stage, world)
-    engine = tiny.build_engine(stage, **make)
+    found = first_gradients(tiny.build_engine(kind, **make), kind, world)
+    engine = tiny.build_engine(kind, **make)
+    rounded = rounded_parameters(engine)
     steps = [tiny.engine_step(engine, step, world=world) for step in range(STEPS)]
     final = tiny.whole_weights(engine)
     elements = sum(f.master.numel() for f in engine.fragments())
     return {
         "case": "parity",
-        "stage": stage,
+        "kind": kind,
         "checkpointing": checkpointing,
-        "recorded": recorded,
+        "choices": sorted(choices),
         "loss": max(abs(s[0] - w) / w for s, w in zip(steps, losses, strict=True)),
         # Of the first step: from the second on, bf16 weights may round to another neighbour.
         "norm": abs(steps[0][1].grad_norm - norms[0]) / norms[0],
@@ -108,7 +136,14 @@ def parity(
         "owned_elements": world.sum_over_ranks([elements])[0],
         "elements": sum(w.numel() for w in weights.values()),
         "dtypes": sorted({str(w.dtype) for w in final.values()}),
+        "rounded": sorted(rounded),
     }
+
+
+def state(engine) -> dict[str, Tensor]:
+    """Whole weights and this rank's moments."""
+    own = {f"{f.name}|{k}": f.tensor(k).clone() for f in engine.fragments() for k in STATE_KINDS}
+    return tiny.whole_weights(engine) | own
 
 
 # The last makes gradients whose squares overflow.
@@ -116,39 +151,36 @@ _BAD_SCALES = {"nan": float("nan"), "spike": 1e4, "infinite": 1e25}
 
 
 def skipping(
-    stage: int,
-    kind: str,
+    kind: int | str,
+    case: str,
     layer: str,
     precision: str,
     world: World,
     plain,
-    *,
-    recorded: bool = False,
+    **choices,
 ) -> dict:
     """One bad micro-batch of the last rank: all ranks drop just that step."""
-    engine = tiny.build_engine(
-        stage, layer=layer, precision=precision, world=world, recorded=recorded
-    )
-    bad = {(0, world.size - 1): _BAD_SCALES[kind]}
+    engine = tiny.build_engine(kind, layer=layer, precision=precision, world=world, **choices)
+    bad = {(0, world.size - 1): _BAD_SCALES[case]}
     skipped, untouched = [], None
     for step in range(STEPS):
-        before = tiny.whole_weights(engine) if step == BAD_STEP else None
+        before = state(engine) if step == BAD_STEP else None
         _, stats = tiny.engine_step(
             engine,
             step,
             world=world,
             scales=bad if step == BAD_STEP else None,
-            skip_above=None if kind == "infinite" else 50.0,
+            skip_above=None if case == "infinite" else 50.0,
         )
         skipped.append(stats.skipped)
         if before is not None:
-            after = tiny.whole_weights(engine)
+            after = state(engine)
             untouched = all(torch.equal(before[n], after[n]) for n in before)
     final = tiny.whole_weights(engine)
     return {
-        "case": kind,
-        "stage": stage,
-        "recorded": recorded,
+        "case": case,
+        "kind": kind,
+        "choices": sorted(choices),
         "skipped": skipped,
         "votes": world.sum_over_ranks([float(s) for s in skipped]),
         "untouched": untouched,
@@ -164,22 +196,27 @@ def main() -> None:
     world = start_world(timeout_minutes=3)
     plain = plain_run(layer, precision, world, skip=False)
     plain_skipping = plain_run(layer, precision, world, skip=True)
-    for stage in (0, 1, 2, 3):
-        # Only stage 3 takes parameters away between a forward and its backward.
-        checkpointing = ("none", "full", *(("selective",) if stage == 3 else ()))
-        results = [parity(stage, c, layer, precision, world, plain) for c in checkpointing]
-        if stage == 0:
-            results.append(parity(0, "none", layer, precision, world, plain, recorded=True))
+    for kind in (0, 1, 2, 3, "fsdp2"):
+        # Only these take parameters away between a forward and its backward.
+        checkpointing = ("none", "full", *(("selective",) if kind in (3, "fsdp2") else ()))
+        case = (layer, precision, world)
+        results = [parity(kind, c, *case, plain) for c in checkpointing]
         results += [
-            skipping(stage, kind, layer, precision, world, plain_skipping)
-            for kind in _BAD_SCALES
+            skipping(kind, bad, *case, plain_skipping)
+            for bad in _BAD_SCALES
             # Stage 3 adds the squares up in fp64, where they are finite.
-            if (stage, kind) != (3, "infinite")
+            if (kind, bad) != (3, "infinite")
         ]
-        if stage == 0:
-            results.append(
-                skipping(0, "nan", layer, precision, world, plain_skipping, recorded=True)
-            )
+        if kind == 0:
+            results.append(parity(0, "none", *case, plain, recorded=True))
+            results.append(skipping(0, "nan", *case, plain_skipping, recorded=True))
+        if kind == "fsdp2":
+            results.append(parity(kind, "none", *case, plain, reshard_after_forward=False))
+            results.append(parity(kind, "none", *case, plain, reduce_dtype="bf16"))
+            if precision == "bf16":
+                results += [
+                    parity(kind, c, *case, plain, gather_dtype="bf16") for c in checkpointing
+                ]
         if world.rank == 0:
             for result in results:
                 print(json.dumps(result), flush=True)

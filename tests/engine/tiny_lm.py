@@ -5,8 +5,8 @@ from recording import TapeRecorder
 from torch import Tensor, nn
 
 from mamba_dist.config.schema import ActivationCheckpointing, EngineConfig, MambaConfig
-from mamba_dist.engine import zero
-from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
+from mamba_dist.engine import fsdp2, zero
+from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World
 from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.model.init import initialize
@@ -26,8 +26,16 @@ OPTIMIZER = OptimizerSettings(beta1=0.9, beta2=0.95, eps=1e-8)
 
 
 def tiny_config(layer: str) -> MambaConfig:
+    # One head and an odd rank of dt: two ranks cannot share them evenly.
     return MambaConfig(
-        layer=layer, d_model=32, n_layers=2, vocab_size=61, d_state=8, headdim=16, chunk_size=8
+        layer=layer,
+        d_model=32,
+        n_layers=2,
+        vocab_size=61,
+        d_state=8,
+        headdim=64,
+        dt_rank=3,
+        chunk_size=8,
     )
 
 
@@ -74,7 +82,32 @@ def step_tokens(step: int, world_size: int) -> int:
     return sum(int((p["labels"] != -100).sum()) for p in parts)
 
 
-def build_engine(
+def build_fsdp2(
+    *,
+    layer: str,
+    precision: str,
+    world: World,
+    checkpointing: ActivationCheckpointing = "none",
+    gather_dtype: str = "fp32",
+    reduce_dtype: str = "fp32",
+    reshard_after_forward: bool = True,
+) -> fsdp2.Fsdp2Engine:
+    with fsdp2.construction():
+        lm = build(layer, checkpointing=checkpointing)
+        module = Scaled(lm)
+    engine = fsdp2.Fsdp2Engine(
+        module,
+        groups=parameter_groups(lm),
+        optimizer=OPTIMIZER,
+        settings=fsdp2.Fsdp2Settings(precision, gather_dtype, reduce_dtype, reshard_after_forward),
+        world=world,
+        projections=lm.projections,
+    )
+    initialize(lm, tiny_config(layer), seed=3, gather=engine.gather)
+    return engine
+
+
+def build_zero(
     stage: int,
     *,
     layer: str,
@@ -107,8 +140,13 @@ def build_engine(
     return engine
 
 
+def build_engine(kind: int | str, **choices) -> Engine:
+    """The engine of a ZeRO stage, or of FSDP2 where `kind` is "fsdp2"."""
+    return build_fsdp2(**choices) if kind == "fsdp2" else build_zero(kind, **choices)
+
+
 def engine_step(
-    engine: zero.ZeroEngine,
+    engine: Engine,
     step: int,
     *,
     world: World,
@@ -129,9 +167,9 @@ def engine_step(
     return world.sum_over_ranks([total])[0], stats
 
 
-def whole_weights(engine: zero.ZeroEngine) -> dict[str, Tensor]:
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
     weights = {}
     for name, parameter in engine.module.named_parameters():
         with engine.gather([parameter]):
-            weights[name] = parameter.detach().clone()
+            weights[name] = engine.module.get_parameter(name).detach().clone()
     return weights

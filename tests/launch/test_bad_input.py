@@ -157,11 +157,15 @@ def test_nothing_heavy_is_imported_before_the_config_is_known_to_be_good(
     assert not modules & {"torch", "deepspeed", "numpy", "pyarrow"}
 
 
-def test_fsdp2_is_refused_as_not_available_yet(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_zero_stage_under_fsdp2_is_refused_with_what_to_write(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     config = write_config(tmp_path, tiny_data, engine={"kind": "fsdp2"})
-    result = run_script("launch/train.py", "--config", config, "--check", cwd=tmp_path)
-    assert "fsdp2 is not available yet" in result.stderr
+    check = ("launch/train.py", "--config", config, "--check")
+    result = run_script(*check, cwd=tmp_path)
+    assert "engine.zero_stage: found 1, but engine.kind fsdp2 has no stages" in result.stderr
     assert result.returncode == 2
+    assert run_script(*check, "engine.zero_stage=null", cwd=tmp_path).returncode == 0
 
 
 def test_a_version_one_config_trains_and_tells_what_its_fields_became(

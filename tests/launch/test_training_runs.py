@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import launching
 import pytest
@@ -16,16 +17,19 @@ from processes import run_script
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.checkpoint.manifest import read_manifest
 from mamba_dist.commands.plan_packing import main as plan_packing
+from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import Packing
 from mamba_dist.data.batch import IGNORED_LABEL, SampleId, pack
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.order import SampleOrder
 from mamba_dist.data.samples import training_samples
 from mamba_dist.telemetry.metrics import read_metrics
+from mamba_dist.train.plan import describe_plan
 from mamba_dist.train.stop import EXIT_STOPPED
 
 # A rank needs a few seconds to import torch and DeepSpeed; the tests below wait for steps.
 START_S = 90
+FSDP2 = {"kind": "fsdp2", "zero_stage": None}
 
 
 def state_hashes(run_dir: Path, step: int) -> set[tuple[object, ...]]:
@@ -37,26 +41,37 @@ def state_hashes(run_dir: Path, step: int) -> set[tuple[object, ...]]:
     }
 
 
+def recorded(run_dir: Path, name: str) -> dict[float | None, float | None]:
+    """A metric by step, as the last start that reached it found it."""
+    return {r["step"]: r[name] for r in read_metrics(run_dir) if name in r}
+
+
 def losses(run_dir: Path) -> dict[float | None, float | None]:
-    return {r["step"]: r["loss"] for r in read_metrics(run_dir) if "loss" in r}
+    return recorded(run_dir, "loss")
 
 
 def require_success(result: subprocess.CompletedProcess[str]) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        *({"zero_stage": stage} for stage in (0, 1, 2, 3)),
+        pytest.param(FSDP2, marks=pytest.mark.slow),
+    ],
+)
 def test_five_steps_kill_nine_and_five_more_are_ten_steps_bit_for_bit(
-    tiny_data: Path, tmp_path: Path, stage: int
+    tiny_data: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    whole = write_config(tmp_path / "whole", tiny_data, engine={"zero_stage": stage})
+    whole = write_config(tmp_path / "whole", tiny_data, engine=engine)
     require_success(finish(launching.torchrun_command(whole)))
 
     # Slow enough after step 5 that the kill comes before step 10: validation at every step.
     broken = write_config(
         tmp_path / "broken",
         tiny_data,
-        engine={"zero_stage": stage},
+        engine=engine,
         training={"eval_steps": 1, "eval_sequences": 64, "run_dir": str(tmp_path / "broken/run")},
     )
     run_dir = tmp_path / "broken/run"
@@ -99,6 +114,68 @@ def test_deepspeed_torchrun_and_python_give_the_same_run(tiny_data: Path, tmp_pa
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer*"))
 
 
+def test_a_run_under_fsdp2_goes_on_under_zero_on_another_number_of_ranks(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(
+        tmp_path, tiny_data, engine=FSDP2, training={"precision": "bf16", "deterministic": True}
+    )
+    run_dir = tmp_path / "run"
+    first = finish(launching.deepspeed_command(config))
+    require_success(first)
+    assert "FSDP2 shards each layer over 2 ranks" in first.stderr
+    assert read_manifest(checkpoint_folder(run_dir, 10)).engine == "fsdp2"
+    wanted = [recorded(run_dir, name) for name in ("loss", "grad_norm", "val_loss")]
+    shutil.rmtree(checkpoint_folder(run_dir, 10))
+    second = finish(launching.python_command(config, "engine.kind=zero"))
+    require_success(second)
+    assert "resumed after step 5" in second.stderr
+    assert "engine.kind was 'fsdp2', is 'zero'" in second.stderr
+    assert read_manifest(checkpoint_folder(run_dir, 10)).engine == "zero-0"
+    found = [recorded(run_dir, name) for name in ("loss", "grad_norm", "val_loss")]
+    assert [len(records) for records in found] == [10, 10, 2]
+    # bf16 products of other rows round to other neighbours.
+    for before, after in zip(wanted, found, strict=True):
+        assert after == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_two_four_and_one_rank_with_mixed_engines_are_one_run(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    training = {"max_steps": 16, "eval_steps": None, "lr_schedule": "constant"}
+    whole = write_config(tmp_path / "whole", tiny_data, training=training)
+    require_success(finish(launching.python_command(whole)))
+    mixed = write_config(
+        tmp_path / "mixed",
+        tiny_data,
+        training=training,
+        checkpoint={"save_steps": 4, "keep_last": 4},
+    )
+    run_dir = tmp_path / "mixed/run"
+    legs = (
+        (launching.torchrun_command, 1, "fsdp2"),
+        (launching.deepspeed_command, 2, 3),
+        (launching.torchrun_command, 4, "fsdp2"),
+        (launching.torchrun_command, 1, 1),
+    )
+    for leg, (command, ranks, kind) in enumerate(legs):
+        engine = (
+            ["engine.kind=fsdp2", "engine.zero_stage=null"]
+            if kind == "fsdp2"
+            else [f"engine.zero_stage={kind}"]
+        )
+        end = f"training.max_steps={4 * (leg + 1)}"
+        require_success(finish(command(mixed, end, *engine, ranks=ranks)))
+    engines = [read_manifest(checkpoint_folder(run_dir, step)).engine for step in (4, 8, 12, 16)]
+    assert engines == ["fsdp2", "zero-3", "fsdp2", "zero-0"]
+    assert losses(run_dir).keys() == set(range(1, 17))
+    assert list(losses(run_dir).values()) == pytest.approx(
+        list(losses(tmp_path / "whole/run").values()), rel=1e-5
+    )
+
+
 def test_deterministic_algorithms_are_all_that_a_run_needs(tiny_data: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_data)
     code = (
@@ -128,6 +205,14 @@ def test_a_dry_run_tells_the_stage_that_would_run_and_what_it_takes(
     assert "ZeRO 3 on 2 ranks" in plans[2]
     assert "training sequences of 128 tokens, packing concat\n" in plans[2]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_under_fsdp2_tells_what_a_rank_keeps(tiny_data: Path, tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, tiny_data, engine=FSDP2)).config
+    assert "FSDP2 on 2 ranks, fp32" in describe_plan(config, world_size=2)
+    kept = config.engine.model_copy(update={"reshard_after_forward": False})
+    plan = describe_plan(config.model_copy(update={"engine": kept}), world_size=2)
+    assert "FSDP2 (parameters stay after the forward pass) on 2 ranks" in plan
 
 
 def long_run(tmp_path: Path, tiny_data: Path) -> Path:

@@ -39,7 +39,7 @@ from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
 from mamba_dist.config.text import write_text
 from mamba_dist.errors import BackendError, ConfigError
 
-VARIANTS: Final = (PEER, "plain", "zero-0", "zero-1", "zero-2", "zero-3")
+VARIANTS: Final = (PEER, "plain", "zero-0", "zero-1", "zero-2", "zero-3", "fsdp2")
 _DEFAULTS: Final = (PEER, "plain", "zero-0")
 # Variables of a launcher, under which the worker would wait for other ranks, or at their address.
 _LAUNCHER: Final = (

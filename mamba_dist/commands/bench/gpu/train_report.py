@@ -251,6 +251,8 @@ def _notes(measured: Runs, wrong: Mapping[str, str]) -> list[str]:
             f"{', '.join(shared)}: as each of several ranks runs it, without the communication and "
             "with all of the optimizer's state; a training run on one rank takes zero-0."
         )
+    if "fsdp2" in measured.specs:
+        notes.append("fsdp2: as a training run on one rank has it, each layer's parameters copied.")
     notes += [f"**{name}: no figures**: {reason}" for name, reason in wrong.items()]
     return [*(f"- {note}" for note in notes), ""]
 

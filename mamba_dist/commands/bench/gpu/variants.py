@@ -3,7 +3,8 @@
 `plain` is our model in a plain PyTorch loop. `zero-N` is our model in our engine at ZeRO stage N,
 built and stepped as launch/train.py does it, on a world of one rank. Stages above 0 are as each of
 several ranks runs them, without the communication: a training run on one rank takes stage 0
-whatever its config says (`zero_settings.stage_for`).
+whatever its config says (`zero_settings.stage_for`). `fsdp2` is our model in our other engine, as a
+training run on one rank has it: it copies each layer's parameters as if it gathered them.
 """
 
 import torch
@@ -22,7 +23,7 @@ from mamba_dist.commands.bench.gpu.step import (
 )
 from mamba_dist.config.schema import EngineConfig, RunConfig
 from mamba_dist.engine import zero
-from mamba_dist.engine.base import OptimizerSettings
+from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World, start_world
 from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.errors import TrainingError
@@ -31,13 +32,19 @@ from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import classify
 from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.ops.cuda_graph import CudaRecorder
-from mamba_dist.train.build import decay_groups, microstep_recorder
+from mamba_dist.train.build import (
+    build_fsdp2,
+    decay_groups,
+    microstep_recorder,
+    optimizer_settings,
+)
 
 _STAGES = {"zero-0": 0, "zero-1": 1, "zero-2": 2, "zero-3": 3}
+_FSDP2 = "fsdp2"
 
 
 def _build(spec: StepSpec, batch: Batch) -> Step:
-    if spec.variant in _STAGES:
+    if spec.variant in _STAGES or spec.variant == _FSDP2:
         return _engine_step(spec, batch)
     with this_device():
         model = _model(spec.config, this_device().type)
@@ -47,10 +54,12 @@ def _build(spec: StepSpec, batch: Batch) -> Step:
 
 def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     world = start_world(timeout_minutes=spec.config.engine.timeout_minutes)
-    stage = _STAGES[spec.variant]
-    engine = _engine(spec.config, stage, world, accumulation=spec.accumulation)
-    running = engine._engine.zero_optimization_stage()
-    assert running == stage, f"{spec.variant} would run ZeRO stage {running}"
+    engine: Engine
+    if spec.variant == _FSDP2:
+        engine, _ = build_fsdp2(spec.config, world=world)
+    else:
+        stage = _STAGES[spec.variant]
+        engine = _zero(spec.config, stage, world, accumulation=spec.accumulation)
 
     def step() -> Tensor:
         losses = [
@@ -67,11 +76,11 @@ def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     return step
 
 
-def _engine(
-    config: RunConfig, stage: int, world: World, *, accumulation: int = 1
-) -> zero.ZeroEngine:
+def _zero(config: RunConfig, stage: int, world: World, *, accumulation: int = 1) -> zero.ZeroEngine:
     training = config.training
-    engine_config = EngineConfig.model_validate({**config.engine.model_dump(), "zero_stage": stage})
+    engine_config = EngineConfig.model_validate(
+        {**config.engine.model_dump(), "kind": "zero", "zero_stage": stage}
+    )
     settings = zero_settings(
         engine_config,
         stage=stage,
@@ -81,16 +90,17 @@ def _engine(
     with zero.construction(settings):
         model = _model(config, world.device.type)
     initialize(model, config.model, seed=SEED, gather=zero.gather)
-    return zero.ZeroEngine(
+    engine = zero.ZeroEngine(
         model.to(world.device),
         groups=decay_groups(classify(model), training.weight_decay),
-        optimizer=OptimizerSettings(
-            beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
-        ),
+        optimizer=optimizer_settings(training),
         settings=settings,
         world=world,
         recorder=_recorder(config, stage, world.device),
     )
+    running = engine._engine.zero_optimization_stage()
+    assert running == stage, f"zero-{stage} would run ZeRO stage {running}"
+    return engine
 
 
 def _model(config: RunConfig, device_type: str) -> MambaLM:
