@@ -3,8 +3,9 @@
 A process of its own: the interpreter has to be chosen, by TRITON_INTERPRET=1, before triton is
 imported. Prints one line for each output that is off, and exits with 1 if there is any.
 
-With the argument "compile" it compiles them for a GPU of compute capability 9.0 instead, which
-takes no GPU and must be without TRITON_INTERPRET: the interpreter takes what the compiler refuses.
+That is with the argument "interpret". With "compile" it compiles them for GPUs of compute
+capability 8.9 and 9.0 instead, which takes no GPU and must be without TRITON_INTERPRET: the
+interpreter takes what the compiler refuses.
 """
 
 import sys
@@ -331,7 +332,7 @@ def compile_all() -> int:
 
 
 def main() -> int:
-    if sys.argv[1:] == ["compile"]:
+    if sys.argv[1] == "compile":
         return compile_all()
     make_interpreter_work()
     make_interpreter_fast()
