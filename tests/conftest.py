@@ -1,5 +1,6 @@
 """What tests of several folders need: real ranks as real processes."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,6 +8,11 @@ from pathlib import Path
 
 import pytest
 from processes import clean_environment, free_port, run_script
+
+# Two threads take up to 20 times as long as one for the small tensors here: they wait for each
+# other at every operation. What threads could change is tested with one, two and three by name.
+# Read when torch is imported, by this process and by those that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 RunRanks = Callable[..., list[str]]
 

@@ -62,6 +62,12 @@ def torchrun_command(config: Path, *overrides: str, ranks: int = 2) -> list[str]
     return [*launcher, *port, TRAIN, "--config", str(config), *overrides]
 
 
+def ranks_command(config: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    """The ranks alone: for runs of which no launcher is the point, 3 s sooner."""
+    launcher = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+    return [*launcher, str(ranks), str(free_port()), "--config", str(config), *overrides]
+
+
 def python_command(config: Path, *overrides: str) -> list[str]:
     return [sys.executable, TRAIN, "--config", str(config), *overrides]
 

@@ -65,7 +65,7 @@ def test_five_steps_kill_nine_and_five_more_are_ten_steps_bit_for_bit(
     tiny_data: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
     whole = write_config(tmp_path / "whole", tiny_data, engine=engine)
-    require_success(finish(launching.torchrun_command(whole)))
+    require_success(finish(launching.ranks_command(whole)))
 
     # Slow enough after step 5 that the kill comes before step 10: validation at every step.
     broken = write_config(
@@ -75,13 +75,13 @@ def test_five_steps_kill_nine_and_five_more_are_ten_steps_bit_for_bit(
         training={"eval_steps": 1, "eval_sequences": 64, "run_dir": str(tmp_path / "broken/run")},
     )
     run_dir = tmp_path / "broken/run"
-    process = begin(launching.torchrun_command(broken), tmp_path / "log")
+    process = begin(launching.ranks_command(broken), tmp_path / "log")
     wait_until(lambda: committed_steps(run_dir) == [5], timeout_s=START_S, what="a checkpoint")
     launching.kill_all(broken)
     process.wait(timeout=60)
     assert committed_steps(run_dir) == [5]
 
-    result = finish(launching.torchrun_command(broken))
+    result = finish(launching.ranks_command(broken))
     require_success(result)
     assert "resumed after step 5" in result.stderr
     assert state_hashes(run_dir, 10) == state_hashes(tmp_path / "whole/run", 10)

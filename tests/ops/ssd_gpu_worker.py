@@ -3,8 +3,9 @@
 A process of its own: the interpreter has to be chosen, by TRITON_INTERPRET=1, before triton is
 imported. Prints one line for each output that is off, and exits with 1 if there is any.
 
-With the argument "compile" it compiles them for a GPU of compute capability 9.0 instead, which
-takes no GPU and must be without TRITON_INTERPRET: the interpreter takes what the compiler refuses.
+That is with the argument "interpret". With "compile" it compiles them for GPUs of compute
+capability 8.9 and 9.0 instead, which takes no GPU and must be without TRITON_INTERPRET: the
+interpreter takes what the compiler refuses.
 """
 
 import sys
@@ -14,7 +15,8 @@ import torch
 from mixer_gradients import emulated, gradients, placements, plain
 from op_comparison import leaves, output_gradients, packed, random_tensor
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, interpreter
+from triton.runtime import driver
+from triton_interpreter import make_interpreter_fast, make_interpreter_work
 
 from mamba_dist.ops.agreement import relative_error, tolerance
 from mamba_dist.ops.ssd import gpu, reference, triton_backward, triton_forward
@@ -68,40 +70,6 @@ PRECISE = (
     ),
 )
 PRECISE_TOLERANCE = 5e-3
-
-
-def make_interpreter_work() -> None:
-    """Mends gaps of the interpreter of Triton 3.6 to 3.9: loop bounds under numpy 2.4, and bf16.
-
-    It asks numpy for the integer of a one-element array, multiplies the bits of bf16 numbers, and
-    cuts off what bf16 does not hold, where a GPU rounds.
-    """
-    builder_type, bf16 = interpreter.InterpreterBuilder, interpreter.tl.bfloat16
-    patch_tensor = interpreter._patch_lang_tensor
-    multiply, cast = builder_type.create_dot, builder_type.cast_impl
-
-    def patch(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    def widen(builder: Any, handle: Any) -> Any:
-        if handle.dtype.scalar != bf16:
-            return handle
-        wide = interpreter.tl.block_type(interpreter.tl.float32, list(handle.data.shape))
-        return builder.cast_impl(handle, wide)
-
-    def dot(builder: Any, a: Any, b: Any, *others: Any) -> Any:
-        return multiply(builder, widen(builder, a), widen(builder, b), *others)
-
-    def rounding_cast(builder: Any, source: Any, wanted: Any) -> Any:
-        if source.dtype.scalar == interpreter.tl.float32 and wanted.scalar == bf16:
-            values = torch.from_numpy(source.data.copy()).bfloat16()
-            bits = values.view(torch.uint16).numpy()
-            return interpreter.TensorHandle(bits, bf16)
-        return cast(builder, source, wanted)
-
-    interpreter._patch_lang_tensor = patch
-    builder_type.create_dot, builder_type.cast_impl = dot, rounding_cast
 
 
 def case_arguments(
@@ -364,9 +332,10 @@ def compile_all() -> int:
 
 
 def main() -> int:
-    if sys.argv[1:] == ["compile"]:
+    if sys.argv[1] == "compile":
         return compile_all()
     make_interpreter_work()
+    make_interpreter_fast()
     checks = (
         *(check_cases, check_precise_cases, check_ranges),
         *(check_sizes_that_change, check_sums_over_heads, check_rows, check_mixer),

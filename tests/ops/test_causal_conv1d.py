@@ -1,10 +1,5 @@
 """Causal convolution: each backend against the float64 loop, and no leak in packed rows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +29,6 @@ from op_comparison import (
     relative_error,
     run,
 )
-from processes import clean_environment
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mamba_dist.ops.causal_conv1d import causal_conv1d
@@ -341,27 +335,6 @@ def test_a_traced_decoding_step_holds_the_operator() -> None:
     with torch.no_grad():
         traced = make_fx(decode)(inputs["x"])
         assert torch.equal(traced(2 * inputs["x"]), decode(2 * inputs["x"]))
-
-
-@pytest.mark.parametrize("instruction_set", ["avx2", "default"])
-def test_narrower_vectors_give_the_same_results(instruction_set: str) -> None:
-    code = """
-from test_causal_conv1d import *
-for dtype in TOLERANCE:
-    for length, width in ((1, 4), (200, 2), (200, 4), (200, 6)):
-        ids = packed(length)
-        arguments = conv_arguments(length=length, channels=CHANNELS, width=width, seq_idx=ids)
-        assert_agrees(causal_conv1d, arguments, dtype, PER_POSITION, backend="cpu")
-print(torch.backends.cpu.get_cpu_capability())
-"""
-    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**clean_environment(), "ATEN_CPU_CAPABILITY": instruction_set, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout.strip().lower()) == (0, instruction_set), done.stderr
 
 
 @pytest.mark.parametrize(

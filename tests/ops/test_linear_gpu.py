@@ -32,8 +32,19 @@ def tensors(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tenso
 
 
 # Teams of a part of a warp, of a warp and of many; pieces that are none of the last thread's.
-@pytest.mark.parametrize(("inputs", "outputs"), [(8, 40), (24, 1), (128, 33), (1160, 9), (2048, 3)])
-@pytest.mark.parametrize("rows", [1, 3, 4])
+SIZES = ((8, 40), (24, 1), (128, 33), (1160, 9), (2048, 3))
+# Each number of rows with teams of a part of a warp and of many: each pair is compiled again.
+PAIRS = {(1, 8), (1, 2048), (3, 24), (3, 1160), (4, 128), (4, 1160)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [
+        pytest.param(rows, *sizes, marks=() if (rows, sizes[0]) in PAIRS else pytest.mark.slow)
+        for rows in (1, 3, 4)
+        for sizes in SIZES
+    ],
+)
 def test_products_and_their_bias_agree(rows: int, inputs: int, outputs: int) -> None:
     x, weight, bias = tensors(rows, inputs, outputs)
     expected = x.double() @ weight.double().T

@@ -1,10 +1,5 @@
 """Residual add and RMSNorm: every backend against float64, in outputs and all gradients."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +11,6 @@ from op_comparison import (
     random_tensor,
     relative_error,
 )
-from processes import clean_environment
 from torch.utils.checkpoint import checkpoint
 
 from mamba_dist.ops.rms_norm import add_rms_norm
@@ -206,25 +200,6 @@ def test_compiling_changes_no_bit_and_breaks_no_graph() -> None:
         assert_identical(
             with_gradients(inputs, compiled(*inputs)), with_gradients(inputs, norm(*inputs))
         )
-
-
-@pytest.mark.parametrize("instruction_set", ["avx2", "default"])
-def test_narrower_vectors_give_the_same_results(instruction_set: str) -> None:
-    code = """
-from test_rms_norm import *
-for dtype in TOLERANCE:
-    for with_residual in (False, True):
-        assert_close(made(5, 43, dtype=dtype, with_residual=with_residual), dtype, "cpu")
-print(torch.backends.cpu.get_cpu_capability())
-"""
-    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**clean_environment(), "ATEN_CPU_CAPABILITY": instruction_set, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout.strip().lower()) == (0, instruction_set), done.stderr
 
 
 @pytest.mark.parametrize(

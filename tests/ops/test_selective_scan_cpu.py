@@ -1,10 +1,6 @@
 """Selective scan: what the native kernels alone can do wrong."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +19,6 @@ from op_comparison import (
     relative_error,
     run,
 )
-from processes import clean_environment
 from scan_cases import CHANNELS, D_STATE, PER_POSITION, scan_arguments
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -186,30 +181,3 @@ def test_a_traced_decoding_step_holds_the_operator() -> None:
     with torch.no_grad():
         traced = make_fx(decode)(inputs["u"])
         assert torch.equal(traced(2 * inputs["u"]), decode(2 * inputs["u"]))
-
-
-@pytest.mark.parametrize("instruction_set", ["avx2", "default"])
-def test_narrower_vectors_give_the_same_results(instruction_set: str) -> None:
-    code = """
-import torch
-from op_comparison import TOLERANCE, assert_agrees, packed
-from scan_cases import CHANNELS, D_STATE, PER_POSITION, scan_arguments
-from mamba_dist.ops.selective_scan import selective_scan
-for dtype in TOLERANCE:
-    for length, d_state in ((1, D_STATE), (200, D_STATE), (130, 16)):
-        ids = packed(length)
-        for options in (False, True):
-            arguments = scan_arguments(
-                length=length, channels=CHANNELS, d_state=d_state, options=options, seq_idx=ids
-            )
-            assert_agrees(selective_scan, arguments, dtype, PER_POSITION, backend="cpu")
-print(torch.backends.cpu.get_cpu_capability())
-"""
-    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**clean_environment(), "ATEN_CPU_CAPABILITY": instruction_set, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout.strip().lower()) == (0, instruction_set), done.stderr

@@ -1,10 +1,5 @@
 """SSD scan: the backends against the float64 loop, and what packing must never do."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,7 +31,6 @@ from op_comparison import (
     run,
     saved_bytes,
 )
-from processes import clean_environment
 
 from mamba_dist.ops.selective_scan import selective_scan
 from mamba_dist.ops.ssd import ssd
@@ -422,22 +416,3 @@ def test_compiling_changes_no_bit_and_breaks_no_graph() -> None:
     assert_identical(run(compiled, inputs), run(scan, inputs))
     with torch.no_grad():
         assert torch.equal(compiled(**inputs), scan(**inputs))
-
-
-@pytest.mark.parametrize("instruction_set", ["avx2", "default"])
-def test_narrower_vectors_give_the_same_results(instruction_set: str) -> None:
-    code = """
-from test_ssd import *
-arguments = ssd_arguments(length=200, heads=5, headdim=19, d_state=21, seq_idx=packed(200))
-for dtype in TOLERANCE:
-    assert_agrees(ssd, arguments, dtype, PER_POSITION, backend="cpu")
-print(torch.backends.cpu.get_cpu_capability())
-"""
-    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**clean_environment(), "ATEN_CPU_CAPABILITY": instruction_set, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout.strip().lower()) == (0, instruction_set), done.stderr

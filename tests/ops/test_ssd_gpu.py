@@ -1,9 +1,10 @@
 """SSD scan by our Triton kernels: in Triton's interpreter, and on a GPU where there is one."""
 
 import importlib.util
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 import pytest
@@ -59,27 +60,36 @@ def arguments_of(
     }
 
 
-def run_worker(*arguments: str, interpret: str, cache: Path) -> None:
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Popen[str]]]:
+    """Both of the worker's tasks at once, for each keeps one core busy for half a minute."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    environment = clean_environment() | {
-        "TRITON_INTERPRET": interpret,
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": ":".join(filter(None, sys.path)),
-    }
-    command = [sys.executable, "-W", "ignore", WORKER, *arguments]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    started = {}
+    for task, interpret in (("interpret", "1"), ("compile", "0")):
+        environment = clean_environment() | {
+            "TRITON_INTERPRET": interpret,
+            "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp(task)),
+            "PYTHONPATH": ":".join(filter(None, sys.path)),
+        }
+        command = [sys.executable, "-W", "ignore", str(WORKER), task]
+        started[task] = Popen(command, env=environment, stdout=PIPE, stderr=STDOUT, text=True)
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
 
 
 def test_outputs_and_gradients_equal_the_reference_in_tritons_interpreter(
-    tmp_path: Path,
+    workers: dict[str, Popen[str]],
 ) -> None:
-    run_worker(interpret="1", cache=tmp_path)
+    said, _ = workers["interpret"].communicate()
+    assert workers["interpret"].returncode == 0, said
 
 
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    run_worker("compile", interpret="0", cache=tmp_path)
+def test_the_kernels_compile_for_a_gpu(workers: dict[str, Popen[str]]) -> None:
+    said, _ = workers["compile"].communicate()
+    assert workers["compile"].returncode == 0, said
 
 
 def test_a_missing_triton_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
