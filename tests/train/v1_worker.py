@@ -21,7 +21,7 @@ from mamba_dist.telemetry.metrics import Metrics, Record, TrainRecord
 from mamba_dist.train.build import Run, build_run, open_matching_sources
 from mamba_dist.train.loop import train
 from mamba_dist.train.meter import Meter
-from mamba_dist.train.run_folder import held_run_folder
+from mamba_dist.train.run_folder import HeldFolder, held_run_folder
 from mamba_dist.train.stop import StopRequest
 
 
@@ -56,7 +56,7 @@ def padded_ids(run: Run) -> list[int]:
     return sorted(found)
 
 
-def one_step(run: Run) -> dict[str, object]:
+def one_step(run: Run, held: HeldFolder) -> dict[str, object]:
     """What the first optimizer step of the real loop shows of itself."""
     batches = next(run.steps)
     sink, kept = Kept(), []
@@ -83,7 +83,7 @@ def one_step(run: Run) -> dict[str, object]:
         mixer.get_submodule(name).register_forward_hook(note)
     steps = chain([batches], run.steps)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        train(replace(run, steps=steps, meter=meter, total_steps=1))
+        train(replace(run, steps=steps, meter=meter, total_steps=1), held)
     moments = [f.exp_avg.square().sum() for f in run.engine.fragments()]
     share = 1 - run.config.training.adam_beta1
     return {
@@ -101,10 +101,10 @@ def one_step(run: Run) -> dict[str, object]:
 def observe(folder: Path, name: str, world: World) -> Run:
     run_dir = folder / "worker-runs" / name
     config = load_config(folder / f"{name}.json", [f"training.run_dir={run_dir}"]).config
-    with held_run_folder(config, world=world):
+    with held_run_folder(config, world=world) as held:
         run = build_run(config, world=world, stop=StopRequest())
         before = weights_of(run)
-        seen = {"name": name, "padded_ids": padded_ids(run), **one_step(run)}
+        seen = {"name": name, "padded_ids": padded_ids(run), **one_step(run, held)}
         after = weights_of(run)
     seen["parameter_dtypes"] = sorted({str(w.dtype) for w in after.values()})
     torch.save({"before": before, "after": after}, folder / f"{name}.pt")
