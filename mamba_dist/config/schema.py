@@ -163,8 +163,8 @@ class TrainingConfig(Section):
     max_skipped_steps: int = Field(default=10, ge=1)
     """So many skipped steps in a row end the run with an error."""
     num_epochs: int | None = Field(default=None, ge=1)
-    """Length in passes over the training split, of a mixture over all its sources together. Exactly
-    one of the three lengths."""
+    """Length in passes over the training split, of a mixture over all its sources together; what
+    was read of sources that left it does not count. Exactly one of the three lengths."""
     max_steps: int | None = Field(default=None, ge=1)
     """Length in optimizer steps."""
     max_tokens: int | None = Field(default=None, ge=1)

@@ -146,6 +146,7 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
         ConfigError: the run is not longer than its warm-up, or longer than its data.
     """
     segment = order.segments[-1]
+    taken = order.taken(segment.first_position)
     steps = total_steps(
         config.training,
         epoch_sequences=sum(source.samples for source in segment.sources),
@@ -153,6 +154,7 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
         sequence_length=config.data.sequence_length,
         done_steps=segment.first_step,
         done_sequences=segment.first_position,
+        left_behind=segment.first_position - sum(taken[s.fingerprint] for s in segment.sources),
     )
     if order.end is not None and steps > segment.first_step:
         needed = order.positions(steps - 1).stop

@@ -218,7 +218,9 @@ def test_the_graph_that_adds_works_in_the_memory_of_the_one_that_sets() -> None:
         taken.append(torch.cuda.memory_reserved() - before)
     # 256 MiB each of inputs and of two activations at least.
     assert taken[0] > 3 << 28
-    assert taken[1] < 1.2 * taken[0]
+    # The gradient that the first graph has left splits one of its blocks, which is replaced; all
+    # three would be, if the graphs did not share their memory.
+    assert taken[1] - taken[0] < 1.5 * (1 << 28)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mamba_dist.commands.bench.gpu.failures import reason_of
 from mamba_dist.commands.bench.gpu.profile import Profile, profiled, timing_event
-from mamba_dist.config.schema import RunConfig, TrainingConfig
+from mamba_dist.config.schema import RunConfig
 from mamba_dist.model.param_groups import classify
 
 LEARNING_RATE: Final = 1e-4
@@ -34,12 +34,16 @@ _MATMUL_COUNT: Final = 50
 Batch = Mapping[str, Tensor]
 """input_ids and labels, (B, L) int64, and seq_idx, (B, L) int32, if there are documents."""
 Step = Callable[[], Tensor]
-"""One optimizer step; the loss summed over the batch before it, () fp32, not waited for."""
+"""One optimizer step; the loss summed over its labels before it, () fp32, not waited for."""
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """One variant's run. documents: packed in each row, None for one without `seq_idx`."""
+    """One variant's run.
+
+    documents: packed in each row, None for one without `seq_idx`. accumulation: micro-batches of
+    `batch` sequences in an optimizer step.
+    """
 
     variant: str
     config: RunConfig
@@ -49,11 +53,12 @@ class StepSpec:
     warmup: int
     steps: int
     profile: bool
+    accumulation: int = 1
 
     @property
     def tokens(self) -> int:
         """Labels of a step."""
-        return self.batch * self.length
+        return self.batch * self.accumulation * self.length
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,16 @@ class StepResult:
     """What one run has found.
 
     step_s: of each timed step. losses: nats per token of every step, the first one included.
-    peak_bytes: allocated on the device since the start, None on a CPU. matmul_flops_per_s: of large
-    bf16 products on this device just before, None on a CPU.
+    peak_bytes: allocated on the device since the start, None on a CPU. peak_reserved_bytes: what
+    torch held for it, the gaps and a CUDA graph's own memory included, None on a CPU.
+    matmul_flops_per_s: of large bf16 products on this device just before, None on a CPU.
     """
 
     device: str
     step_s: tuple[float, ...]
     losses: tuple[float, ...]
     peak_bytes: int | None
+    peak_reserved_bytes: int | None
     matmul_flops_per_s: float | None
     profile: Profile | None
 
@@ -92,13 +99,12 @@ def serve(build: Callable[[StepSpec, Batch], Step]) -> None:
     os._exit(0)
 
 
-def plain_step(
-    model: nn.Module, training: TrainingConfig, loss_sum: Callable[[], Tensor], tokens: int
-) -> Step:
+def plain_step(model: nn.Module, spec: StepSpec, loss_sum: Callable[[], Tensor]) -> Step:
     """The step of a plain PyTorch loop: autocast, foreach clipping, fused AdamW."""
     device_type = next(model.parameters()).device.type
     parameters = dict(model.named_parameters())
     classes = classify(model)
+    training = spec.config.training
     optimizer = torch.optim.AdamW(
         [
             {
@@ -113,14 +119,18 @@ def plain_step(
         fused=True,
     )
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
+    def micro_batch() -> Tensor:
         with torch.autocast(device_type, torch.bfloat16, enabled=training.precision == "bf16"):
             loss = loss_sum()
-        (loss / tokens).backward()  # type: ignore[no-untyped-call]
+        (loss / spec.tokens).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        losses = [micro_batch() for _ in range(spec.accumulation)]
         torch.nn.utils.clip_grad_norm_(parameters.values(), MAX_GRAD_NORM, foreach=True)
         optimizer.step()
-        return loss.detach()
+        return torch.stack(losses).sum()
 
     return step
 
@@ -160,6 +170,7 @@ def _measured(spec: StepSpec, build: Callable[[StepSpec, Batch], Step]) -> StepR
         step_s=tuple(seconds),
         losses=tuple(float(loss) / spec.tokens for loss in losses),
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_gpu else None,
         matmul_flops_per_s=limit,
         profile=profiled(step) if spec.profile else None,
     )

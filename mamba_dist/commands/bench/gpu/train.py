@@ -64,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=positive_int, metavar="L", help="tokens of each; default the config's"
     )
+    parser.add_argument(
+        "--accumulation-steps",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="micro-batches of a step; default 1",
+    )
     parser.add_argument("--steps", type=positive_int, default=12, help="timed; default 12")
     parser.add_argument("--warmup", type=positive_int, default=4, help="before; default 4")
     parser.add_argument(
@@ -167,6 +174,7 @@ def _specs(arguments: argparse.Namespace) -> dict[str, StepSpec]:
             variant=name,
             config=config,
             batch=arguments.micro_batch or config.training.micro_batch_size,
+            accumulation=arguments.accumulation_steps,
             length=length,
             # Their models take no documents.
             documents=None if name == PEER else arguments.documents,
@@ -200,6 +208,7 @@ def _options(arguments: argparse.Namespace, specs: Mapping[str, StepSpec]) -> li
         ("--config", arguments.config),
         ("--micro-batch", spec.batch),
         ("--length", spec.length),
+        ("--accumulation-steps", spec.accumulation),
         ("--steps", spec.steps),
         ("--warmup", spec.warmup),
         ("--rounds", arguments.rounds),

@@ -135,7 +135,12 @@ def table(measured: Runs) -> str:
     baseline = next((name for name in _BASELINES if name in shown), None)
     heads = ["variant", "ms per step", "tokens/s"]
     heads += [f"speed over {baseline}"] if baseline else []
-    heads += ["peak GiB", "6N-MFU", "of the matmul limit", f"losses of steps 1 to {_COMPARED}"]
+    heads += [
+        "peak GiB (reserved)",
+        "6N-MFU",
+        "of the matmul limit",
+        f"losses of steps 1 to {_COMPARED}",
+    ]
     lines = [
         f"### {_title(measured)}",
         "",
@@ -165,8 +170,9 @@ def _title(measured: Runs) -> str:
     devices = {r.device for name in measured.specs for r in measured.results(name)}
     return (
         f"{model.layer} d_model {model.d_model}, {model.n_layers} layers, vocabulary "
-        f"{model.vocab_size}, {parameter_count(model):,} parameters, B{spec.batch} L{spec.length}, "
-        f"{training.precision}, activation checkpointing {training.activation_checkpointing}"
+        f"{model.vocab_size}, {parameter_count(model):,} parameters, B{spec.batch} L{spec.length}"
+        + (f", {spec.accumulation} micro-batches a step" if spec.accumulation > 1 else "")
+        + f", {training.precision}, activation checkpointing {training.activation_checkpointing}"
         + (f", {documents} documents a row" if documents else "")
         + f", on {', '.join(sorted(devices)) or 'nothing that worked'}"
     )
@@ -183,11 +189,11 @@ def _cells(measured: Runs, name: str, baseline: str | None) -> list[str]:
     if baseline:
         over = measured.speed_over(name, baseline)
         cells.append(f"{over.median:.3f}x ({over.low:.3f}–{over.high:.3f})")
-    peak, share = record["peak_bytes"], record["share_of_matmul_limit"]
-    mfu = record["mfu_6n"]
+    peak, reserved = record["peak_bytes"], record["peak_reserved_bytes"]
+    mfu, share = record["mfu_6n"], record["share_of_matmul_limit"]
     return [
         *cells,
-        "n/a" if peak is None else f"{peak / _GIB:.2f}",
+        "n/a" if peak is None else f"{peak / _GIB:.2f} ({reserved / _GIB:.2f})",
         "n/a" if mfu is None else f"{100 * mfu:.1f} %",
         "n/a" if share is None else f"{100 * share:.1f} %",
         " ".join(f"{loss:.4f}" for loss in measured.results(name)[0].losses[:_COMPARED]),
@@ -202,6 +208,7 @@ def _record(measured: Runs, name: str) -> dict[str, Any]:
     seconds = measured.seconds(name)
     flops_per_s = 6 * parameter_count(spec.config.model) * spec.tokens / seconds.median
     peaks = [r.peak_bytes for r in results if r.peak_bytes is not None]
+    reserved = [r.peak_reserved_bytes for r in results if r.peak_reserved_bytes is not None]
     limits = [r.matmul_flops_per_s for r in results if r.matmul_flops_per_s is not None]
     # One for all variants, or a variant would be the better for a device that was slow before it.
     limit = max(measured.matmul_limits, default=None)
@@ -210,6 +217,7 @@ def _record(measured: Runs, name: str) -> dict[str, Any]:
         "step_s": vars(seconds),
         "tokens_per_s": spec.tokens / seconds.median,
         "peak_bytes": max(peaks, default=None),
+        "peak_reserved_bytes": max(reserved, default=None),
         "mfu_6n": None if data_sheet is None else flops_per_s / data_sheet,
         "matmul_flops_per_s": statistics.median(limits) if limits else None,
         "share_of_matmul_limit": None if limit is None else flops_per_s / limit,

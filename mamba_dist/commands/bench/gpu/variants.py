@@ -49,7 +49,7 @@ def _build(spec: StepSpec, batch: Batch) -> Step:
     with this_device():
         model = _model(spec.config, this_device().type)
     initialize(model, spec.config.model, seed=SEED, gather=zero.gather)
-    return plain_step(model, spec.config.training, lambda: model(**batch), spec.tokens)
+    return plain_step(model, spec, lambda: model(**batch))
 
 
 def _engine_step(spec: StepSpec, batch: Batch) -> Step:
@@ -58,19 +58,25 @@ def _engine_step(spec: StepSpec, batch: Batch) -> Step:
     if spec.variant == _FSDP2:
         engine, _ = build_fsdp2(spec.config, world=world)
     else:
-        engine = _zero(spec.config, _STAGES[spec.variant], world)
+        stage = _STAGES[spec.variant]
+        engine = _zero(spec.config, stage, world, accumulation=spec.accumulation)
 
     def step() -> Tensor:
-        loss = engine.forward_backward(batch, step_tokens=spec.tokens, last=True)
+        losses = [
+            engine.forward_backward(
+                batch, step_tokens=spec.tokens, last=number == spec.accumulation
+            )
+            for number in range(1, spec.accumulation + 1)
+        ]
         stats = engine.step(LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, skip_above=None)
         if stats.skipped:
             raise TrainingError(f"a step was dropped, its gradient norm is {stats.grad_norm}")
-        return loss
+        return torch.stack(losses).sum()
 
     return step
 
 
-def _zero(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
+def _zero(config: RunConfig, stage: int, world: World, *, accumulation: int = 1) -> zero.ZeroEngine:
     training = config.training
     engine_config = EngineConfig.model_validate(
         {**config.engine.model_dump(), "kind": "zero", "zero_stage": stage}
@@ -79,7 +85,7 @@ def _zero(config: RunConfig, stage: int, world: World) -> zero.ZeroEngine:
         engine_config,
         stage=stage,
         precision=training.precision,
-        accumulation_steps=1,
+        accumulation_steps=accumulation,
     )
     with zero.construction(settings):
         model = _model(config, world.device.type)

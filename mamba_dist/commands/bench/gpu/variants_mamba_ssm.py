@@ -36,7 +36,7 @@ def _build(spec: StepSpec, batch: Batch) -> Step:
         logits = model(batch["input_ids"]).logits[..., : config.model.vocab_size]
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
 
-    return plain_step(model, config.training, loss_sum, spec.tokens)
+    return plain_step(model, spec, loss_sum)
 
 
 if __name__ == "__main__":
