@@ -65,10 +65,10 @@ def same_state(engine, reader, world: World) -> bool:
             stored = reader.read(
                 fragment.name, kind, start=fragment.start, numel=fragment.master.numel()
             )
-            same = same and torch.equal(fragment.tensor(kind), stored)
+            same = same and torch.equal(fragment.tensor(kind).cpu(), stored)
     stored_weights = reader.read_parameters()
     for name, weight in tiny.whole_weights(engine).items():
-        same = same and torch.equal(weight, stored_weights[name])
+        same = same and torch.equal(weight.cpu(), stored_weights[name])
     return not world.any_rank(not same)
 
 

@@ -51,7 +51,8 @@ class Scaled(nn.Module):
 
 
 def build(layer: str, *, checkpointing: ActivationCheckpointing = "none") -> MambaLM:
-    return MambaLM(tiny_config(layer), backend="torch", activation_checkpointing=checkpointing)
+    backend = "gpu" if torch.cuda.is_available() else "torch"
+    return MambaLM(tiny_config(layer), backend=backend, activation_checkpointing=checkpointing)
 
 
 def parameter_groups(lm: MambaLM) -> list[ParameterGroup]:
@@ -128,7 +129,7 @@ def build_zero(
     with zero.construction({"zero_optimization": {"stage": 0}}):
         module = Scaled(lm)
     engine = zero.ZeroEngine(
-        module,
+        module.to(world.device),
         groups=parameter_groups(lm),
         optimizer=OPTIMIZER,
         settings=settings,
