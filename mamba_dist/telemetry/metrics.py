@@ -107,11 +107,19 @@ class JsonlSink:
             self._file.close()
 
     def _append(self) -> None:
-        if os.fstat(self._file.fileno()).st_nlink == 0:
-            deleted, self._file = self._file, self._path.open("ab", buffering=0)
-            deleted.close()
+        if not self._is_in_place():
+            # Into a folder that was renamed, another run may write by now.
+            moved, self._file = self._file, self._path.open("ab", buffering=0)
+            moved.close()
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _is_in_place(self) -> bool:
+        try:
+            named = self._path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(named, os.fstat(self._file.fileno()))
 
 
 class TensorBoardSink:

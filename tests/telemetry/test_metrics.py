@@ -192,6 +192,21 @@ def test_metrics_go_on_in_a_new_file_if_theirs_is_deleted(tmp_path: Path) -> Non
     assert [record["step"] for record in read_metrics(tmp_path)] == [11]
 
 
+def test_metrics_leave_a_folder_that_was_renamed_to_the_next_run(tmp_path: Path) -> None:
+    run, renamed = tmp_path / "run", tmp_path / "renamed"
+    run.mkdir()
+    metrics = Metrics([JsonlSink(run)])
+    metrics.write(VALIDATED)
+    run.rename(renamed)
+    # Nowhere to go, until a save makes the folder again.
+    metrics.write(replace(VALIDATED, step=11))
+    run.mkdir()
+    metrics.write(replace(VALIDATED, step=12))
+    metrics.close()
+    assert [record["step"] for record in read_metrics(renamed)] == [VALIDATED.step]
+    assert [record["step"] for record in read_metrics(run)] == [11, 12]
+
+
 def test_tensorboard_begins_another_file_after_its_folder_was_gone(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.write(VALIDATED)
