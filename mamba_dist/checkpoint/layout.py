@@ -66,12 +66,18 @@ def unfinished(folder: Path) -> bool:
     return bool(_LEFT_BEHIND.fullmatch(folder.resolve().name))
 
 
-def remove_left_behind(run_dir: Path) -> list[str]:
+def remove_left_behind(run_dir: Path, *, deletions_only: bool = False) -> list[str]:
     """Names of the unfinished writes and deletions of an earlier process, which are now gone."""
     folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
-    left = sorted(e for e in folder.iterdir() if e.is_dir() and _LEFT_BEHIND.fullmatch(e.name))
+    left = sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.is_dir()
+        and (match := _LEFT_BEHIND.fullmatch(entry.name))
+        and not (deletions_only and match[1] != "removed")
+    )
     for entry in left:
         shutil.rmtree(entry)
     return [entry.name for entry in left]

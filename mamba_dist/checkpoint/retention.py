@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps, remove_checkpoint
+from mamba_dist.checkpoint.layout import (
+    checkpoint_folder,
+    checkpoints_folder,
+    committed_steps,
+    remove_checkpoint,
+    remove_left_behind,
+)
 from mamba_dist.checkpoint.manifest import FileRecord, read_manifest
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import CheckpointConfig
@@ -58,7 +64,7 @@ class Retention:
         person; `notice` is told so once, and of those that somebody else deleted.
 
         Raises:
-            CheckpointError: one could not be deleted.
+            CheckpointError: one could not be deleted; the others were.
         """
         steps = committed_steps(self._run_dir)
         for gone in sorted(self._seen.keys() - set(steps)):
@@ -67,16 +73,28 @@ class Retention:
         found = [self._if_whole(step, notice) for step in steps]
         whole = [one for one in found if one is not None]
         doomed = steps_to_remove(whole, self._policy)
-        for step in doomed:
+        self._remove(doomed)
+        return doomed
+
+    def _remove(self, steps: Sequence[int]) -> None:
+        failures: list[tuple[Path, OSError]] = []
+        try:
+            # A deletion that failed half way has left its folder under another name.
+            remove_left_behind(self._run_dir, deletions_only=True)
+        except OSError as error:
+            failures.append((checkpoints_folder(self._run_dir), error))
+        for step in steps:
+            self._seen.pop(step, None)
             try:
                 remove_checkpoint(self._run_dir, step)
             except OSError as error:
-                raise CheckpointError(
-                    f"{checkpoint_folder(self._run_dir, step)}: an old checkpoint could not be "
-                    f"deleted ({error}); see to the folder, the next save tries again"
-                ) from error
-            self._seen.pop(step, None)
-        return doomed
+                failures.append((checkpoint_folder(self._run_dir, step), error))
+        if failures:
+            folder, reason = failures[0]
+            raise CheckpointError(
+                f"{folder}: an old checkpoint could not be deleted ({reason}); see to the folder, "
+                "the next save tries again"
+            ) from reason
 
     def _if_whole(self, step: int, notice: Callable[[str], None]) -> Kept | None:
         folder = checkpoint_folder(self._run_dir, step)

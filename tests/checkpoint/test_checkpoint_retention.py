@@ -119,3 +119,28 @@ def test_what_cannot_be_deleted_is_an_error_of_checkpoints_and_is_tried_again(
         with pytest.raises(CheckpointError, match=r"step-00000001.*Read-only file system"):
             retention.apply(notice=pytest.fail)
     assert retention.apply(notice=pytest.fail) == [1]
+
+
+def test_one_that_cannot_be_emptied_holds_up_no_other_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    remove_tree = layout.shutil.rmtree
+
+    def busy(folder: Path) -> None:
+        if folder.name.startswith("step-00000001"):
+            raise OSError(16, "Device or resource busy")
+        remove_tree(folder)
+
+    retention = Retention(tmp_path, CheckpointConfig(keep_last=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(layout.shutil, "rmtree", busy)
+        with pytest.raises(CheckpointError, match=r"step-00000001.*busy"):
+            retention.apply(notice=pytest.fail)
+        assert committed_steps(tmp_path) == [3]
+    save(tmp_path, 4)
+    staged = layout.make_staging_folder(tmp_path, 5)
+    assert retention.apply(notice=pytest.fail) == [3]
+    folders = sorted(entry.name for entry in layout.checkpoints_folder(tmp_path).iterdir())
+    assert folders == ["step-00000004", staged.name]
