@@ -54,5 +54,10 @@ class DamagedCheckpointError(CheckpointError):
     """Bytes of a checkpoint are not what was written, or cannot be read."""
 
 
+class OtherVersionError(CheckpointError):
+    """A checkpoint is as it was written, by a version of mamba-dist that says what this does not
+    know."""
+
+
 class TrainingError(MambaDistError):
     """Training cannot go on: for example too many skipped steps in a row."""

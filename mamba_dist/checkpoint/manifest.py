@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import Segment
-from mamba_dist.errors import CheckpointError, DamagedCheckpointError
+from mamba_dist.errors import CheckpointError, DamagedCheckpointError, OtherVersionError
 
 
 class _Record(BaseModel):
@@ -111,7 +111,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a committed checkpoint.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another version, or not readable as one.
+        CheckpointError: it is missing, damaged, or not readable as one.
+        OtherVersionError: it is whole, and of another version.
     """
     path = folder / MANIFEST
     try:
@@ -134,9 +135,10 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(
+        raise OtherVersionError(
             f"{path}: not a checkpoint manifest of version 1 ({where}: {first['msg']}); "
-            "use the version of mamba-dist that wrote it, or an older checkpoint"
+            f"use the version of mamba-dist that wrote it, or move {folder.name} away to use an "
+            "older checkpoint"
         ) from error
     except ValueError as error:
         raise DamagedCheckpointError(

@@ -31,7 +31,7 @@ from mamba_dist.checkpoint.state_file import StateFile, Stretch
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import MambaConfig, RunConfig
 from mamba_dist.engine.base import StateKind
-from mamba_dist.errors import CheckpointError, DamagedCheckpointError
+from mamba_dist.errors import CheckpointError, DamagedCheckpointError, OtherVersionError
 
 
 class CheckpointReader:
@@ -210,6 +210,7 @@ def find_checkpoint(
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
+        OtherVersionError: another version wrote the newest that is not damaged.
     """
     steps = committed_steps(run_dir)
     for step in reversed(steps):
@@ -255,6 +256,9 @@ def _try_open(
 ) -> tuple[CheckpointReader | None, str | None]:
     try:
         reader = CheckpointReader(folder)
+    except OtherVersionError:
+        # It is no damage: what was trained since the one before would be thrown away.
+        raise
     except CheckpointError as error:
         return None, str(error)
     return reader, reader.damaged_file(share=ranks.rank, shares=ranks.size, contents=contents)

@@ -21,12 +21,18 @@ from written_checkpoint import (
 
 from mamba_dist.checkpoint import rank_file
 from mamba_dist.checkpoint.layout import (
+    MANIFEST,
     checkpoint_folder,
     committed_steps,
     remove_left_behind,
     staging_folder,
 )
-from mamba_dist.checkpoint.manifest import FragmentRecord
+from mamba_dist.checkpoint.manifest import (
+    CheckpointManifest,
+    FragmentRecord,
+    manifest_text,
+    read_manifest,
+)
 from mamba_dist.checkpoint.reader import (
     find_checkpoint,
     open_checkpoint,
@@ -38,7 +44,7 @@ from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.checkpoint.store import save_checkpoint
 from mamba_dist.config.schema import CheckpointConfig
 from mamba_dist.engine.base import flat_share
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, OtherVersionError
 
 
 def save(run_dir: Path, *steps: int) -> None:
@@ -145,6 +151,21 @@ def test_if_every_checkpoint_is_damaged_the_run_does_not_start_afresh(tmp_path: 
     (checkpoint_folder(tmp_path, 1) / "rank-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged"):
         newest(tmp_path)
+
+
+def test_one_of_another_version_is_refused_and_not_taken_for_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    folder = checkpoint_folder(tmp_path, 2)
+
+    class LaterManifest(CheckpointManifest):
+        field_of_later: int = 1
+
+    later = LaterManifest(**dict(read_manifest(folder)))
+    (folder / MANIFEST).write_text(manifest_text(later))
+    with pytest.raises(OtherVersionError, match=r"step-00000002.*field_of_later.*move step-0"):
+        newest(tmp_path)
+    folder.rename(tmp_path / "away")
+    assert newest(tmp_path).step == 1
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
