@@ -123,10 +123,18 @@ def load(
 
 def _settle(reader: CheckpointReader, config: RunConfig, *, world: World) -> None:
     """Says what the run goes on from; later checkpoints, all of them damaged, leave its way."""
+    problem = ""
     if world.rank == 0:
-        for name in set_aside_newer(run_folder(config), reader.step):
-            _log.warning("damaged checkpoint set aside as %s", name)
-    world.barrier()
+        try:
+            for name in set_aside_newer(run_folder(config), reader.step):
+                _log.warning("damaged checkpoint set aside as %s", name)
+        except OSError as error:
+            problem = str(error)
+    if world.any_rank(bool(problem)):
+        raise CheckpointError(
+            f"{run_folder(config)}: a damaged checkpoint after step {reader.step} cannot be set "
+            f"aside ({problem or 'rank 0 says why'}); see to the folder, or move it away"
+        )
     for line in _changes(reader.config, config):
         _log.warning("changed since step %d: %s", reader.step, line)
     _log.info("resumed after step %d from %s", reader.step, reader.folder)

@@ -9,6 +9,7 @@ import torch
 from saved_run import save_run
 from written_checkpoint import OneRank
 
+from mamba_dist.checkpoint import layout
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
 from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
@@ -136,3 +137,17 @@ def test_damage_that_another_rank_meets_leads_this_one_to_the_same_checkpoint(
     assert engine.loads == 2
     assert start.progress.step == 2
     assert torch.equal(engine.state["master"], torch.full((NUMEL,), 2.0))
+
+
+def test_damage_that_cannot_be_set_aside_ends_the_start_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*names: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    config, order = prepared(tmp_path, 2, 4)
+    flip_last_byte(rank_file_of(tmp_path, 4))
+    start = starting_point(config, world=OneWorld(), fresh=order)
+    monkeypatch.setattr(layout.os, "rename", refuse)
+    with pytest.raises(CheckpointError, match=r"after step 2 cannot be set aside .*Read-only"):
+        load(start, Loading(), config, world=OneWorld(), fresh=order)
