@@ -6,6 +6,7 @@ No random state is kept: the data order derives from (seed, step), and Mamba has
 import hashlib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mamba_dist.checkpoint.layout import committed_steps
@@ -65,11 +66,12 @@ def starting_point(
     Raises:
         DataError: ranks found different data sets, such as copies on their nodes that differ.
         CheckpointError: the checkpoints are damaged, belong to another model, to other data or
-            another batch size (and the config accepts no such change), or the config's
-            checkpoint.resume contradicts what the run folder holds.
+            another batch size (and the config accepts no such change), the config's
+            checkpoint.resume contradicts what the run folder holds, or ranks see different ones.
     """
     run_dir = run_folder(config)
     _require_same_data_everywhere(fresh, world)
+    _require_same_checkpoints_everywhere(run_dir, world)
     start = StartingPoint(beginning(fresh), fresh, None)
     if config.checkpoint.resume == "never":
         if world.any_rank(bool(committed_steps(run_dir))):
@@ -143,9 +145,7 @@ def _settle(reader: CheckpointReader, config: RunConfig, *, world: World) -> Non
 def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
     sources = fresh.segments[0].sources
     found = [[source.fingerprint, source.samples] for source in sources]
-    # As far as a float64 sum over ranks is exact.
-    digest = int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=4).digest(), "big")
-    if world.any_rank(world.sum_over_ranks([digest])[0] != digest * world.size):
+    if not _same_everywhere(found, world):
         error = DataError(
             f"the ranks read different data: rank {world.rank} found "
             + ", ".join(f"{s.path} (fingerprint {s.fingerprint[:12]})" for s in sources)
@@ -153,6 +153,26 @@ def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
         )
         error.of_one_rank = True
         raise error
+
+
+def _require_same_checkpoints_everywhere(run_dir: Path, world: World) -> None:
+    """Else ranks would go on from different steps: with a folder of its own on each node, or one
+    whose newest name has not come to all of them yet."""
+    steps = committed_steps(run_dir)
+    if not _same_everywhere(steps, world):
+        seen = f"{len(steps)}, the newest of step {steps[-1]}" if steps else "none"
+        error = CheckpointError(
+            f"{run_dir}: the ranks see different checkpoints, rank {world.rank} sees {seen}; put "
+            "the run folder on a file system that all nodes share, or start again if it is on one"
+        )
+        error.of_one_rank = True
+        raise error
+
+
+def _same_everywhere(found: object, world: World) -> bool:
+    # As far as a float64 sum over ranks is exact.
+    digest = int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=4).digest(), "big")
+    return not world.any_rank(world.sum_over_ranks([digest])[0] != digest * world.size)
 
 
 def _changes(saved: RunConfig, now: RunConfig) -> list[str]:

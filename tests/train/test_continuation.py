@@ -9,6 +9,7 @@ import pytest
 from saved_run import save_run
 
 from mamba_dist.checkpoint.history import recorded_order
+from mamba_dist.checkpoint.layout import checkpoint_folder
 from mamba_dist.checkpoint.manifest import Progress
 from mamba_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 from mamba_dist.config.schema import (
@@ -270,10 +271,15 @@ def test_a_known_source_may_take_the_place_of_one_that_left(tmp_path: Path) -> N
     )
 
 
-def test_ranks_that_find_different_data_do_not_begin(
+def test_ranks_that_find_different_data_or_checkpoints_do_not_begin(
     run_ranks: Callable[..., list[str]], tmp_path: Path
 ) -> None:
+    checkpoint_folder(tmp_path / "run-1", 4).mkdir(parents=True)
     outputs = run_ranks(WORKER, str(tmp_path / "run"), world_size=2)
+    seen = ["rank 0 sees none", "rank 1 sees 1, the newest of step 4"]
     for rank, output in enumerate(outputs):
-        assert f"rank {rank} found data/copy (fingerprint {rank}{rank}{rank}" in output
-        assert output.strip().endswith("True")
+        of_data, of_checkpoints = output.strip().splitlines()[-2:]
+        assert f"rank {rank} found data/copy (fingerprint {rank}{rank}{rank}" in of_data
+        assert f"the ranks see different checkpoints, {seen[rank]}" in of_checkpoints
+        assert of_data.endswith("True")
+        assert of_checkpoints.endswith("True")
