@@ -3,6 +3,8 @@
 import fcntl
 import logging
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ from mamba_dist.errors import TrainingError
 _log = logging.getLogger(__name__)
 
 LOCK = "lock"
+
+# Other nodes remember for so long what was not there (acdirmax of NFS).
+_APPEARS_WITHIN_S = 60.0
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -40,7 +45,8 @@ class HeldFolder:
         """Makes the folder and holds it, cleaned of what a kill left in it.
 
         Raises:
-            TrainingError: on all ranks, if another run holds the folder or it cannot be written.
+            TrainingError: on all ranks, if another run holds the folder, it cannot be written, or
+                not all ranks see it.
         """
         problem = ""
         if self._world.rank == 0:
@@ -52,6 +58,12 @@ class HeldFolder:
                 problem = _taken()
             except OSError as error:
                 problem = f"cannot be written or locked ({error.strerror}); set training.run_dir=…"
+        self._agree(problem)
+        if not _appears(self._run_dir / LOCK):
+            problem = (
+                f"rank {self._world.rank} on {socket.gethostname()} does not see what rank 0 wrote "
+                "there; put it on a file system that all nodes share (training.run_dir=…)"
+            )
         self._agree(problem)
 
     def require(self) -> None:
@@ -97,7 +109,9 @@ class HeldFolder:
 
     def _agree(self, problem: str) -> None:
         if self._world.any_rank(bool(problem)):
-            raise TrainingError(f"{self._run_dir}: {problem or 'refused by rank 0'}")
+            error = TrainingError(f"{self._run_dir}: {problem or 'another rank says why'}")
+            error.of_one_rank = bool(problem)
+            raise error
 
 
 @contextmanager
@@ -117,3 +131,12 @@ def held_run_folder(config: RunConfig, *, world: World) -> Iterator[HeldFolder]:
 
 def _taken() -> str:
     return "another run is training in it; wait for its end, or set training.run_dir=…"
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _APPEARS_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

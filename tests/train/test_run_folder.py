@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from written_checkpoint import OneRank
+from written_checkpoint import OneRank, RankOf
 
 from mamba_dist.checkpoint.layout import staging_folder
 from mamba_dist.errors import TrainingError
+from mamba_dist.train import run_folder
 from mamba_dist.train.run_folder import HeldFolder
 
 
@@ -63,4 +64,15 @@ def test_a_folder_that_cannot_be_made_again_is_no_reason_to_end(tmp_path: Path) 
     shutil.rmtree(tmp_path / "above")
     (tmp_path / "above").write_text("")
     first.require()
+    first.release()
+
+
+def test_a_rank_that_does_not_see_the_folder_ends_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "_APPEARS_WITHIN_S", 0.0)
+    with pytest.raises(TrainingError, match=r"rank 1 on .* does not see what rank 0 wrote"):
+        HeldFolder(tmp_path / "run", RankOf(1, 2)).take()
+    first = taken(tmp_path / "run")
+    HeldFolder(tmp_path / "run", RankOf(1, 2)).take()
     first.release()
