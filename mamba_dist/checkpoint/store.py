@@ -230,17 +230,17 @@ def open_checkpoint(path: Path, *, notice: Callable[[str], None]) -> CheckpointR
 
 
 def find_checkpoint(
-    run_dir: Path, *, ranks: Ranks, notice: Callable[[str], None]
+    run_dir: Path, *, ranks: Ranks, notice: Callable[[str], None], at_most: int | None = None
 ) -> CheckpointReader | None:
     """The newest committed checkpoint whose files are as written; None if the run has none at all.
 
-    All ranks call it and get the same answer; each verifies its share of the files. `notice` is
-    told of every checkpoint passed over.
+    Those after step `at_most` are not looked at. All ranks call it and get the same answer; each
+    verifies its share of the files. `notice` is told of every checkpoint passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
     """
-    steps = committed_steps(run_dir)
+    steps = [s for s in committed_steps(run_dir) if at_most is None or s <= at_most]
     for step in reversed(steps):
         reader, damage = _try_open(checkpoint_folder(run_dir, step), ranks)
         if not ranks.any_rank(damage is not None):
@@ -269,12 +269,13 @@ def require_same_model(reader: CheckpointReader, model: MambaConfig) -> None:
             )
 
 
-def set_aside_newer(run_dir: Path, step: int) -> list[str]:
-    """Renames the checkpoints after `step`, which were found damaged; call on one rank only.
+def set_aside_newer(run_dir: Path, step: int, *, suffix: str = ".damaged") -> list[str]:
+    """Renames the checkpoints after `step`, found damaged or abandoned; call on one rank only.
 
     Their steps are trained again, and neither their names nor retention may mistake them for whole.
     """
-    return [set_aside(run_dir, damaged) for damaged in committed_steps(run_dir) if damaged > step]
+    newer = [newer for newer in committed_steps(run_dir) if newer > step]
+    return [set_aside(run_dir, each, suffix=suffix) for each in newer]
 
 
 class _OneRank:

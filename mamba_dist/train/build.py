@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,9 @@ from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.schedule import total_steps
 from mamba_dist.train.state import run_folder, starting_point
+from mamba_dist.train.steps import Steps
 from mamba_dist.train.stop import StopRequest
+from mamba_dist.train.watchdog import Watchdog, build_watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -59,11 +61,12 @@ class Run:
     versions: dict[str, str]
     start: Progress
     total_steps: int
-    steps: Iterator[list[Batch]]
+    steps: Steps
     validation: Iterable[Batch]
     metrics: Metrics
     meter: Meter
     guard: SkipGuard
+    watchdog: Watchdog
     stop: StopRequest
 
 
@@ -95,7 +98,9 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         versions=_versions(),
         start=start.progress,
         total_steps=steps,
-        steps=_build_steps(config, data, plan=plan, world=world, start=start.progress, end=steps),
+        steps=_build_steps(
+            config, data, plan=plan, world=world, step=start.progress.step, end=steps
+        ),
         validation=ValidationLoader(
             sources,
             config.data,
@@ -107,7 +112,8 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         ),
         metrics=metrics,
         meter=meter,
-        guard=SkipGuard(config.training.max_skipped_steps),
+        guard=SkipGuard(config.training, world=world),
+        watchdog=build_watchdog(config.engine, run_dir=run_folder(config), world=world),
         stop=stop,
     )
 
@@ -152,7 +158,8 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
         global_batch_size=segment.global_batch_size,
         sequence_length=config.data.sequence_length,
         done_steps=segment.first_step,
-        done_sequences=segment.first_position,
+        # What was passed over shortens no run: the samples after it take its place.
+        done_sequences=segment.first_position - order.passed_over,
     )
     if order.end is not None and steps > segment.first_step:
         needed = order.positions(steps - 1).stop
@@ -259,25 +266,22 @@ def ops_backend(config: RunConfig, *, device_type: str) -> str:
 
 
 def _build_steps(
-    config: RunConfig,
-    data: RunData,
-    *,
-    plan: BatchPlan,
-    world: World,
-    start: Progress,
-    end: int,
-) -> Iterator[list[Batch]]:
-    loader = TrainLoader(
-        data,
-        config.data,
-        plan=plan,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start.step,
-        end_step=end,
-        pad_token_id=config.model.pad_token_id,
-    )
-    return iter(loader)
+    config: RunConfig, data: RunData, *, plan: BatchPlan, world: World, step: int, end: int
+) -> Steps:
+    def begin(order: RunOrder, step: int) -> Generator[list[Batch]]:
+        loader = TrainLoader(
+            RunData(order, data.sources),
+            config.data,
+            plan=plan,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=step,
+            end_step=end,
+            pad_token_id=config.model.pad_token_id,
+        )
+        return iter(loader)
+
+    return Steps(begin, data.order, step)
 
 
 def _build_metrics(
