@@ -11,7 +11,7 @@ from processes import clean_environment, free_port, run_script
 RunRanks = Callable[..., list[str]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
     """Runs a worker script on gloo ranks; returns what each printed, fails if a rank fails."""
 

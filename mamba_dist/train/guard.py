@@ -75,14 +75,15 @@ class SkipGuard:
         if not stats.skipped:
             self._row = []
             return None
-        _log.warning(
-            "step %d skipped on all ranks: %s, %s; samples %d to %d",
-            progress.step,
-            _shown("loss", loss, self._limits.loss),
-            _shown("gradient norm", stats.grad_norm, self._limits.grad_norm),
-            samples.start,
-            samples.stop - 1,
-        )
+        if self._world.rank == 0:
+            _log.warning(
+                "step %d skipped on all ranks: %s, %s; samples %d to %d",
+                progress.step,
+                _shown("loss", loss, self._limits.loss),
+                _shown("gradient norm", stats.grad_norm, self._limits.grad_norm),
+                samples.start,
+                samples.stop - 1,
+            )
         self._row.append(samples)
         if len(self._row) < self._limit_steps:
             return None

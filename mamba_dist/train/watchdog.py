@@ -33,6 +33,7 @@ from mamba_dist.train.stop import EXIT_STOPPED
 
 _log = logging.getLogger(__name__)
 
+_SHORTEST_TICK_S = 0.05
 _LONGEST_TICK_S = 5.0
 _TICKS = 8
 _GRACE_TICKS = 6
@@ -74,7 +75,7 @@ class Watchdog:
         self._rank = rank
         self._peers = tuple(peers)
         self._timeout_s = timeout_s
-        self._tick_s = min(_LONGEST_TICK_S, (timeout_s or 0) / _TICKS)
+        self._tick_s = min(_LONGEST_TICK_S, max(_SHORTEST_TICK_S, (timeout_s or 0) / _TICKS))
         self._grace_s = max(_LEAST_GRACE_S, _GRACE_TICKS * self._tick_s)
         self._beats = self._steps = 0
         self._paused = 0
@@ -164,7 +165,7 @@ class Watchdog:
             pass  # another rank has said it
         else:
             _log.error(
-                "the run hangs: rank %d was not heard of for %.4g s after step %d%s; the stacks of "
+                "the run hangs: rank %d got nothing done for %.4g s after step %d%s; the stacks of "
                 "all ranks go to %s, all leave with exit code %d to be started again "
                 "(engine.hang_timeout_minutes)",
                 self._rank,
@@ -214,13 +215,12 @@ class Watchdog:
 
 def build_watchdog(config: EngineConfig, *, run_dir: Path, world: World) -> Watchdog:
     """The watchdog of this rank; all ranks must call it."""
-    minutes = config.hang_timeout_minutes
     [began] = world.from_all_ranks(float(int(time.time())))[:1]
     stamp = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
     return Watchdog(
         run_dir / "hangs" / stamp,
         rank=world.rank,
-        timeout_s=None if minutes is None else 60 * minutes,
+        timeout_s=config.hang_timeout_s,
         peers=_peers(world),
     )
 

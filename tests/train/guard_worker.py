@@ -1,13 +1,14 @@
 """Real runs on this rank of a world, with faults put into chosen samples of rank 1.
 
-`guard_worker.py CONFIG FOLDER CASE…`: runs CASES in the order given, each in FOLDER/<case>; prints a
-JSON line with what each said and how it ended.
+`guard_worker.py CONFIG FOLDER CASE…`: runs CASES in the order given, each in FOLDER/<case>; prints
+one JSON line for each: what it said and how it ended.
 """
 
 import json
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mamba_dist.checkpoint.layout import checkpoint_folder
 from mamba_dist.config.load import load_config
+from mamba_dist.data.segments import RunOrder
 from mamba_dist.engine.world import World, start_world, stop_world
 from mamba_dist.errors import MambaDistError
 from mamba_dist.train.build import Run, build_run
@@ -54,38 +57,44 @@ def larger_gradient(loss: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Case:
     """`faults` by the step (counted from 0) whose samples have it; `broken_from` gives one to all
-    samples of a step and later; the steps of `passed_over` are never read."""
+    samples of a step and later; the steps of `passed_over` are never read; `resumes` a checkpoint
+    of another case."""
 
     overrides: tuple[str, ...] = ()
     faults: dict[int, Fault] = field(default_factory=dict)
     broken_from: int | None = None
     passed_over: range | None = None
+    resumes: tuple[str, int] | None = None
 
 
-ROW = {step: nan_loss for step in (7, 8, 9)}
+ROW = dict.fromkeys((7, 8, 9), nan_loss)
 SPIKES = ("training.spike_sigmas=6", "training.spike_window_steps=8")
 CASES = {
     "plain": Case(),
     "single": Case(faults={4: nan_gradient, 7: infinite_loss_alone}),
     "spikes": Case(SPIKES, {8: larger_gradient, 9: higher_loss_alone}),
-    "spikes-resumed": Case(SPIKES, {8: larger_gradient, 9: higher_loss_alone}),
+    "spikes-resumed": Case(
+        SPIKES, {8: larger_gradient, 9: higher_loss_alone}, resumes=("spikes", 6)
+    ),
+    "row-resumed": Case(("engine.zero_stage=1",), ROW, resumes=("row-1", 9)),
     "broken": Case(broken_from=7),
-    "limitless": Case(("training.max_rollbacks=0",), ROW),
+    "refused": Case(("training.max_rollbacks=0",), ROW),
+    "early": Case(faults=dict.fromkeys((1, 2, 3), nan_loss)),
     **{f"row-{s}": Case((f"engine.zero_stage={s}",), ROW) for s in range(4)},
-    **{
-        f"never-{s}": Case((f"engine.zero_stage={s}",), passed_over=range(7, 10)) for s in range(4)
-    },
+    **{f"never-{s}": Case((f"engine.zero_stage={s}",), passed_over=range(7, 10)) for s in range(4)},
 }
 
 
 def put_into(run: Run, case: Case) -> None:
     """Lets the model's loss have the faults for the samples that this rank reads in their steps."""
     by_rows: dict[bytes, Fault | None] = {}
-    faults = {step: None for step in range(case.broken_from or 0)} | case.faults
+    now = run.steps.order
+    first = RunOrder(now.segments[:1], seed=now.seed, shuffle=now.shuffle)
+    faults = dict.fromkeys(range(case.broken_from or 0)) | case.faults
     for step, fault in faults.items():
-        run.steps.restart(run.steps.order, step)
+        run.steps.restart(first, step)
         by_rows |= {batch.input_ids.numpy().tobytes(): fault for batch in next(run.steps)}
-    run.steps.restart(run.steps.order, run.start.step)
+    run.steps.restart(now, run.start.step)
     otherwise = None if case.broken_from is None else nan_loss
 
     def spoil(
@@ -114,6 +123,12 @@ def observe(name: str, config: str, folder: Path, world: World) -> tuple[Run, di
     loaded = load_config(Path(config), overrides).config
     logging.getLogger("mamba_dist").addHandler(said)
     ended: dict[str, Any] = {"name": name, "error": None}
+    if case.resumes is not None and world.rank == 0:
+        other, step = case.resumes
+        shutil.copytree(
+            checkpoint_folder(folder / other, step), checkpoint_folder(folder / name, step)
+        )
+    world.barrier()
     with prepare_run_folder(loaded, world=world):
         run = build_run(loaded, world=world, stop=StopRequest())
         if world.rank == 1:

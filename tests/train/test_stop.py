@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from processes import clean_environment
 
-from mamba_dist.train.stop import StopRequest, watch_launcher
+from mamba_dist.train.stop import EXIT_INTERRUPTED, StopRequest, watch_launcher
 
 LISTENER = """
 import sys
@@ -98,7 +98,7 @@ def test_a_second_sigint_leaves_at_once(listener: Listener) -> None:
     listener.process.send_signal(signal.SIGINT)
     listener.wait_for("SIGINT")
     listener.process.send_signal(signal.SIGINT)
-    assert listener.process.wait(timeout=10) == -signal.SIGINT
+    assert listener.process.wait(timeout=10) == EXIT_INTERRUPTED
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
