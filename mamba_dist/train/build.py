@@ -3,9 +3,12 @@
 import json
 import logging
 import math
+import os
 import platform
+import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,7 +45,7 @@ from mamba_dist.train.schedule import total_steps
 from mamba_dist.train.state import run_folder, starting_point
 from mamba_dist.train.steps import Steps
 from mamba_dist.train.stop import StopRequest
-from mamba_dist.train.watchdog import Watchdog, build_watchdog
+from mamba_dist.train.watchdog import Peer, Watchdog, started
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +116,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         metrics=metrics,
         meter=meter,
         guard=SkipGuard(config.training, world=world),
-        watchdog=build_watchdog(config.engine, run_dir=run_folder(config), world=world),
+        watchdog=_build_watchdog(config, world),
         stop=stop,
     )
 
@@ -263,6 +266,23 @@ def ops_backend(config: RunConfig, *, device_type: str) -> str:
             "engine.ops_backend: gpu or torch, or training.deterministic: false"
         )
     return backend
+
+
+def _build_watchdog(config: RunConfig, world: World) -> Watchdog:
+    pids = world.from_all_ranks(os.getpid())
+    starts = world.from_all_ranks(started(os.getpid()))
+    # The first rank's clock, since the folder must be one.
+    began = datetime.fromtimestamp(int(world.from_all_ranks(time.time())[0]), UTC)
+    return Watchdog(
+        run_folder(config) / "hangs" / began.strftime("%Y-%m-%dT%H-%M-%SZ"),
+        rank=world.rank,
+        timeout_s=config.engine.hang_timeout_s,
+        peers=[
+            Peer(rank, int(pids[rank]), int(starts[rank]))
+            for rank in world.on_this_host()
+            if rank != world.rank
+        ],
+    )
 
 
 def _build_steps(

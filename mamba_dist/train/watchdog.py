@@ -27,8 +27,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from mamba_dist.config.schema import EngineConfig
-from mamba_dist.engine.world import World
 from mamba_dist.train.stop import EXIT_STOPPED
 
 _log = logging.getLogger(__name__)
@@ -213,27 +211,10 @@ class Watchdog:
         ]
 
 
-def build_watchdog(config: EngineConfig, *, run_dir: Path, world: World) -> Watchdog:
-    """The watchdog of this rank; all ranks must call it."""
-    [began] = world.from_all_ranks(float(int(time.time())))[:1]
-    stamp = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    return Watchdog(
-        run_dir / "hangs" / stamp,
-        rank=world.rank,
-        timeout_s=config.hang_timeout_s,
-        peers=_peers(world),
-    )
-
-
-def _peers(world: World) -> list[Peer]:
-    own = _process_state(os.getpid())
-    pids = world.from_all_ranks(os.getpid())
-    starts = world.from_all_ranks(0 if own is None else own[1])
-    return [
-        Peer(rank, int(pids[rank]), int(starts[rank]))
-        for rank in world.on_this_host()
-        if rank != world.rank
-    ]
+def started(pid: int) -> int:
+    """When a process of this host began, in clock ticks after the boot; 0 if there is none."""
+    found = _process_state(pid)
+    return 0 if found is None else found[1]
 
 
 def _process_state(pid: int) -> tuple[str, int] | None:
