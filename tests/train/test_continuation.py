@@ -202,6 +202,17 @@ def test_a_changed_batch_keeps_the_length_that_the_config_asks_for(
     assert planned_steps(wider, order) == steps
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 15}, {"max_tokens": 64 * 115}, {"num_epochs": 1}])
+def test_samples_that_are_passed_over_shorten_no_run(length: dict[str, int]) -> None:
+    order = order_of(WEB)
+    assert planned_steps(config(length=length), order.without(range(4, 7))) == planned_steps(
+        config(length=length), order
+    )
+    limited = order_of(replace(WEB, max_epochs=1), CODE).without(range(4, 7))
+    with pytest.raises(ConfigError, match=r"exhausted after 160 samples.*shorten the run to 17"):
+        planned_steps(config(length={"max_steps": 18}), limited)
+
+
 def test_a_run_longer_than_its_limited_sources_is_refused_with_what_is_possible() -> None:
     limited = order_of(replace(WEB, max_epochs=1), CODE)
     assert planned_steps(config(length={"max_steps": 20}), limited) == 20

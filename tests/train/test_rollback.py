@@ -129,12 +129,11 @@ def test_a_rollback_is_one_line_and_one_record_and_sets_aside_what_it_takes_back
     made: Made,
 ) -> None:
     folder = made.folder / "row-1"
-    *_, line = made.said("row-1")
+    [line] = [each for each in made.said("row-1") if "rollback" in each]
     assert line.endswith(
         f"rollback 1 of 2 to {checkpoint_folder(folder, 6)}, passing over samples 28 to 39 of "
         "steps 8 to 10"
     )
-    assert sum("rollback" in each for each in made.said("row-1")) == 1
     assert committed_steps(folder) == [3, 6, 9, 12]
     # Saved within the row: its samples had been read, its steps are trained again.
     assert checkpoint_folder(folder, 9).with_suffix(".abandoned").is_dir()
