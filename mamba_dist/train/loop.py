@@ -138,3 +138,5 @@ def _save(run: Run, progress: Progress, *, must_succeed: bool) -> None:
     if run.world.rank == 0:
         _log.info("saved %s", folder)
         apply_retention(run_dir, keep_last=policy.keep_last, keep_every=policy.keep_every_steps)
+    # The others wait here, where they may, while the first one deletes.
+    run.world.barrier()

@@ -39,9 +39,10 @@ class Rollbacks:
             ConfigError: the data sets end before the run, which has lost these samples.
         """
         run = self._run
-        reader = self._checkpoint_before(row)
-        first = reader.step if row.steps.start <= self._failed_at else row.steps.start
-        steps = range(first, row.steps.stop)
+        again = row.steps.start <= self._failed_at
+        # A checkpoint right before the row may itself hold what broke it.
+        reader = self._checkpoint(row, at_most=row.steps.start - again)
+        steps = range(reader.step if again else row.steps.start, row.steps.stop)
         old, order = run.steps.order, run.steps.order.without(steps)
         planned_steps(run.config, order)
         run.engine.load_fragments(reader, adam_steps=reader.manifest.adam_steps)
@@ -71,7 +72,7 @@ class Rollbacks:
             )
         return progress
 
-    def _checkpoint_before(self, row: BadRow) -> CheckpointReader:
+    def _checkpoint(self, row: BadRow, *, at_most: int) -> CheckpointReader:
         run, limit = self._run, self._run.config.training.max_rollbacks
         if self._done == limit:
             raise _diverged(row, f" after {limit} rollbacks (training.max_rollbacks)" * (limit > 0))
@@ -79,7 +80,7 @@ class Rollbacks:
             run_folder(run.config),
             ranks=run.world,
             notice=_log.warning,
-            at_most=row.steps.start,
+            at_most=at_most,
         )
         # One before this start of the run may be of another mixture or batch size.
         if reader is None or reader.step < run.start.step:

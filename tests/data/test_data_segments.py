@@ -161,6 +161,7 @@ def test_samples_that_are_passed_over_come_never_and_all_others_in_their_order(
     expected = (p for p in count(began.first_position) if p not in bad)
     assert found == list(islice(expected, len(found)))
     assert order.passed_over == len(bad) == len(bad) // size * size
+    assert all(one.first_step < next_one.first_step for one, next_one in pairwise(order.segments))
     # What comes later reads on where the run stands, having left out what it left out.
     changed = order.changed(step=80, sources=None, global_batch_size=size + 1)
     assert changed.positions(80).start == found[-1] + 1
