@@ -274,8 +274,7 @@ def set_aside_newer(run_dir: Path, step: int, *, suffix: str = ".damaged") -> li
 
     Their steps are trained again, and neither their names nor retention may mistake them for whole.
     """
-    newer = [newer for newer in committed_steps(run_dir) if newer > step]
-    return [set_aside(run_dir, each, suffix=suffix) for each in newer]
+    return [set_aside(run_dir, s, suffix=suffix) for s in committed_steps(run_dir) if s > step]
 
 
 class _OneRank:

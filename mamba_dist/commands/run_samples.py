@@ -30,7 +30,8 @@ class RunSamples:
     """The order of a run as its newest checkpoint records it, or as its config would begin it.
 
     `folders` are where the data sets lie now, if not where the config or the checkpoint says;
-    `recorded_steps` how far the checkpoint goes, after which the order is what would come next.
+    `recorded_steps` and `recorded_samples` are how far the checkpoint goes, after which the order
+    is what would come next.
     """
 
     def __init__(self, config_path: Path, folders: Sequence[Path]) -> None:
@@ -38,6 +39,7 @@ class RunSamples:
         self._by_fingerprint = {open_dataset(folder).fingerprint: folder for folder in folders}
         checkpoint = _newest_checkpoint(config_path, config)
         self.recorded_steps: int | None = None
+        self.recorded_samples: int | None = None
         if checkpoint is None:
             self.data = _with_folders(config.data, folders)
             self._fixed_batch = config.training.global_batch_size
@@ -49,10 +51,12 @@ class RunSamples:
         else:
             folder, manifest = checkpoint
             self.recorded_steps = manifest.progress.step
+            self.recorded_samples = manifest.progress.next_sample
             self.data = manifest.config.data
             self._fixed_batch = manifest.progress.global_batch_size
             self._order = _recorded(manifest, folder, folders)
-        self.is_mixture = any(len(one.sources) > 1 for one in self._order.segments)
+        segments = self._order.segments
+        self.is_mixture = len({s.fingerprint for one in segments for s in one.sources}) > 1
 
     def positions(self, step: int) -> range:
         """The global positions that optimizer step `step` read, counted from 1 as a log does.

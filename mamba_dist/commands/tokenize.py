@@ -6,6 +6,7 @@ crash.
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import time
@@ -44,6 +45,9 @@ _TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be UTF-8; standard error says them so already.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run(arguments)
     except MambaDistError as error:

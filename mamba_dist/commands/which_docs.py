@@ -82,12 +82,14 @@ def _print_samples(arguments: argparse.Namespace) -> None:
     samples: range = arguments.samples
     if arguments.step is not None:
         samples = run.positions(arguments.step)
-        if run.recorded_steps is not None and arguments.step > run.recorded_steps:
-            print(
-                f"note: the newest checkpoint is of step {run.recorded_steps}; this is what step "
-                f"{arguments.step} reads unless the mixture or the batch size was changed since",
-                file=sys.stderr,
-            )
+    if run.recorded_samples is not None and samples.stop > run.recorded_samples:
+        print(
+            f"note: the newest checkpoint is of step {run.recorded_steps}; from sample "
+            f"{run.recorded_samples} on, this is what the run reads unless the mixture or the "
+            "batch size was changed since",
+            file=sys.stderr,
+        )
+    if arguments.step is not None:
         print(f"step {arguments.step}: samples {samples.start} to {samples.stop - 1} of the run")
     opened: dict[Path, _Documents] = {}
     for position in samples:

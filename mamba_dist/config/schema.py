@@ -172,8 +172,8 @@ class TrainingConfig(Section):
     spike_window_steps: int = Field(default=128, ge=4, le=10_000)
     """So many steps make the mean; spikes are looked for once half of them are there."""
     num_epochs: int | None = Field(default=None, ge=1)
-    """Length in passes over the training split, of a mixture over all its sources together. Exactly
-    one of the three lengths."""
+    """Length in passes over the training split, of a mixture over all its sources together; what
+    was read of sources that left it does not count. Exactly one of the three lengths."""
     max_steps: int | None = Field(default=None, ge=1)
     """Length in optimizer steps."""
     max_tokens: int | None = Field(default=None, ge=1)

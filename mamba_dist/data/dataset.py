@@ -107,7 +107,7 @@ class TokenStream:
         if (known := self._places.get(batch)) is not None:
             return known
         shard, index = self._batches[batch]
-        if len(self._places) == _KEPT_PLACES:
+        if len(self._places) >= _KEPT_PLACES:
             self._places.clear()
         self._places[batch] = place = _Place(
             self._begins[batch],
@@ -165,12 +165,24 @@ def open_dataset(path: Path | str) -> TokenDataset:
     for split in SPLITS:
         if manifest.tokens(split) == 0:
             raise DataError(f"{folder} has no {split} documents; tokenize a larger corpus")
-        _check_some_sizes(folder, manifest.shards_of(split))
+        table = manifest.shards_of(split)
+        _check_sizes(folder, table, every=-(-len(table) // _SIZES_AT_OPEN))
     return TokenDataset(folder, manifest)
 
 
-def _check_some_sizes(folder: Path, table: SplitTable) -> None:
-    for number in range(0, len(table), -(-len(table) // _SIZES_AT_OPEN)):
+def check_sizes(folder: Path) -> None:
+    """Nothing, if a data set can be opened and all its shards are as long as they should be.
+
+    Raises:
+        DataError: as for `open_dataset`.
+    """
+    manifest = open_dataset(folder).manifest
+    for split in SPLITS:
+        _check_sizes(folder, manifest.shards_of(split), every=1)
+
+
+def _check_sizes(folder: Path, table: SplitTable, *, every: int) -> None:
+    for number in range(0, len(table), every):
         path = folder / shard_name(table.split, number)
         # The whole record, which touches more of the index, is only for saying what is wrong.
         if not path.is_file() or path.stat().st_size != table.file_bytes(number):

@@ -104,6 +104,8 @@ def find_document_id(folder: Path, doc_id: int) -> str | None:
     try:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(doc_id // BATCH_ROWS)
+            # A damaged offset leads out of the memory of the batch, and ends the process there.
+            batch.validate(full=True)
             found: str | None = batch.column("id")[doc_id % BATCH_ROWS].as_py()
             return found
     except (pa.ArrowException, OSError, ValueError, IndexError, KeyError) as error:

@@ -5,6 +5,7 @@ position = sample of the run, over all ranks (see segments.py). Rank r reads the
 positions of a step, so the samples of a step are the same for any world.
 """
 
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mamba_dist.data.batch import PackedRows, SampleId, pack
-from mamba_dist.data.dataset import open_dataset
+from mamba_dist.data.dataset import check_sizes, open_dataset
 from mamba_dist.data.samples import Samples, training_samples
 from mamba_dist.data.segments import RunOrder
 from mamba_dist.data.workers import Worker, WorkerFailure, start_workers, stop_workers
@@ -72,12 +73,19 @@ def read_ahead(jobs: list[PrefetchJob]) -> Generator[PackedRows]:
     A process works ahead by at least one microbatch: as far as its pipe holds them.
 
     Raises:
-        DataError: the data set is damaged or was replaced, or a process died.
+        DataError: the data set is damaged or was replaced, or a process died or cannot be started.
     """
-    workers = start_workers(_prefetch, jobs)
+    try:
+        workers = start_workers(_prefetch, jobs)
+    except OSError as error:
+        raise DataError(
+            f"the {len(jobs)} loader processes of this rank cannot be started "
+            f"({error.strerror or error}); lower data.num_workers, or raise the limits of "
+            "processes and files (ulimit -u, -n)"
+        ) from error
     try:
         for turn, _ in enumerate(_microsteps(jobs[0], stride=1)):
-            yield _take(workers[turn % len(workers)])
+            yield _take(workers[turn % len(workers)], jobs[0].paths)
     finally:
         stop_workers(workers)
 
@@ -87,18 +95,33 @@ def _microsteps(job: PrefetchJob, stride: int | None = None) -> Iterator[int]:
     return iter(count(job.first, stride) if job.end is None else range(job.first, job.end, stride))
 
 
-def _take(worker: Worker) -> PackedRows:
+def _take(worker: Worker, folders: Sequence[Path]) -> PackedRows:
     try:
         answer = worker.connection.recv()
     except (EOFError, OSError) as error:
+        died = f"a loader process died ({worker.describe_end()})"
+        if worker.end_signal() == signal.SIGBUS:
+            # What the kernel sends for a page of a map that its file no longer has or cannot give.
+            raise DataError(f"{died}: {_unreadable_shard(folders)}") from error
         raise DataError(
-            f"a loader process died ({worker.describe_end()}); start the run again to resume, with "
-            "fewer data.num_workers if memory is short"
+            f"{died}; start the run again to resume, with fewer data.num_workers if memory is short"
         ) from error
     if isinstance(answer, WorkerFailure):
         raise DataError(answer.message)
     assert isinstance(answer, PackedRows)
     return answer
+
+
+def _unreadable_shard(folders: Sequence[Path]) -> str:
+    for folder in folders:
+        try:
+            check_sizes(folder)
+        except DataError as error:
+            return str(error)
+    return (
+        f"a shard of {' or '.join(map(str, folders))} could not be read, though all have their "
+        "size; check the disk, and the shards by `python tools/verify_shards.py FOLDER`"
+    )
 
 
 def _prefetch(connection: Connection, job: PrefetchJob) -> None:

@@ -14,6 +14,7 @@ import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mamba_dist.data.manifest import Manifest
+from mamba_dist.data.manifest import MANIFEST_NAME, Manifest
 from mamba_dist.data.shard_index import BatchRecord, ShardRecord
 from mamba_dist.errors import DataError
 
@@ -144,7 +145,26 @@ class ShardReader:
             raise DataError(
                 f"shard {self.path} {fault}; restore it or tokenize again with --overwrite"
             )
+        if self._manifest.index.sha256 is None:
+            self._check_places(mapped)
         return mapped
+
+    def _check_places(self, mapped: pa.Buffer) -> None:
+        """Nothing, if the batches lie where a manifest of version 1 says, which no hash covers."""
+        try:
+            found = _located(mapped)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"shard {self.path} is damaged ({error}); restore it or tokenize again with "
+                "--overwrite"
+            ) from error
+        for number, (batch, there) in enumerate(zip(self.record.batches, found, strict=True)):
+            if replace(batch, xxh3=None) != there:
+                raise DataError(
+                    f"{self.path.parent / MANIFEST_NAME} places batch {number} of shard "
+                    f"{self.path} where it does not lie; restore it or tokenize again with "
+                    "--overwrite"
+                )
 
 
 def _map_file(path: Path, advice: int) -> pa.Buffer:
@@ -209,18 +229,19 @@ class SplitReaders:
             DataError: the index is damaged there.
         """
         number, place = self._table.find_batch(batch)
-        if (kept := self._readers.get(number)) is not None:
-            self._readers.move_to_end(number)
-            return kept[0], place
-        record = self._table[number]
-        reader = ShardReader(self._folder / record.file, record, self._manifest)
-        if len(self._readers) == _KEPT_READERS:
+        # Single steps that leave all whole, for a caller of several threads.
+        kept = self._readers.pop(number, None) or self._opened(number, batch - place)
+        self._readers[number] = kept
+        while len(self._readers) > _KEPT_READERS:
             _, (_, batches) = self._readers.popitem(last=False)
             for gone in batches:
                 self._views.pop(gone, None)
-        first = batch - place
-        self._readers[number] = reader, range(first, first + len(record.batches))
-        return reader, place
+        return kept[0], place
+
+    def _opened(self, shard: int, first_batch: int) -> tuple[ShardReader, range]:
+        record = self._table[shard]
+        reader = ShardReader(self._folder / record.file, record, self._manifest)
+        return reader, range(first_batch, first_batch + len(record.batches))
 
 
 def header_faults(file: pa.NativeFile, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
@@ -270,20 +291,25 @@ def batch_end(batch: BatchRecord, dtype: npt.DTypeLike) -> int:
 def locate_buffers(path: Path) -> list[BatchRecord]:
     """The documents, tokens and buffer offsets of every batch of a finished shard."""
     with pa.memory_map(str(path)) as source:
-        whole = source.read_buffer()
-        reader = pa.ipc.open_file(pa.BufferReader(whole))
-        records = []
-        for index in range(reader.num_record_batches):
-            batch = reader.get_batch(index)
-            _, offsets, _, values = batch.column(0).buffers()
-            _, doc_ids = batch.column(1).buffers()
-            records.append(
-                BatchRecord(
-                    documents=batch.num_rows,
-                    tokens=len(batch.column(0).values),
-                    offsets_at=offsets.address - whole.address,
-                    values_at=values.address - whole.address,
-                    doc_ids_at=doc_ids.address - whole.address,
-                )
+        return _located(source.read_buffer())
+
+
+def _located(whole: pa.Buffer) -> list[BatchRecord]:
+    """The same of a shard in memory, of which a page for each batch is read."""
+    reader = pa.ipc.open_file(pa.BufferReader(whole))
+    records = []
+    for index in range(reader.num_record_batches):
+        batch = reader.get_batch(index)
+        batch.validate()  # that its lengths are lengths
+        _, offsets, _, values = batch.column(0).buffers()
+        _, doc_ids = batch.column(1).buffers()
+        records.append(
+            BatchRecord(
+                documents=batch.num_rows,
+                tokens=len(batch.column(0).values),
+                offsets_at=offsets.address - whole.address,
+                values_at=values.address - whole.address,
+                doc_ids_at=doc_ids.address - whole.address,
             )
-        return records
+        )
+    return records

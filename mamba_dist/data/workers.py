@@ -26,14 +26,17 @@ class Worker:
     process: SpawnProcess
     connection: Connection
 
-    def describe_end(self) -> str:
-        """How a dead worker ended, for an error message."""
+    def end_signal(self) -> signal.Signals | None:
+        """The signal that killed a dead worker, None if it ended otherwise."""
         self.process.join(_END_S)
         code = self.process.exitcode
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            return f"killed by {name}" + " (out of memory?)" * (name == "SIGKILL")
-        return f"exit code {code}, its own message is above"
+        return signal.Signals(-code) if code is not None and code < 0 else None
+
+    def describe_end(self) -> str:
+        """How a dead worker ended, for an error message."""
+        if (killer := self.end_signal()) is not None:
+            return f"killed by {killer.name}" + " (out of memory?)" * (killer == signal.SIGKILL)
+        return f"exit code {self.process.exitcode}, its own message is above"
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ def start_workers(
     context = multiprocessing.get_context("spawn")
     workers: list[Worker] = []
     for payload in payloads:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_run, args=(target, theirs, payload), daemon=True)
         try:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_run, args=(target, theirs, payload), daemon=True)
             process.start()
         except OSError:
             stop_workers(workers)

@@ -155,6 +155,8 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
         ConfigError: the run is not longer than its warm-up, or longer than its data.
     """
     segment = order.segments[-1]
+    taken = order.taken(segment.first_position)
+    read = segment.first_position - order.passed_over
     steps = total_steps(
         config.training,
         epoch_sequences=sum(source.samples for source in segment.sources),
@@ -162,7 +164,8 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
         sequence_length=config.data.sequence_length,
         done_steps=segment.first_step,
         # What was passed over shortens no run: the samples after it take its place.
-        done_sequences=segment.first_position - order.passed_over,
+        done_sequences=read,
+        left_behind=max(0, read - sum(taken[s.fingerprint] for s in segment.sources)),
     )
     if order.end is not None and steps > segment.first_step:
         needed = order.positions(steps - 1).stop

@@ -44,10 +44,12 @@ def total_steps(
     sequence_length: int,
     done_steps: int = 0,
     done_sequences: int = 0,
+    left_behind: int = 0,
 ) -> int:
     """Optimizer steps of the whole run, from whichever length the config gives.
 
-    `global_batch_size` holds after `done_steps`, in which `done_sequences` were read.
+    `global_batch_size` holds after `done_steps`, in which `done_sequences` were read; of these
+    `left_behind` belong to data that is no longer part of an epoch.
 
     Raises:
         ConfigError: the run is not longer than its warm-up.
@@ -58,7 +60,8 @@ def total_steps(
         left_tokens = max(0, config.max_tokens - done_sequences * sequence_length)
         steps = done_steps + math.ceil(left_tokens / (global_batch_size * sequence_length))
     else:
-        left_sequences = max(0, (config.num_epochs or 1) * epoch_sequences - done_sequences)
+        done_of_epochs = done_sequences - left_behind
+        left_sequences = max(0, (config.num_epochs or 1) * epoch_sequences - done_of_epochs)
         steps = max(1, done_steps + left_sequences // global_batch_size)
     if config.warmup_steps >= steps:
         raise ConfigError(

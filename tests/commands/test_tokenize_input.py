@@ -315,3 +315,17 @@ def test_a_corpus_of_an_impossible_name_is_one_message_without_an_output_too(
 ) -> None:
     assert main(["x" * 300, "--tokenizer", str(tokenizer)]) == 2
     assert "cannot read xxx" in capsys.readouterr().err
+
+
+def test_a_file_name_that_is_not_utf8_is_shown_on_any_terminal(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.jsonl").write_bytes(CONTENT)
+    (corpus / os.fsdecode(b"b.\xff")).touch()
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="utf-8"))
+    given = [corpus, "--tokenizer", tokenizer, "--output", tmp_path / "set", "--workers", 1]
+    assert main([*map(str, given)]) == 0
+    assert rb"1 .\udcff" in shown.getvalue()

@@ -148,3 +148,44 @@ def test_a_question_about_a_run_takes_its_own_length(
         with pytest.raises(SystemExit, match="2"):
             main(words)
     assert "own sequence length" in capsys.readouterr().err
+
+
+def test_a_run_that_went_from_one_data_set_to_another_names_both(
+    made_once: MadeDataset, made_beside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_config(tmp_path / "run", mixed(made_once.folder, made_beside))
+    config = load_config(run / "config.yaml").config
+    sources = open_sources(config.data)
+    records = source_records(sources, config.data)
+    order = new_run(sources[:1], config.data, global_batch_size=BATCH).order
+    order = order.changed(step=2, sources=records[1:], global_batch_size=BATCH)
+    save_run(run, config, order, step=4)
+    printed = which(capsys, "--samples", "6-9", "--config", run)
+    assert named_samples(printed) == [
+        *expected_samples(order, 2)[2:],
+        *expected_samples(order, 3)[:2],
+    ]
+    assert len({folder for _, folder, _, _ in named_samples(printed)}) == 2
+
+
+def test_what_no_checkpoint_records_is_said_to_be_what_would_come(
+    made_once: MadeDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"dataset_path": str(made_once.folder), "sequence_length": LENGTH}
+    run = write_config(tmp_path / "run", data)
+    config = load_config(run / "config.yaml").config
+    save_run(
+        run,
+        config,
+        new_run(open_sources(config.data), config.data, global_batch_size=4).order,
+        step=3,
+    )
+    for words, noted in (
+        (("--samples", "10-11"), False),
+        (("--samples", "11-12"), True),
+        (("--step", "3"), False),
+        (("--step", "4"), True),
+    ):
+        assert main([*words, "--config", str(run), "--tokens", "0"]) == 0
+        said = capsys.readouterr().err
+        assert ("note: the newest checkpoint is of step 3" in said) == noted

@@ -126,6 +126,22 @@ def test_only_the_shards_read_last_stay_mapped(
     assert stream._batches[0][0] is shard
 
 
+def test_shards_are_let_go_also_after_threads_stepped_over_the_limit(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = open_dataset(dataset.path).train
+    before = mapped_shards(dataset.path)
+    expected = expected_ids()
+    for start in range(0, len(expected) // 2, 30):
+        stream.read(start, start + 30)
+    # As two threads leave it that each found room for one more.
+    monkeypatch.setattr(shard_module, "_KEPT_READERS", len(stream._batches._readers) - 1)
+    monkeypatch.setattr(dataset_module, "_KEPT_PLACES", len(stream._places) - 1)
+    stream.read(len(expected) - 30, len(expected))
+    assert mapped_shards(dataset.path) - before <= shard_module._KEPT_READERS
+    assert len(stream._places) <= dataset_module._KEPT_PLACES
+
+
 @pytest.mark.parametrize("file", ["index.npy", "train-00000.arrow"])
 def test_the_kernel_is_told_that_reading_jumps_about(dataset: TokenDataset, file: str) -> None:
     opened = open_dataset(dataset.path)

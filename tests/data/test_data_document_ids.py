@@ -102,3 +102,22 @@ def test_a_table_without_the_column_of_ids_names_those_it_has(
     write_corpus(tmp_path / "corpus")
     with pytest.raises(DataError, match=r"no column 'kye', only key, text; choose one by --id-f"):
         build(tmp_path / "corpus", tmp_path / "set", tokenizer_path, id_field="kye")
+
+
+def test_a_damaged_place_of_an_id_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:
+    schema = pa.schema([pa.field("id", pa.string())])
+    batch = pa.record_batch([pa.array(["one", None, "three"])], schema=schema)
+    path = tmp_path / document_ids.DOCUMENT_IDS_NAME
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(batch)
+    whole = path.read_bytes()
+    offsets = b"".join(place.to_bytes(4, "little") for place in (0, 3, 3, 8))
+    assert whole.count(offsets) == 1
+    for byte in range(4, 16):
+        content = bytearray(whole)
+        content[whole.index(offsets) + byte] ^= 0x80
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"document_ids\.arrow cannot be read"):
+            find_document_id(tmp_path, 2)
+    path.write_bytes(whole)
+    assert [find_document_id(tmp_path, number) for number in range(3)] == ["one", None, "three"]

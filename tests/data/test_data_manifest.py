@@ -88,6 +88,48 @@ def test_a_number_of_version_1_that_no_file_has_is_refused(
         open_dataset(dataset.path)
 
 
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    # documents, tokens, and where offsets, values and doc_ids begin
+    [(0, 1), (1, -1), (2, 8), (2, 1), (3, 64), (3, -2), (4, 8)],
+)
+def test_a_batch_that_version_1_places_elsewhere_is_never_read(
+    dataset: TokenDataset, field: int, wrong: int
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        one, other = content["shards"][0]["batches"][:2]
+        one[field] += wrong
+        if field < 2:  # the sum is compared when the file is opened
+            other[field] -= wrong
+
+    write_version_1(dataset.path, dataset.manifest, change=change)
+    with pytest.raises(
+        DataError, match=r"manifest\.json places batch 0 of shard .*train-00000\.arrow where it"
+    ):
+        open_dataset(dataset.path).train.read(0, 5)
+
+
+def test_damage_to_what_a_shard_says_of_its_batches_is_named_beside_version_1(
+    dataset: TokenDataset,
+) -> None:
+    shard = dataset.manifest.shards[0]
+    before, message_of = shard.batches[:2]
+    write_version_1(dataset.path, dataset.manifest)
+    path, expected = dataset.path / shard.file, dataset.train.read(0, shard.tokens)[0].tolist()
+    whole, named = path.read_bytes(), 0
+    for at in range(before.doc_ids_at + 8 * before.documents, message_of.offsets_at):
+        content = bytearray(whole)
+        content[at] ^= 0x80
+        path.write_bytes(content)
+        try:
+            found = open_dataset(dataset.path).train.read(0, shard.tokens)[0].tolist()
+        except DataError as error:
+            named += str(path) in str(error)
+        else:
+            assert found == expected
+    assert named > 50
+
+
 @pytest.mark.parametrize("column", [0, 1], ids=["tokens", "documents"])
 def test_an_index_that_ends_elsewhere_is_refused_before_samples_are_counted(
     dataset: TokenDataset, column: int

@@ -35,10 +35,10 @@ def test_ten_trillion_windows_are_located_without_an_index(
 
 def test_locating_takes_microseconds_at_any_size() -> None:
     order = SampleOrder(TRILLIONS, 1)
-    begun_at = time.perf_counter()
+    begun_at = time.thread_time()
     for position in range(0, 3 * TRILLIONS, TRILLIONS // 500):
         order.locate(position)
-    assert (time.perf_counter() - begun_at) / 1500 < 1e-3
+    assert (time.thread_time() - begun_at) / 1500 < 1e-3
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:

@@ -293,10 +293,10 @@ def test_ten_trillion_tokens_are_sought_anywhere_without_an_index() -> None:
     positions = range(0, end, end // 2000)
     order.locate(end)
     tracemalloc.start()
-    begun_at = time.perf_counter()
+    begun_at = time.thread_time()
     for position in positions:
         order.locate(position)
-    seconds = time.perf_counter() - begun_at
+    seconds = time.thread_time() - begun_at
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds / len(positions) < 1e-3  # 50 µs under tracemalloc, with room for a slow machine

@@ -213,6 +213,21 @@ def test_samples_that_are_passed_over_shorten_no_run(length: dict[str, int]) -> 
         planned_steps(config(length={"max_steps": 18}), limited)
 
 
+def test_passes_over_a_new_mixture_count_only_what_was_read_of_it(tmp_path: Path) -> None:
+    one_pass = config("data_mixture", length={"num_epochs": 1})
+    reader = saved(tmp_path, order_of(WEB), step=12)  # 96 samples of 100
+    replaced = continued_order(reader, one_pass, order_of(CODE))
+    assert planned_steps(one_pass, replaced) == 12 + 30 // 8
+    joined = continued_order(reader, one_pass, order_of(WEB, CODE))
+    assert planned_steps(one_pass, joined) == 12 + (100 + 30 - 96) // 8
+    # A second change: what was read of both counts, of the one that is left.
+    again = saved(tmp_path / "again", joined, step=15)
+    back = continued_order(again, one_pass, order_of(CODE))
+    taken = joined.taken(15 * 8)[CODE.fingerprint]
+    assert 0 < taken < 24
+    assert planned_steps(one_pass, back) == 15 + (30 - taken) // 8
+
+
 def test_a_run_longer_than_its_limited_sources_is_refused_with_what_is_possible() -> None:
     limited = order_of(replace(WEB, max_epochs=1), CODE)
     assert planned_steps(config(length={"max_steps": 20}), limited) == 20

@@ -18,6 +18,9 @@ _FED_BYTES = 1 << 9
 # What zstd takes unless told otherwise (--long=27); a worker has memory for it.
 _MOST_WINDOW_BYTES = 1 << 27
 _FRAME_HEADER_BYTES = 18  # at most
+# Beside its window.
+_XZ_BYTES = 1 << 20
+_XZ_TOO_LARGE = "Memory usage limit exceeded"
 # Tapes and dd fill up the last block of a gzip file; the xz format has padding of its own.
 _PADDED: frozenset[Compression] = frozenset({"gzip", "xz"})
 _GZIP_WINDOW_BITS = 31  # zlib: 15 bits of window, +16 for the gzip header
@@ -70,7 +73,7 @@ class _ZstdFrame:
 _DECOMPRESSORS: dict[Compression, Callable[[], _Decompressor]] = {
     "gzip": lambda: zlib.decompressobj(_GZIP_WINDOW_BITS),
     "zstd": _ZstdFrame,
-    "xz": lzma.LZMADecompressor,
+    "xz": lambda: lzma.LZMADecompressor(memlimit=_MOST_WINDOW_BYTES + _XZ_BYTES),
 }
 DECOMPRESSION_ERRORS = (zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
@@ -144,4 +147,11 @@ class FileBlocks:
             raise DataError(
                 f"{self._file.path} needs a window of {error.args[0]:,} bytes to decompress, more "
                 f"than {_MOST_WINDOW_BYTES:,}; recompress it by zstd --long=27 or less"
+            ) from error
+        except lzma.LZMAError as error:
+            if str(error) != _XZ_TOO_LARGE:
+                raise
+            raise DataError(
+                f"{self._file.path} needs a dictionary of more than {_MOST_WINDOW_BYTES:,} bytes "
+                "to decompress; recompress it by xz -9 or less"
             ) from error

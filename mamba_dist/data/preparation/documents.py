@@ -29,6 +29,8 @@ Fault = Literal["not UTF-8", "broken JSON", "no text field", "empty", "too long"
 
 # A text file beyond this is not held in memory.
 _LONG_BYTES = 1 << 20
+# Names of fields may be as long as a record.
+_DETAIL_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class SliceReader:
         return BadDocument(self._file.name, line, "too long", limit)
 
     def _bad(self, fault: Fault, detail: str) -> BadDocument:
-        return BadDocument(self._file.name, self.lines, fault, detail)
+        return BadDocument(self._file.name, self.lines, fault, detail[:_DETAIL_CHARACTERS])
 
 
 def lines_before(piece: InputSlice) -> int:

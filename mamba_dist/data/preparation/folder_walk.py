@@ -18,7 +18,7 @@ from mamba_dist.errors import DataError
 # Device and inode: the same file under whatever path.
 FileId = tuple[int, int]
 
-_BROKEN_LINK = frozenset({errno.ENOENT, errno.ELOOP})
+_BROKEN_LINK = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 
 def file_id(status: os.stat_result) -> FileId:
@@ -105,10 +105,8 @@ def expand(pattern: Path, *, exclude: Sequence[str], closed: Set[FileId]) -> lis
         inner_folders: list[tuple[str, str, int]] = []
         if part == "**" and not is_last:
             inner_folders.append((path, below, at + 1))
-        for name, is_folder in _matched(path, part):
+        for name, is_folder in _matched(path, part, below=below, exclude=exclude):
             inner = os.path.join(below, name)
-            if _is_excluded(name, inner, exclude):
-                continue
             if is_last and not (part == "**" and is_folder):
                 found.append((Path(path, name), inner))
             elif is_folder:
@@ -117,15 +115,23 @@ def expand(pattern: Path, *, exclude: Sequence[str], closed: Set[FileId]) -> lis
     return sorted(found, key=lambda one: os.fsencode(one[0]))
 
 
-def _matched(folder: str, part: str) -> Iterator[tuple[str, bool]]:
-    """The entries of a folder that match a part of a glob, and whether they are folders."""
+def _matched(
+    folder: str, part: str, *, below: str, exclude: Sequence[str]
+) -> Iterator[tuple[str, bool]]:
+    """The entries of a folder that match a part of a glob and are not excluded, and whether they
+    are folders.
+    """
     if not glob.has_magic(part):
-        if os.path.lexists(path := os.path.join(folder, part)):
+        is_excluded = _is_excluded(part, os.path.join(below, part), exclude)
+        if not is_excluded and os.path.lexists(path := os.path.join(folder, part)):
             yield part, os.path.isdir(path)
         return
     for entry in _listed(folder):
         is_shown = not entry.name.startswith(".") or part.startswith(".")
-        if is_shown and fnmatchcase(entry.name, part):
+        if not is_shown or not fnmatchcase(entry.name, part):
+            continue
+        # First, since what is excluded may be what cannot be followed.
+        if not _is_excluded(entry.name, os.path.join(below, entry.name), exclude):
             yield entry.name, _is_folder(entry)
 
 

@@ -46,6 +46,8 @@ def read_record(
                 and _is_shallow(line, record)
             ):
                 return record
+            # A record may take forty times its line's bytes, and is read once more.
+            del record
     return json.loads(line.decode("utf-8-sig" if first else "utf-8"))
 
 

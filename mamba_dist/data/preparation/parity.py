@@ -6,6 +6,7 @@ and settings are the same whichever made them, and the proof stands in the manif
 """
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,8 @@ def sample_corpus(corpus: Corpus, text_field: str) -> list[str]:
 
 
 def _beginnings(corpus: Corpus, text_field: str, *, read_bytes: int) -> Iterator[str]:
-    files = sorted(corpus.files, key=lambda file: xxhash.xxh3_64_intdigest(file.name.encode()))
+    # os.fsencode, since a file's name need not be UTF-8.
+    files = sorted(corpus.files, key=lambda file: xxhash.xxh3_64_intdigest(os.fsencode(file.name)))
     share = max(read_bytes // len(files), _DOCUMENT_CHARACTERS)
     left = read_bytes
     for file in files:

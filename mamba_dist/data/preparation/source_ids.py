@@ -14,13 +14,16 @@ def check_has_ids(files: Iterable[InputFile], reading: Reading) -> None:
     """Nothing, if an id stands among the first documents of some file, or there are no documents.
 
     Raises:
-        DataError: there are documents, and no id; or a file cannot be read.
+        DataError: there are documents, and no id, or only texts, which have none; or a file cannot
+        be read.
     """
     looked_at = 0
+    have_fields = False
     for file in files:
-        # A file that is one text has no fields.
-        documents = SliceReader(whole(file), reading) if file.format != "text" else ()
-        for document in islice(documents, _LOOKED_AT):
+        if file.format == "text":
+            continue
+        have_fields = True
+        for document in islice(SliceReader(whole(file), reading), _LOOKED_AT):
             if isinstance(document, BadDocument):
                 continue
             if document.source_id is not None:
@@ -31,4 +34,9 @@ def check_has_ids(files: Iterable[InputFile], reading: Reading) -> None:
             f"no document has an id (text or a whole number) in the field {reading.id_field!r}, of "
             f"{looked_at:,} looked at, the first {_LOOKED_AT:,} of each file; give another "
             "--id-field, or none"
+        )
+    if not have_fields:
+        raise DataError(
+            f"no input has the field {reading.id_field!r}: each file is one text, which has no id; "
+            "leave out --id-field, or give JSON lines, Parquet or Arrow"
         )

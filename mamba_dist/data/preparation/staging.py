@@ -20,23 +20,26 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from mamba_dist.data.document_ids import DOCUMENT_IDS_NAME
 from mamba_dist.data.durable import exclusive_lock, quick_hash, sync_folder, write_once
 from mamba_dist.data.manifest import (
-    BAD_DOCUMENTS_NAME,
     INPUTS_NAME,
     MANIFEST_NAME,
     BackendProof,
     BuildSettings,
     Manifest,
 )
-from mamba_dist.data.packing_plan import PLAN_PATTERN
+from mamba_dist.data.preparation.output_folder import (
+    is_ours,
+    refuse_another_tokenizer,
+    refuse_foreign_files,
+    refuse_inputs,
+)
 from mamba_dist.data.preparation.part_records import PartRecord, part_path
 from mamba_dist.data.preparation.plan_differences import (
     input_differences,
@@ -49,16 +52,6 @@ from mamba_dist.data.shard_index import INDEX_NAME
 from mamba_dist.errors import DataError
 
 _PREFIX = ".partial-"
-_OURS = (
-    "train-*.arrow",
-    "val-*.arrow",
-    INDEX_NAME,
-    INPUTS_NAME,
-    BAD_DOCUMENTS_NAME,
-    DOCUMENT_IDS_NAME,
-    "tokenizer.*",
-    PLAN_PATTERN,
-)
 
 
 @dataclass(frozen=True)
@@ -235,13 +228,16 @@ def open_staging(
     """The staging folder of a plan, new or as others left it (if `keep_own`).
 
     Raises:
-        DataError: the output folder holds an unfinished build of another plan (and not
-        `overwrite`), or files that are not ours.
+        DataError: the output folder holds an unfinished build of another plan, or but another
+        tokenizer (and not `overwrite`), or an input, or files that are not ours.
     """
     folder = _folder_of(output, plan)
     # One after the other, or two tasks with different plans would not see each other.
     with exclusive_lock(output, name=".opening.lock", wait=True):
-        _refuse_foreign_files(output)
+        refuse_foreign_files(output)
+        refuse_inputs(output, plan.files)
+        if not overwrite and not any(output.glob(_PREFIX + "*")):
+            refuse_another_tokenizer(output, plan.settings.tokenizer)
         for other in sorted(output.glob(_PREFIX + "*")):
             if other == folder and keep_own:
                 continue
@@ -300,7 +296,7 @@ def check_same_build(output: Path, manifest: Manifest, *, plan: BuildPlan) -> No
         )
 
 
-def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
+def publish(output: Path, staging: Staging, *, names: Collection[str]) -> None:
     """Moves the finished files from `staging.shards` into the output folder, all but the manifest.
 
     What lay there of an older data set goes away, its manifest first: between the two there is no
@@ -309,8 +305,11 @@ def publish(output: Path, staging: Staging, *, names: Iterable[str]) -> None:
     (output / MANIFEST_NAME).unlink(missing_ok=True)
     # Or a power cut might keep the manifest and lose its shards.
     sync_folder(output)
-    for pattern in (*_OURS, f".{MANIFEST_NAME}.*.partial", f".{INDEX_NAME}.*.partial"):
-        for old in output.glob(pattern):
+    leftovers = (f".{MANIFEST_NAME}.*.partial", f".{INDEX_NAME}.*.partial")
+    for old in list(output.iterdir()):
+        # What is renamed over is there at any moment: the tokenizer that was given may be this one.
+        is_old = is_ours(old.name) and old.name not in names
+        if is_old or any(map(old.match, leftovers)):
             old.unlink()
     for name in names:
         (staging.shards / name).rename(output / name)
@@ -327,21 +326,6 @@ def _read_inputs(output: Path, manifest: Manifest) -> list[dict[str, Any]]:
     if hashlib.sha256(content).hexdigest() != manifest.inputs.sha256:
         raise DataError(f"{path} was changed; tokenize again with --overwrite")
     return [json.loads(line) for line in content.splitlines()]
-
-
-def _refuse_foreign_files(output: Path) -> None:
-    foreign = [
-        path.name
-        for path in sorted(output.iterdir())
-        if not path.name.startswith(".")
-        and path.name != MANIFEST_NAME
-        and not any(path.match(pattern) for pattern in _OURS)
-    ]
-    if foreign:
-        raise DataError(
-            f"{output} is not empty and not a data set (it holds {', '.join(foreign[:3])}); give a "
-            "new folder by --output"
-        )
 
 
 def _differences_from(folder: Path, plan: BuildPlan) -> str:

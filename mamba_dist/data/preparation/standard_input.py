@@ -61,11 +61,17 @@ def keep_standard_input(
 
 
 def discard_standard_input(output: Path) -> None:
-    """Removes what was kept, unless an unfinished data set is made of it. To be called under the
-    folder's lock.
+    """Removes what was kept, unless an unfinished data set is made of it, and what a killed process
+    left half-written. To be called under the folder's lock.
     """
     if not _is_needed(output):
         (output / _KEPT).unlink(missing_ok=True)
+    # Of a process that was killed while input came in.
+    _staged(output / _KEPT).unlink(missing_ok=True)
+
+
+def _staged(kept: Path) -> Path:
+    return kept.with_name(f"{kept.name}.partial")
 
 
 def _is_needed(output: Path) -> bool:
@@ -79,7 +85,7 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _keep(blocks: Iterator[bytes], kept: Path, *, overwrite: bool) -> None:
-    staged = kept.with_name(f"{kept.name}.partial")
+    staged = _staged(kept)
     hashed = xxhash.xxh3_64()
     try:
         with staged.open("wb") as target:

@@ -8,6 +8,7 @@ Hugging Face datasets writes, has no index: the range that begins the file has a
 import functools
 import itertools
 import mmap
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _ROWS = 1024
 # Of a few rows' values, where rows are long.
 _SLICE_BYTES = 4 << 20
 _PAGE_BYTES = 1 << 20
+_FILE_MAGIC_BYTES = 8
+_HEADER_FIELD, _COMPRESSION_FIELD = 2, 3
 
 
 class TableSlice:
@@ -61,9 +64,8 @@ class TableSlice:
         if file.format == "parquet":
             footer = _footer(file)
             return footer.rows_before[_members(InputSlice(file, 0, end), footer.groups).stop]
-        source = pa.py_buffer(_mapped(file))
         # One column tells the rows: none could be asked for.
-        reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
+        reader = _opened_file(pa.py_buffer(_mapped(file)), fields=[0])
         batches = _members(InputSlice(file, 0, end), reader.num_record_batches)
         return sum(reader.get_batch(batch).num_rows for batch in batches)
 
@@ -107,14 +109,15 @@ class TableSlice:
         open_ = pa.ipc.open_file if is_file else pa.ipc.open_stream
         names = open_(source).schema.names
         self._require_columns(names)
-        # Others may be compressed, and would be decompressed for nothing.
         fields = sorted({names.index(column) for column in self._columns})
-        reader = open_(source, options=pa.ipc.IpcReadOptions(included_fields=fields))
         if is_file:
+            reader = _opened_file(source, fields=fields)
             members = _members(self._piece, reader.num_record_batches)
             batches: Iterator[pa.RecordBatch] = map(reader.get_batch, members)
         else:
-            batches = iter(reader if self._piece.start_bytes == 0 else ())
+            options = pa.ipc.IpcReadOptions(included_fields=fields)
+            stream = pa.ipc.open_stream(source, options=options)
+            batches = iter(stream if self._piece.start_bytes == 0 else ())
         rows = _RowsOf(self._columns, most_bytes=self._most_bytes)
         for batch in batches:
             for some in rows.of(batch):
@@ -191,6 +194,51 @@ def _members(piece: InputSlice, count: int) -> range:
         -(-edge * count // piece.file.bytes) for edge in (piece.start_bytes, piece.stop_bytes)
     )
     return range(first, stop)
+
+
+def _opened_file(source: pa.Buffer, *, fields: list[int]) -> pa.ipc.RecordBatchFileReader:
+    """An Arrow file, of which these fields at least can be read.
+
+    Compressed ones are decompressed alone. Of others all are left where they lie, since picking
+    some out of a file, not of a stream, has Arrow copy them: a batch may be larger than memory.
+    """
+    picked = fields if _is_compressed(source) else None
+    return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=picked))
+
+
+def _is_compressed(source: pa.Buffer) -> bool:
+    """Whether the first batch of an Arrow file is; also if that cannot be told."""
+    try:
+        # Between a magic number and an index, a file is a stream.
+        for message in pa.ipc.MessageReader.open_stream(source.slice(_FILE_MAGIC_BYTES)):
+            if message.type == "record batch":
+                return _has_compression(message.metadata.to_pybytes())
+    except (*TABLE_ERRORS, OSError, struct.error):
+        return True
+    return False
+
+
+def _has_compression(message: bytes) -> bool:
+    """Whether a record batch's flatbuffer (format/Message.fbs of Apache Arrow) has `compression`,
+    the fourth field of the table in the third field of a message.
+    """
+    (root,) = struct.unpack_from("<I", message)
+    header = _field(message, root, _HEADER_FIELD)
+    if header is None:
+        return False
+    (below,) = struct.unpack_from("<I", message, header)
+    return _field(message, header + below, _COMPRESSION_FIELD) is not None
+
+
+def _field(message: bytes, table: int, number: int) -> int | None:
+    """Where a field of a flatbuffer's table lies, None if it is left out."""
+    (back,) = struct.unpack_from("<i", message, table)
+    (length,) = struct.unpack_from("<H", message, table - back)
+    at = 4 + 2 * number
+    if at >= length:
+        return None
+    (offset,) = struct.unpack_from("<H", message, table - back + at)
+    return table + offset if offset else None
 
 
 def _mapped(file: InputFile) -> mmap.mmap:

@@ -4,6 +4,7 @@ import itertools
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,15 @@ def test_an_id_that_is_a_lone_surrogate_counts_as_none(tmp_path: Path) -> None:
     assert found == [Document("a", 1), Document("b", 2, "\U0001f600")]
 
 
+def test_what_is_said_of_a_bad_line_is_short_however_long_its_names_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"k" * 100_000: 1}))
+    [bad] = read(path)
+    assert isinstance(bad, BadDocument)
+    assert bad.detail.startswith("fields: kkk")
+    assert len(bad.detail) < 1000
+
+
 def test_a_text_file_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
     [bad] = read(tmp_path / "a.txt")
@@ -193,6 +203,24 @@ def test_a_zstd_frame_that_needs_much_memory_is_named_so(tmp_path: Path, frames:
     before = zstandard.compress(json_lines(TEXTS[:9])) * frames
     path.write_bytes(before + with_window(json_lines(TEXTS), 28))
     expected = r"a.jsonl.zst needs a window of 268,435,456 bytes .*recompress it by zstd --long=27"
+    with pytest.raises(DataError, match=expected):
+        read(path)
+
+
+def with_dictionary(data: bytes, code: int) -> bytes:
+    """An xz stream that asks for a dictionary of this code: 30 is 128 MiB, 31 is 192 MiB."""
+    packed = bytearray(lzma.compress(data))
+    packed[16] = code
+    packed[20:24] = zlib.crc32(packed[12:20]).to_bytes(4, "little")
+    return bytes(packed)
+
+
+def test_an_xz_stream_that_needs_much_memory_is_named_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(with_dictionary(json_lines(TEXTS), 30))
+    assert len(read(path)) == len(TEXTS)
+    path.write_bytes(lzma.compress(json_lines(TEXTS)) + with_dictionary(json_lines(TEXTS), 31))
+    expected = r"a.jsonl.xz needs a dictionary of more than 134,217,728 bytes .*by xz -9 or less"
     with pytest.raises(DataError, match=expected):
         read(path)
 

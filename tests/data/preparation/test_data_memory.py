@@ -45,6 +45,13 @@ def write_stream(path: Path) -> None:
             writer.write_batch(batch)
 
 
+def write_batch(path: Path) -> None:
+    """One batch, as `pandas.to_feather` and others write by default; it is not compressed."""
+    batch = pa.record_batch({"other": [1] * ROWS, "text": pa.array([ROW] * ROWS)})
+    with pa.ipc.new_file(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
 def write_table(path: Path) -> None:
     # Numbers, so that pages differ and nothing is kept in a dictionary.
     rows = [f"{number}{ROW}" for number in range(ROWS)]
@@ -84,6 +91,7 @@ def write_book(path: Path) -> None:
 
 CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "rows.arrow": (write_stream, f"{ROWS};{ROWS * len(ROW)};"),
+    "batch.arrow": (write_batch, f"{ROWS};{ROWS * len(ROW)};"),
     "rows.parquet": (write_table, f"{ROWS};{ROWS * len(ROW) + DIGITS};"),
     "hole.jsonl": (write_hole, "3;12;3 too long"),
     "bomb.jsonl.zst": (write_bomb, "3;12;3 too long"),

@@ -1,4 +1,5 @@
 import json
+import os
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -260,6 +261,8 @@ def test_the_sample_is_the_same_each_time_and_bounded(
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("\n".join(texts[::-1] if name == "a.jsonl" else texts))
     (tmp_path / "bad.jsonl").write_text('{"other": 1}\n' * 1000)
+    # As a file is called on some archives' disks.
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text(texts[0])
     corpus = discover([tmp_path], DiscoveryOptions())
     monkeypatch.setattr(parity, "_SAMPLE_BYTES", (3000, 3000))
     sample = sample_corpus(corpus, "text")

@@ -25,6 +25,13 @@ def test_an_id_in_any_file_is_enough_and_none_in_all_is_an_error(tmp_path: Path)
     check_has_ids(discover([tmp_path], DiscoveryOptions()).files, READING)
 
 
+def test_texts_alone_which_have_no_ids_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    files = discover([tmp_path], DiscoveryOptions()).files
+    with pytest.raises(DataError, match=r"has the field 'key': each file is one text.*--id-field"):
+        check_has_ids(files, READING)
+
+
 def test_without_documents_there_is_nothing_to_say_of_ids(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"body": "x"}\n')
     check_has_ids(discover([tmp_path], DiscoveryOptions()).files, READING)

@@ -258,9 +258,21 @@ def test_links_that_lead_nowhere_are_passed_over_and_counted(
     (corpus / "b.arrow").symlink_to("nowhere")
     (corpus / "b.txt").symlink_to("nowhere")
     (corpus / "loop").symlink_to("loop")
+    (corpus / "through").symlink_to("a.txt/file")
     found = discover([Path(corpus, *glob)], DiscoveryOptions())
     assert [file.name for file in found.files] == ["c/a.txt"]
-    assert found.ignored_extensions == (("(broken link)", 3),)
+    assert found.ignored_extensions == (("(broken link)", 4),)
+
+
+@pytest.mark.parametrize("name", ["*.txt", "a*", "**"])
+def test_a_link_that_cannot_be_followed_can_be_excluded_from_a_glob(
+    tmp_path: Path, name: str
+) -> None:
+    corpus = write(tmp_path / "c", "a.txt")
+    (corpus / "ab.txt").symlink_to("n" * 300)
+    with pytest.raises(DataError, match=r"cannot follow .*ab.txt: .*--exclude it"):
+        names(corpus / name)
+    assert names(corpus / name, exclude=("ab.*",)) == ["c/a.txt"]
 
 
 def test_a_corpus_of_an_impossible_name_is_named(tmp_path: Path) -> None:

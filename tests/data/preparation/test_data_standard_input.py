@@ -64,6 +64,12 @@ def test_other_input_is_refused_until_it_may_overwrite(tmp_path: Path) -> None:
     assert keep(LINES, tmp_path).bytes == len(LINES)
 
 
+def test_what_a_kill_left_half_read_goes_away(tmp_path: Path) -> None:
+    (tmp_path / ".stdin.partial").write_bytes(b"half")
+    discard_standard_input(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_empty_input_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="standard input is empty; pipe text into it"):
         keep(b"", tmp_path / "set")
