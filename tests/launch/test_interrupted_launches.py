@@ -1,6 +1,7 @@
 """What a launcher makes of ranks that hang, that are interrupted, or that give up."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def test_a_ctrl_c_at_a_launcher_ends_in_a_checkpoint(
     assert process.wait(timeout=60) != 0
     wait_until(lambda: not ranks_of(config), timeout_s=40, what="the end of all ranks")
     [step] = committed_steps(tmp_path / "run")
-    assert f"stopped by SIGINT after step {step}" in (tmp_path / "log").read_text()
+    # The ranks get SIGINT and the launcher's SIGTERM at once, in any order.
+    log = (tmp_path / "log").read_text()
+    assert re.search(rf"stopped by SIG(INT|TERM) after step {step};", log)
 
 
 @pytest.mark.slow
