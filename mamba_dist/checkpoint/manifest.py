@@ -39,6 +39,10 @@ class Progress(_Record):
     segments: tuple[Segment, ...] = ()
     """The order of samples from the first to the last. None: the checkpoint is older than mixtures,
     and the run has read one data set in one batch size all along."""
+    recent_losses: tuple[float, ...] = ()
+    """Nats per token of the last applied steps, by which training.spike_sigmas judges the next."""
+    recent_grad_norms: tuple[float, ...] = ()
+    """Their gradient norms before clipping."""
 
 
 class TokenizerRecord(_Record):

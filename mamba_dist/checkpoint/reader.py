@@ -199,19 +199,21 @@ def find_checkpoint(
     *,
     ranks: Ranks,
     notice: Callable[[str], None],
+    at_most: int | None = None,
     before: int | None = None,
     contents: bool = True,
 ) -> CheckpointReader | None:
     """The newest committed checkpoint whose files are as written; None if the run has none at all.
 
     All ranks call it and get the same answer; each verifies its share of the files. `notice` is
-    told of every checkpoint passed over. `before` passes over that step and later ones. Without
-    `contents`, tensors are left to be verified when they are read, see `damaged_file`.
+    told of every checkpoint passed over. Those after `at_most` are not looked at; `before` passes
+    over that step and later ones, as damaged. Without `contents`, tensors are left to be verified
+    when they are read, see `damaged_file`.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
     """
-    steps = committed_steps(run_dir)
+    steps = [s for s in committed_steps(run_dir) if at_most is None or s <= at_most]
     for step in reversed(steps):
         if before is not None and step >= before:
             continue
@@ -242,12 +244,12 @@ def require_same_model(reader: CheckpointReader, model: MambaConfig) -> None:
             )
 
 
-def set_aside_newer(run_dir: Path, step: int) -> list[str]:
-    """Renames the checkpoints after `step`, which were found damaged; call on one rank only.
+def set_aside_newer(run_dir: Path, step: int, *, suffix: str = ".damaged") -> list[str]:
+    """Renames the checkpoints after `step`, found damaged or abandoned; call on one rank only.
 
     Their steps are trained again, and neither their names nor retention may mistake them for whole.
     """
-    return [set_aside(run_dir, damaged) for damaged in committed_steps(run_dir) if damaged > step]
+    return [set_aside(run_dir, s, suffix=suffix) for s in committed_steps(run_dir) if s > step]
 
 
 def _try_open(

@@ -78,6 +78,11 @@ class Retention:
             self._seen.pop(step, None)
         return doomed
 
+    def forget(self, *, after: int) -> None:
+        """Takes note that checkpoints after a step were set aside: others may take their names."""
+        for step in [step for step in self._seen if step > after]:
+            del self._seen[step]
+
     def _if_whole(self, step: int, notice: Callable[[str], None]) -> Kept | None:
         folder = checkpoint_folder(self._run_dir, step)
         damage: object

@@ -40,7 +40,8 @@ def run_training(config: RunConfig) -> int:
                     run.total_steps,
                 )
             try:
-                outcome = train(run, folder)
+                with run.watchdog:
+                    outcome = train(run, folder)
             finally:
                 run.metrics.close()
             world.barrier()

@@ -119,3 +119,17 @@ def test_what_cannot_be_deleted_is_an_error_of_checkpoints_and_is_tried_again(
         with pytest.raises(CheckpointError, match=r"step-00000001.*Read-only file system"):
             retention.apply(notice=pytest.fail)
     assert retention.apply(notice=pytest.fail) == [1]
+
+
+def test_a_step_that_is_saved_again_counts_by_its_new_loss(tmp_path: Path) -> None:
+    retention = Retention(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
+    save(tmp_path, 1, loss=3.0)
+    save(tmp_path, 2, loss=2.0)
+    retention.apply(notice=pytest.fail)
+    # As a rollback to step 1 does.
+    layout.set_aside(tmp_path, 2, suffix=".abandoned")
+    retention.forget(after=1)
+    save(tmp_path, 2, loss=4.0)
+    save(tmp_path, 3, loss=3.5)
+    retention.apply(notice=pytest.fail)
+    assert committed_steps(tmp_path) == [3]

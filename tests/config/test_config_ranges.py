@@ -70,6 +70,9 @@ RANGES: list[Row] = [
     ("training.max_grad_norm", [TINY, 1e9, None], [0], "a number above 0 or null"),
     ("training.skip_grad_norm_above", [TINY, 1e9, None], [0], "a number above 0 or null"),
     ("training.max_skipped_steps", [1, NOTHING], [0], "an integer of at least 1"),
+    ("training.max_rollbacks", [0, NOTHING], [-1, None], "an integer of at least 0"),
+    ("training.spike_sigmas", [3, 1e9, None], [2.9], "a number of at least 3 or null"),
+    ("training.spike_window_steps", [4, 10_000], [3, 10_001], "an integer from 4 to 10000"),
     ("training.num_epochs", [1, NOTHING], [0, 1.5], "an integer of at least 1 or null"),
     ("training.max_steps", [1001, NOTHING], [0], "an integer of at least 1 or null"),
     ("training.max_tokens", [NOTHING], [0, 1e9], "an integer of at least 1 or null"),
@@ -118,6 +121,12 @@ RANGES: list[Row] = [
     ("engine.bucket_elements", [1, 10**10], [0, 10**10 + 1], "an integer from 1 to 10000000000"),
     ("engine.cuda_graphs", [True, False], ["graph"], "true or false"),
     ("engine.timeout_minutes", [TINY, 1440], [0, 1440.1], "a number above 0 and at most 1440"),
+    (
+        "engine.hang_timeout_minutes",
+        [TINY, 1440, None],
+        [0, 1440.1],
+        "a number above 0 and at most 1440 or null",
+    ),
     (
         "engine.ops_backend",
         ["auto", "reference", "torch", "cpu", "gpu", "cuda"],
