@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
-from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
@@ -40,6 +39,7 @@ from mamba_dist.telemetry.progress import progress as progress_bar
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.run_folder import run_folder
+from mamba_dist.train.saver import Saver
 from mamba_dist.train.schedule import total_steps
 from mamba_dist.train.state import load, starting_point
 from mamba_dist.train.stop import StopRequest
@@ -65,7 +65,7 @@ class Run:
     validation: Iterable[Batch]
     metrics: Metrics
     meter: Meter
-    retention: Retention
+    saver: Saver
     guard: SkipGuard
     stop: StopRequest
 
@@ -90,6 +90,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         _describe_run(config, classes)
     metrics, meter = _build_metrics(config, world=world, start=start.progress, steps=steps)
     tokenizer = sources[0].dataset.manifest.tokenizer
+    save_steps = config.checkpoint.save_steps
     return Run(
         config=config,
         world=world,
@@ -111,7 +112,15 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         ),
         metrics=metrics,
         meter=meter,
-        retention=Retention(run_folder(config), config.checkpoint),
+        saver=Saver(
+            run_folder(config),
+            config.checkpoint,
+            fragments=engine.fragments,
+            ranks=world,
+            ranks_on_host=world.local_size,
+            copies_ahead=start.progress.step % save_steps + steps - start.progress.step
+            > save_steps,
+        ),
         guard=SkipGuard(config.training.max_skipped_steps),
         stop=stop,
     )

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
-from mamba_dist.errors import CheckpointError, TrainingError
+from mamba_dist.checkpoint.store import Snapshot
+from mamba_dist.errors import TrainingError
 from mamba_dist.ops.readback import read_later
 from mamba_dist.train.build import Run
 from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
-from mamba_dist.train.run_folder import HeldFolder, run_folder
+from mamba_dist.train.run_folder import HeldFolder
 from mamba_dist.train.schedule import learning_rate
 from mamba_dist.train.state import advanced
 
@@ -58,7 +58,9 @@ def train(run: Run, folder: HeldFolder) -> Outcome:
             skip_above=config.training.skip_grad_norm_above,
         )
         # One reduction carries the loss and the agreement to stop: all ranks save the same step.
-        loss, stops = world.sum_over_ranks([own_loss(), float(run.stop.reason is not None)])
+        loss, stops, votes = world.sum_over_ranks(
+            [own_loss(), float(run.stop.reason is not None), run.saver.vote]
+        )
         first_sample = progress.next_sample
         progress = advanced(progress, tokens=0 if stats.skipped else tokens)
         meter.observe(progress, loss_sum=loss, tokens=tokens, lr=lr, stats=stats)
@@ -68,6 +70,7 @@ def train(run: Run, folder: HeldFolder) -> Outcome:
             grad_norm=stats.grad_norm,
             samples=range(first_sample, progress.next_sample),
         )
+        run.saver.hear(votes)
         last = progress.step == run.total_steps
         stopping = stops > 0 and not last
         if last or stopping:
@@ -117,17 +120,4 @@ def _save(run: Run, progress: Progress, *, val_loss: float | None, must_succeed:
         saved_at=round(time.time(), 3),
         val_loss=val_loss,
     )
-    try:
-        folder = save_checkpoint(run_folder(run.config), snapshot, ranks=run.world)
-    except CheckpointError as error:
-        if must_succeed:
-            raise
-        # Training goes on: the next save may find a disk with room again.
-        _log.error("%s", error)
-        return
-    if run.world.rank == 0:
-        _log.info("saved %s", folder)
-        try:
-            run.retention.apply(notice=_log.warning)
-        except CheckpointError as error:
-            _log.error("%s", error)
+    run.saver.save(snapshot, must_succeed=must_succeed)

@@ -42,6 +42,7 @@ def run_training(config: RunConfig) -> int:
             try:
                 outcome = train(run, folder)
             finally:
+                run.saver.close()
                 run.metrics.close()
             world.barrier()
     finally:
