@@ -29,13 +29,13 @@ class BackgroundSave:
         snapshot: Snapshot,
         *,
         ranks: Ranks,
-        copied: Callable[[], None],
+        complete: Callable[[], None],
         committed: Callable[[Path], None],
     ) -> None:
         """Begins to write `snapshot`, whose fragments nobody may change until it has ended.
 
         Args:
-            copied: returns when the fragments are there to be read.
+            complete: returns when the fragments are there to be read; called on the thread.
             committed: is called on rank 0's thread, with the folder, before the save has ended.
 
         Raises:
@@ -56,7 +56,7 @@ class BackgroundSave:
         prepare_staging(run_dir, self.step, ranks=ranks)
 
         def write() -> None:
-            copied()
+            complete()
             write_rank(
                 self._staging, ranks.rank, snapshot.fragments, abandoned=self._abandoned.is_set
             )

@@ -1,15 +1,18 @@
 """A copy of a rank's state in host memory, from which it is written while training goes on.
 
 The memory is taken once and copied into at each save: pages that are touched for the first time
-cost more than the copy. It is pinned for a device, whose copy then takes its turn among the
-kernels: what is launched later, the next update too, cannot change what is copied.
+cost more than the copy. Copying goes on beside the next forward and backward pass, which only read
+the state, and the update after them waits for it: on a CPU another thread copies, on a device
+another stream, into pinned memory.
 """
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from mamba_dist.engine.base import STATE_KINDS, Fragment
 
@@ -58,29 +61,55 @@ class HostCopy:
         self._on_device = any(one.master.is_cuda for one in listed)
         self._memory = torch.empty(items, dtype=torch.float32, pin_memory=self._on_device)
         self._memory.zero_()
-        self._copied: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if self._on_device:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._on_stream: torch.cuda.Event | None = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._finished = threading.Event()
 
-    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """The fragments as they are now, in this memory until the next copy; see `wait`."""
+    def begin(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+        """The fragments in this memory, where they are only after `complete`."""
         place = 0
-        taken = []
+        copies = []
+        self._finished.clear()
         for one in fragments:
             tensors = []
             for kind in STATE_KINDS:
                 source = one.tensor(kind).detach()
                 target = self._memory[place : place + source.numel()]
-                target.copy_(source, non_blocking=self._on_device)
                 place += source.numel()
+                self._pairs.append((target, source))
                 tensors.append(target)
-            taken.append(Fragment(one.name, one.shape, one.start, *tensors))
-        if self._on_device:
-            self._copied = torch.cuda.current_stream().record_event()
-        return taken
+            copies.append(Fragment(one.name, one.shape, one.start, *tensors))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._copy()
+                self._on_stream = self._stream.record_event()
+        return copies
 
-    def wait(self) -> None:
-        """Returns when a device has really copied."""
-        if self._copied is not None:
-            self._copied.synchronize()
+    def complete(self) -> None:
+        """Returns when all is copied; for the thread that writes it."""
+        try:
+            if self._on_stream is not None:
+                self._on_stream.synchronize()
+            else:
+                self._copy()
+        finally:
+            self._finished.set()
+
+    def hold_updates(self) -> None:
+        """Lets whatever changes the state wait until it is copied; after `begin`, each time."""
+        if self._on_stream is not None:
+            torch.cuda.current_stream().wait_event(self._on_stream)
+        else:
+            self._finished.wait()
+
+    def _copy(self) -> None:
+        while self._pairs:
+            target, source = self._pairs.pop()
+            target.copy_(source, non_blocking=self._on_device)
 
 
 def _left_in(group: Path, *, default: int) -> int:

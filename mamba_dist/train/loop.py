@@ -52,6 +52,7 @@ def train(run: Run, folder: HeldFolder) -> Outcome:
         ]
         # Read after the step, so that the device has the update to do while the host waits.
         own_loss = read_later(sum(losses[1:], start=losses[0]))
+        run.saver.hold_update()
         stats = engine.step(
             lr,
             max_grad_norm=config.training.max_grad_norm,

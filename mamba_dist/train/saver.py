@@ -60,6 +60,7 @@ class Saver:
         self._retention = Retention(run_dir, config)
         self._copy: HostCopy | None = None
         self._taking: Task | None = None
+        self._copying: HostCopy | None = None
         self._in_flight: BackgroundSave | None = None
         self._told = False
 
@@ -67,6 +68,11 @@ class Saver:
     def vote(self) -> float:
         """This rank's number, to be added up over ranks after each step and given to `hear`."""
         return 0.0 if self._in_flight is None else self._in_flight.vote
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight; the same on all ranks."""
+        return self._in_flight is not None
 
     def hear(self, votes: float) -> None:
         """Goes on with the save in flight, and says so if it has failed.
@@ -82,7 +88,7 @@ class Saver:
             self._prepare()
 
     def save(self, snapshot: Snapshot, *, must_succeed: bool) -> None:
-        """Saves the state as it is now; what is written in the background may be changed then.
+        """Saves the state as it is now; it may be changed after the next `hold_update`.
 
         Raises:
             CheckpointError: on all ranks, if it `must_succeed` and could not be written. Such a
@@ -92,15 +98,7 @@ class Saver:
         try:
             copy = None if must_succeed else self._ready_copy()
             if copy is not None:
-                copied = replace(snapshot, fragments=copy.take(snapshot.fragments))
-                self._told = False
-                self._in_flight = BackgroundSave(
-                    self._run_dir,
-                    copied,
-                    ranks=self._ranks,
-                    copied=copy.wait,
-                    committed=self._clear_old,
-                )
+                self._begin(snapshot, copy)
                 return
             folder = save_checkpoint(self._run_dir, snapshot, ranks=self._ranks)
         except CheckpointError as error:
@@ -111,6 +109,12 @@ class Saver:
             return
         if self._ranks.rank == 0:
             self._clear_old(folder)
+
+    def hold_update(self) -> None:
+        """Returns when the state may be changed: a save has its copy of it."""
+        if self._copying is not None:
+            self._copying.hold_updates()
+            self._copying = None
 
     def finish(self) -> None:
         """Waits for the save in flight, so that the newest checkpoint is the newest save.
@@ -149,6 +153,18 @@ class Saver:
             self._go_without_copy(f"it takes {_gib(needed)} on a host with {_gib(free)} free")
         else:
             self._taking = Task(self._take_memory)
+
+    def _begin(self, snapshot: Snapshot, copy: HostCopy) -> None:
+        copied = replace(snapshot, fragments=copy.begin(snapshot.fragments))
+        self._told = False
+        self._in_flight = BackgroundSave(
+            self._run_dir,
+            copied,
+            ranks=self._ranks,
+            complete=copy.complete,
+            committed=self._clear_old,
+        )
+        self._copying = copy
 
     def _take_memory(self) -> None:
         self._copy = HostCopy(self._fragments())

@@ -47,6 +47,7 @@ class Run:
         for _ in range(steps):
             self.saver.hear(self.saver.vote)
             self.step += 1
+            self.saver.hold_update()
             for name, kinds in state_of(self.step).items():
                 for kind, tensor in kinds.items():
                     self.state[name][kind].copy_(tensor)
