@@ -31,15 +31,7 @@ def available_bytes() -> int:
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
     )
     available = 1024 * int(fields["MemAvailable"].split()[0])
-    own = next(
-        (
-            line.removeprefix("0::").strip("/")
-            for line in Path("/proc/self/cgroup").read_text().splitlines()
-            if line.startswith("0::")
-        ),
-        "",
-    )
-    group = _CGROUPS / own
+    group = _own_group()
     for folder in (group, *group.parents):
         if not folder.is_relative_to(_CGROUPS):
             break
@@ -72,6 +64,7 @@ class HostCopy:
         """The fragments in this memory, where they are only after `complete`."""
         place = 0
         copies = []
+        self._pairs.clear()
         self._finished.clear()
         for one in fragments:
             tensors = []
@@ -110,6 +103,15 @@ class HostCopy:
         while self._pairs:
             target, source = self._pairs.pop()
             target.copy_(source, non_blocking=self._on_device)
+
+
+def _own_group() -> Path:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "")
+    return _CGROUPS / own.strip("/")
 
 
 def _left_in(group: Path, *, default: int) -> int:

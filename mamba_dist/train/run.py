@@ -41,8 +41,10 @@ def run_training(config: RunConfig) -> int:
                 )
             try:
                 outcome = train(run, folder)
-            finally:
+            except Exception:
                 run.saver.close()
+                raise
+            finally:
                 run.metrics.close()
             world.barrier()
     finally:

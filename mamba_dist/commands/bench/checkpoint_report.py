@@ -19,8 +19,9 @@ class Turn:
     """STEPS steps without a save, the mean of those before and after the save in the background."""
     stall_s: float
     """What STEPS steps take longer, a save in the background at their beginning counted in."""
-    stall_to_end_s: float
-    """What all steps until that save was committed take longer, if those are more."""
+    stall_beside_s: float
+    """The same until the save is committed, fewer steps or more, over the median step without it:
+    of these two the one that a busy machine disturbs less."""
     copy_s: float
     """Until training could go on: the part of the stall before the first step."""
     background_s: float
@@ -51,7 +52,8 @@ def table(turns: Sequence[Turn], *, ranks: int) -> str:
             row(f"stall of {STEPS} steps by a background save, s", "{:.3f}", lambda t: t.stall_s),
             row("that, of the blocking save", "{:.1%}", lambda t: t.stall_s / t.blocking_s),
             row("of it, before the first step, s", "{:.3f}", lambda t: t.copy_s),
-            row("stall until it is committed, s", "{:.3f}", lambda t: t.stall_to_end_s),
+            row("stall until it is committed, s", "{:.3f}", lambda t: t.stall_beside_s),
+            row("that, of the blocking save", "{:.1%}", lambda t: t.stall_beside_s / t.blocking_s),
             row("background save, s", "{:.2f}", lambda t: t.background_s),
             row("blocking save, MB/s", "{:.0f}", lambda t: t.file_bytes * _MB / t.blocking_s),
             row("dd with fsync, MB/s", "{:.0f}", lambda t: t.file_bytes * _MB / t.dd_s),

@@ -7,6 +7,7 @@ variables; rank 0 prints a line of JSON for each round.
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -59,34 +60,35 @@ class _Rank:
             ranks_on_host=world.size,
         )
 
-    def train(self, steps: int) -> float:
-        """Seconds of so many steps."""
-        began = time.perf_counter()
+    def train(self, steps: int) -> list[float]:
+        """Seconds of each of so many steps."""
+        taken = []
         for _ in range(steps):
+            began = time.perf_counter()
             loss = self._engine.forward_backward(self._inputs, step_tokens=self._tokens, last=True)
             self.saver.hold_update()
             self._engine.step(1e-4, max_grad_norm=1.0, skip_above=None)
             _, votes = self.world.sum_over_ranks([float(loss), self.saver.vote])
             self.saver.hear(votes)
             self._step += 1
-        return time.perf_counter() - began
+            taken.append(time.perf_counter() - began)
+        return taken
 
     def turn(self) -> Turn:
         """One round of everything."""
-        before_s = self.train(STEPS)
-        began, first = time.perf_counter(), self._step
+        quiet = self.train(STEPS)
+        began = time.perf_counter()
         self.saver.save(self._snapshot(), must_succeed=False)
         copy_s = time.perf_counter() - began
-        background_s = 0.0
-        while self.saver.busy or self._step - first < STEPS:
-            self.train(1)
-            now_s = time.perf_counter() - began
-            if self._step - first == STEPS:
-                after_steps_s = now_s
-            if not self.saver.busy and not background_s:
-                background_s = now_s
-        steps = self._step - first
-        steps_s = (before_s + self.train(STEPS)) / 2
+        steps = []
+        while self.saver.busy:
+            steps += self.train(1)
+        background_s = copy_s + sum(steps)
+        beside_s = background_s - len(steps) * statistics.median(quiet)
+        steps += self.train(STEPS - len(steps))
+        after_s = copy_s + sum(steps[:STEPS])
+        quiet += self.train(STEPS)
+        steps_s = sum(quiet) / 2
         blocking_s = self._timed(self._save)
         dd_s = self._timed(self._dd)
         file_bytes = self._forget_pages()
@@ -97,8 +99,8 @@ class _Rank:
         )
         return Turn(
             steps_s=steps_s,
-            stall_s=after_steps_s - steps_s,
-            stall_to_end_s=now_s - steps_s / STEPS * steps,
+            stall_s=after_s - steps_s,
+            stall_beside_s=beside_s,
             copy_s=copy_s,
             background_s=background_s,
             blocking_s=blocking_s,
