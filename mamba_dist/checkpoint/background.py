@@ -58,7 +58,11 @@ class BackgroundSave:
         def write() -> None:
             complete()
             write_rank(
-                self._staging, ranks.rank, snapshot.fragments, abandoned=self._abandoned.is_set
+                self._staging,
+                ranks.rank,
+                snapshot.fragments,
+                beside=True,
+                abandoned=self._abandoned.is_set,
             )
 
         self._task = Task(write)

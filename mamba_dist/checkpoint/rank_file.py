@@ -39,17 +39,22 @@ def write_rank(
     rank: int,
     fragments: Iterable[Fragment],
     *,
+    beside: bool = False,
     abandoned: Callable[[], bool] = _never,
 ) -> None:
     """Writes the rank's file and its record into the staging folder, and forces both to the disk.
 
+    Args:
+        beside: training goes on meanwhile; one thread does all, so that one free core is enough.
+        abandoned: asked before each block whether to give up.
+
     Raises:
         OSError: they could not be written.
-        CheckpointError: `abandoned` came true meanwhile; it is asked before each block.
+        CheckpointError: it was abandoned.
     """
     listed = list(fragments)
     name = rank_file(rank)
-    file, hashes = write_tensors(staging / name, listed, abandoned=abandoned)
+    file, hashes = write_tensors(staging / name, listed, beside=beside, abandoned=abandoned)
     records = [
         FragmentRecord(
             name=fragment.name,
@@ -66,7 +71,7 @@ def write_rank(
 
 
 def write_tensors(
-    path: Path, fragments: Sequence[Fragment], *, abandoned: Callable[[], bool]
+    path: Path, fragments: Sequence[Fragment], *, beside: bool, abandoned: Callable[[], bool]
 ) -> tuple[FileRecord, dict[str, str]]:
     """The record of the file that is now on the disk, and the SHA-256 of each tensor by its key.
 
@@ -81,7 +86,7 @@ def write_tensors(
     }
     header = _header(tensors)
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        written = _Written(file, hashing)
+        written = _Written(file, None if beside else hashing)
         header_hash = written.append([memoryview(header)])
         hashes = {}
         for key, tensor in tensors.items():
@@ -127,9 +132,9 @@ def write_synced(path: Path, text: str) -> None:
 
 
 class _Written:
-    """A file that grows, and is hashed by another thread while it does."""
+    """A file that grows, and is hashed while it does, by another thread if there is one."""
 
-    def __init__(self, file: FileIO, hashing: ThreadPoolExecutor) -> None:
+    def __init__(self, file: FileIO, hashing: ThreadPoolExecutor | None) -> None:
         self.size = 0
         self._file = file
         self._hashing = hashing
@@ -139,7 +144,7 @@ class _Written:
         """The SHA-256 of these blocks, which are now the end of the file."""
         digest = hashlib.sha256()
         for block in blocks:
-            if len(block) < _WORTH_A_THREAD_BYTES:
+            if self._hashing is None or len(block) < _WORTH_A_THREAD_BYTES:
                 digest.update(block)
                 self._write(block)
             else:

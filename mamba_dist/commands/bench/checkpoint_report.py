@@ -22,8 +22,9 @@ class Turn:
     stall_beside_s: float
     """The same until the save is committed, fewer steps or more, over the median step without it:
     of these two the one that a busy machine disturbs less."""
-    copy_s: float
-    """Until training could go on: the part of the stall before the first step."""
+    waited_s: float
+    """The part of the stall in which training stood still: until the save was begun, and before an
+    update until the state was copied. The rest is what sharing cores and memory costs."""
     background_s: float
     """From the beginning of that save to the step that heard of its commit."""
     blocking_s: float
@@ -51,7 +52,8 @@ def table(turns: Sequence[Turn], *, ranks: int) -> str:
             row("blocking save, s", "{:.3f}", lambda t: t.blocking_s),
             row(f"stall of {STEPS} steps by a background save, s", "{:.3f}", lambda t: t.stall_s),
             row("that, of the blocking save", "{:.1%}", lambda t: t.stall_s / t.blocking_s),
-            row("of it, before the first step, s", "{:.3f}", lambda t: t.copy_s),
+            row("of it, training stood still, s", "{:.3f}", lambda t: t.waited_s),
+            row("that, of the blocking save", "{:.1%}", lambda t: t.waited_s / t.blocking_s),
             row("stall until it is committed, s", "{:.3f}", lambda t: t.stall_beside_s),
             row("that, of the blocking save", "{:.1%}", lambda t: t.stall_beside_s / t.blocking_s),
             row("background save, s", "{:.2f}", lambda t: t.background_s),

@@ -52,6 +52,7 @@ class _Rank:
         self._inputs = {"input_ids": tokens[0], "labels": tokens[1]}
         self._tokens = world.size * tokens[0].numel()
         self._step = 0
+        self._held_s = 0.0
         self.saver = Saver(
             self.folder,
             CheckpointConfig(save_mode="async", keep_last=1),
@@ -66,7 +67,9 @@ class _Rank:
         for _ in range(steps):
             began = time.perf_counter()
             loss = self._engine.forward_backward(self._inputs, step_tokens=self._tokens, last=True)
+            held = time.perf_counter()
             self.saver.hold_update()
+            self._held_s += time.perf_counter() - held
             self._engine.step(1e-4, max_grad_norm=1.0, skip_above=None)
             _, votes = self.world.sum_over_ranks([float(loss), self.saver.vote])
             self.saver.hear(votes)
@@ -77,18 +80,20 @@ class _Rank:
     def turn(self) -> Turn:
         """One round of everything."""
         quiet = self.train(STEPS)
-        began = time.perf_counter()
+        began, self._held_s = time.perf_counter(), 0.0
         self.saver.save(self._snapshot(), must_succeed=False)
-        copy_s = time.perf_counter() - began
+        begun_s = time.perf_counter() - began
         steps = []
         while self.saver.busy:
             steps += self.train(1)
-        background_s = copy_s + sum(steps)
-        beside_s = background_s - len(steps) * statistics.median(quiet)
+        background_s = begun_s + sum(steps)
+        beside_steps = len(steps)
         steps += self.train(STEPS - len(steps))
-        after_s = copy_s + sum(steps[:STEPS])
+        after_s = begun_s + sum(steps[:STEPS])
+        waited_s = begun_s + self._held_s
         quiet += self.train(STEPS)
         steps_s = sum(quiet) / 2
+        beside_s = background_s - beside_steps * statistics.median(quiet)
         blocking_s = self._timed(self._save)
         dd_s = self._timed(self._dd)
         file_bytes = self._forget_pages()
@@ -101,7 +106,7 @@ class _Rank:
             steps_s=steps_s,
             stall_s=after_s - steps_s,
             stall_beside_s=beside_s,
-            copy_s=copy_s,
+            waited_s=waited_s,
             background_s=background_s,
             blocking_s=blocking_s,
             dd_s=dd_s,
