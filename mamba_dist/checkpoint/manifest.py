@@ -2,7 +2,8 @@
 
 Version 1, `{"manifest": {…}, "sha256": "…"}`; the hash is that of the manifest's own compact JSON.
 `fragments` says for each rank's contiguous range of each parameter where it stands and what its
-bytes hash to; `files` gives size and hash of every file, so that nothing damaged is ever loaded.
+bytes hash to; `files` gives the size of every file and the hash of what else is in it, so that
+nothing damaged is ever loaded.
 """
 
 import hashlib
@@ -58,10 +59,11 @@ class FileRecord(_Record):
 
     name: str
     size_bytes: int
-    sha256: str
     header_sha256: str | None = None
     """Of what stands before the tensors, which have hashes of their own: so all can be verified
     while it is read for use. None: the checkpoint is older than this field."""
+    sha256: str | None = None
+    """Of the whole file, in checkpoints without `header_sha256`: each byte is hashed once."""
 
 
 class FragmentRecord(_Record):

@@ -115,7 +115,8 @@ class CheckpointReader:
         """
         for record in self.manifest.files[share::shares]:
             whole = contents or record.header_sha256 is None
-            damage = next(file_damage(self.folder, [record], contents=whole), None)
+            fragments = self.manifest.fragments if whole else None
+            damage = next(file_damage(self.folder, [record], fragments=fragments), None)
             if damage is not None:
                 return f"{damage}; use another checkpoint"
             try:

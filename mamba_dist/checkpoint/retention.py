@@ -92,7 +92,7 @@ class Retention:
                 kept = Kept(step, manifest.saved_at, manifest.val_loss)
                 self._seen[step] = kept, manifest.files
             kept, files = self._seen[step]
-            damage = next(file_damage(folder, files, contents=False), None)
+            damage = next(file_damage(folder, files), None)
         except CheckpointError as error:
             damage = error
         if damage is None:

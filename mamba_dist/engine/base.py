@@ -25,7 +25,7 @@ class Fragment:
     """One rank's contiguous range of one parameter: fp32 master and AdamW moments, each (numel,).
 
     `start` counts elements in the flattened, unpadded parameter. The tensors are views of live
-    training state: read them before the next step.
+    training state: read them before the next `step` changes it.
     """
 
     name: str

@@ -43,6 +43,7 @@ class World:
         self.rank = placement.rank
         self.size = placement.world_size
         self.local_rank = placement.local_rank
+        self.local_size = placement.local_size
         self.device = device
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:

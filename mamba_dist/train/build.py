@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
-from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
 from mamba_dist.config.schema import RunConfig
@@ -36,6 +35,7 @@ from mamba_dist.train.engines import build_engine, engine_name
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.run_folder import run_folder
+from mamba_dist.train.saver import Saver
 from mamba_dist.train.schedule import total_steps
 from mamba_dist.train.state import load, starting_point
 from mamba_dist.train.steps import Steps
@@ -63,7 +63,7 @@ class Run:
     validation: Iterable[Batch]
     metrics: Metrics
     meter: Meter
-    retention: Retention
+    saver: Saver
     guard: SkipGuard
     watchdog: Watchdog
     stop: StopRequest
@@ -89,6 +89,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         _describe_run(config, classes)
     metrics, meter = _build_metrics(config, world=world, start=start.progress, steps=steps)
     tokenizer = sources[0].dataset.manifest.tokenizer
+    save_steps = config.checkpoint.save_steps
     return Run(
         config=config,
         world=world,
@@ -112,7 +113,15 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         ),
         metrics=metrics,
         meter=meter,
-        retention=Retention(run_folder(config), config.checkpoint),
+        saver=Saver(
+            run_folder(config),
+            config.checkpoint,
+            fragments=engine.fragments,
+            ranks=world,
+            ranks_on_host=world.local_size,
+            copies_ahead=start.progress.step % save_steps + steps - start.progress.step
+            > save_steps,
+        ),
         guard=SkipGuard(config.training, world=world),
         watchdog=_build_watchdog(config, world),
         stop=stop,

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
+from mamba_dist.checkpoint.store import Snapshot
 from mamba_dist.data.batch import Batch
-from mamba_dist.errors import CheckpointError, DivergedError
+from mamba_dist.errors import DivergedError
 from mamba_dist.ops.readback import read_later
 from mamba_dist.train.build import Run
 from mamba_dist.train.evaluate import evaluate, label_count, model_inputs
 from mamba_dist.train.rollback import Rollbacks
-from mamba_dist.train.run_folder import HeldFolder, run_folder
+from mamba_dist.train.run_folder import HeldFolder
 from mamba_dist.train.schedule import learning_rate
 from mamba_dist.train.state import advanced
 
@@ -51,18 +51,23 @@ def train(run: Run, folder: HeldFolder) -> Outcome:
         labels = sum(label_count(batch) for batch in batches)
         tokens = world.sum_tokens_or_raise(labels, fault)
         own_loss = _accumulate(run, batches, step_tokens=max(tokens, 1))
+        skip_above = guard.skip_above(progress, own_loss, tokens)
+        run.saver.hold_update()
         stats = run.engine.step(
             lr,
             max_grad_norm=config.training.max_grad_norm,
-            skip_above=guard.skip_above(progress, own_loss, tokens),
+            skip_above=skip_above,
         )
         # One reduction carries the loss and the agreement to stop: all ranks save the same step.
-        loss_sum, stops = world.sum_over_ranks([own_loss(), float(run.stop.reason is not None)])
+        loss_sum, stops, votes = world.sum_over_ranks(
+            [own_loss(), float(run.stop.reason is not None), run.saver.vote]
+        )
         loss = loss_sum / max(tokens, 1)
         progress = advanced(progress, samples=samples, tokens=0 if stats.skipped else tokens)
         progress = guard.noted(progress, loss=loss, stats=stats)
         meter.observe(progress, loss_sum=loss_sum, tokens=tokens, lr=lr, stats=stats)
         too_many = guard.observe(progress, loss=loss, stats=stats, samples=samples)
+        run.saver.hear(votes)
         run.watchdog.step_done(progress.step)
         if too_many is not None:
             with run.watchdog.paused():
@@ -137,19 +142,4 @@ def _save(run: Run, progress: Progress, *, val_loss: float | None, must_succeed:
         saved_at=round(time.time(), 3),
         val_loss=val_loss,
     )
-    try:
-        folder = save_checkpoint(run_folder(run.config), snapshot, ranks=run.world)
-    except CheckpointError as error:
-        if must_succeed:
-            raise
-        # Training goes on: the next save may find a disk with room again.
-        _log.error("%s", error)
-        return
-    if run.world.rank == 0:
-        _log.info("saved %s", folder)
-        try:
-            run.retention.apply(notice=_log.warning)
-        except CheckpointError as error:
-            _log.error("%s", error)
-    # The others wait here, where they may, while the first one deletes.
-    run.world.barrier()
+    run.saver.save(snapshot, must_succeed=must_succeed)

@@ -40,6 +40,8 @@ class Rollbacks:
             ConfigError: the data sets end before the run, which has lost these samples.
         """
         run = self._run
+        # What is being written may be the checkpoint to go back to, or one to set aside.
+        run.saver.finish()
         again = row.steps.start <= self._failed_at
         # A checkpoint right before the row may itself hold what broke it.
         reader = self._checkpoint(row, at_most=row.steps.start - again)
@@ -49,7 +51,7 @@ class Rollbacks:
         run.engine.load_fragments(reader, adam_steps=reader.manifest.adam_steps)
         if run.world.rank == 0:
             set_aside_newer(run_folder(run.config), reader.step, suffix=".abandoned")
-            run.retention.forget(after=reader.step)
+            run.saver.forget(after=reader.step)
         run.world.barrier()
         run.steps.restart(order, reader.step)
         self._done += 1

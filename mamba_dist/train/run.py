@@ -42,6 +42,9 @@ def run_training(config: RunConfig) -> int:
             try:
                 with run.watchdog:
                     outcome = train(run, folder)
+            except Exception:
+                run.saver.close()
+                raise
             finally:
                 run.metrics.close()
             world.barrier()

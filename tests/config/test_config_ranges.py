@@ -134,6 +134,12 @@ RANGES: list[Row] = [
         "one of 'auto', 'reference', 'torch', 'cpu', 'gpu', 'cuda'",
     ),
     ("checkpoint.save_steps", [1, NOTHING], [0, None], "an integer of at least 1"),
+    (
+        "checkpoint.save_mode",
+        ["auto", "async", "streaming"],
+        ["background", None],
+        "one of 'auto', 'async', 'streaming'",
+    ),
     ("checkpoint.keep_last", [1, NOTHING], [0, None], "an integer of at least 1"),
     ("checkpoint.keep_every_steps", [1000, None], [0], "an integer of at least 1 or null"),
     (
