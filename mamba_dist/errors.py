@@ -12,10 +12,12 @@ class MambaDistError(Exception):
     """Base of every error that a user can mend; commands print it without a traceback.
 
     `of_one_rank` marks an error that the other ranks do not have; it is printed by the rank that
-    has it, where one that all ranks share is printed by the first.
+    has it, where one that all ranks share is printed by the first. `exit_code` is what a script
+    ends with.
     """
 
     of_one_rank = False
+    exit_code = 2
 
 
 class ConfigError(MambaDistError):
@@ -60,4 +62,13 @@ class OtherVersionError(CheckpointError):
 
 
 class TrainingError(MambaDistError):
-    """Training cannot go on: for example too many skipped steps in a row."""
+    """Training cannot go on: for example another run holds the run folder."""
+
+
+class DivergedError(TrainingError):
+    """Training is broken, and would be again: too many skipped steps, or a loss that is not finite.
+
+    Its exit code is sysexits' EX_DATAERR: a launcher that starts again on 75 must not do so.
+    """
+
+    exit_code = 65

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 RunRanks = Callable[..., list[str]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
     """Runs a worker script on gloo ranks; returns what each printed, fails if a rank fails."""
 

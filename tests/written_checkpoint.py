@@ -7,7 +7,7 @@ import torch
 
 from mamba_dist.checkpoint.layout import checkpoint_folder, staging_folder
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
-from mamba_dist.checkpoint.rank_file import copied_to_host, write_rank
+from mamba_dist.checkpoint.rank_file import write_rank
 from mamba_dist.checkpoint.ranks import OneRank
 from mamba_dist.checkpoint.store import Snapshot, commit
 from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
@@ -110,6 +110,6 @@ def write_as_ranks(
     staging.mkdir(parents=True)
     for rank in range(size):
         fragments = fragments_of(step, rank=rank, size=size, state=state, flat=flat)
-        write_rank(staging, rank, copied_to_host(fragments))
+        write_rank(staging, rank, fragments)
     commit(staging, folder, snapshot(step, config=config, **progress), world_size=size)
     return folder

@@ -108,7 +108,7 @@ def open_sized(folder: Path) -> CheckpointReader:
         CheckpointError: it is missing or damaged.
     """
     reader = CheckpointReader(folder)
-    damage = next(file_damage(folder, reader.manifest.files, contents=False), None)
+    damage = next(file_damage(folder, reader.manifest.files), None)
     if damage is not None:
         raise CheckpointError(f"{damage}; use another checkpoint, or see --verify")
     return reader

@@ -6,6 +6,7 @@ checkpoints/step-00001000/             committed: the rename onto this name is t
 checkpoints/step-00002000.partial/     being written, or left behind by a kill
 checkpoints/step-00003000.removed/     being deleted, or left behind by a kill
 checkpoints/step-00004000.damaged/     found damaged at a resume, kept for a person
+checkpoints/step-00005000.abandoned/   written in a row of skipped steps that a rollback took back
 """
 
 import os
@@ -95,10 +96,10 @@ def remove_checkpoint(run_dir: Path, step: int) -> None:
     shutil.rmtree(doomed)
 
 
-def set_aside(run_dir: Path, step: int) -> str:
-    """New name of a damaged checkpoint, under which nothing reads it; it is kept for a person."""
+def set_aside(run_dir: Path, step: int, *, suffix: str = ".damaged") -> str:
+    """New name of a checkpoint, under which nothing reads it; it is kept for a person."""
     folder = checkpoint_folder(run_dir, step)
-    kept = folder.with_suffix(".damaged")
+    kept = folder.with_suffix(suffix)
     if kept.exists():
         shutil.rmtree(kept)
     os.rename(folder, kept)

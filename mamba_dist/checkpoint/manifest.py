@@ -2,7 +2,8 @@
 
 Version 1, `{"manifest": {…}, "sha256": "…"}`; the hash is that of the manifest's own compact JSON.
 `fragments` says for each rank's contiguous range of each parameter where it stands and what its
-bytes hash to; `files` gives size and hash of every file, so that nothing damaged is ever loaded.
+bytes hash to; `files` gives the size of every file and the hash of what else is in it, so that
+nothing damaged is ever loaded.
 """
 
 import hashlib
@@ -39,6 +40,10 @@ class Progress(_Record):
     segments: tuple[Segment, ...] = ()
     """The order of samples from the first to the last. None: the checkpoint is older than mixtures,
     and the run has read one data set in one batch size all along."""
+    recent_losses: tuple[float, ...] = ()
+    """Nats per token of the last applied steps, by which training.spike_sigmas judges the next."""
+    recent_grad_norms: tuple[float, ...] = ()
+    """Their gradient norms before clipping."""
 
 
 class TokenizerRecord(_Record):
@@ -54,10 +59,11 @@ class FileRecord(_Record):
 
     name: str
     size_bytes: int
-    sha256: str
     header_sha256: str | None = None
     """Of what stands before the tensors, which have hashes of their own: so all can be verified
     while it is read for use. None: the checkpoint is older than this field."""
+    sha256: str | None = None
+    """Of the whole file, in checkpoints without `header_sha256`: each byte is hashed once."""
 
 
 class FragmentRecord(_Record):

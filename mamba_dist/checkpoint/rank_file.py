@@ -1,83 +1,99 @@
-"""What one rank puts into a checkpoint, in two stages: a copy on the host, then files.
+"""What one rank puts into a checkpoint: one file of tensors, and until the commit a record of it.
 
-The copy is the last that is seen of training state, so that whoever writes it need not hold up the
-next step. The file is a safetensors file with the keys `<parameter>|<kind>`; beside it, until the
-commit, stands a record of its size and hashes.
+The file is a safetensors file with the keys `<parameter>|<kind>`. It is written front to back, each
+byte hashed on the way, from wherever the state is: nothing but a block is copied.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
+from typing import Final
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from mamba_dist.checkpoint.layout import rank_file
 from mamba_dist.checkpoint.manifest import FileRecord, FragmentRecord, RankRecord
 from mamba_dist.engine.base import STATE_KINDS, Fragment, StateKind
+from mamba_dist.errors import CheckpointError
 
-_BLOCK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class HostFragment:
-    """A range of a parameter and of its moments: `start` in its elements, tensors (numel,) fp32."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    tensors: dict[StateKind, Tensor]
+_ITEM_BYTES: Final = 4
+_BLOCK_BYTES: Final = 8 << 20
+# A block that is smaller is hashed sooner than another thread is woken.
+_WORTH_A_THREAD_BYTES: Final = 1 << 20
+# The disk begins with what was written when so much has come together, not at the fsync.
+_STARTED_BYTES: Final = 32 << 20
+_HEADER_ALIGNMENT: Final = 8
 
 
-def copied_to_host(fragments: Iterable[Fragment]) -> list[HostFragment]:
-    """The fragments as they are now, in host memory of their own."""
-    return [
-        HostFragment(
-            fragment.name,
-            fragment.shape,
-            fragment.start,
-            # safetensors refuses tensors that share storage; ranges of one flat buffer do.
-            {
-                kind: fragment.tensor(kind).detach().to("cpu", copy=True).contiguous()
-                for kind in STATE_KINDS
-            },
-        )
-        for fragment in fragments
-    ]
+def _never() -> bool:
+    return False
 
 
-def write_rank(staging: Path, rank: int, fragments: Iterable[HostFragment]) -> None:
+def write_rank(
+    staging: Path,
+    rank: int,
+    fragments: Iterable[Fragment],
+    *,
+    beside: bool = False,
+    abandoned: Callable[[], bool] = _never,
+) -> None:
     """Writes the rank's file and its record into the staging folder, and forces both to the disk.
 
+    Args:
+        beside: training goes on meanwhile; one thread does all, so that one free core is enough.
+        abandoned: asked before each block whether to give up.
+
     Raises:
-        OSError, safetensors.SafetensorError: they could not be written.
+        OSError: they could not be written.
+        CheckpointError: it was abandoned.
     """
+    listed = list(fragments)
     name = rank_file(rank)
-    tensors: dict[str, Tensor] = {}
-    records: list[FragmentRecord] = []
-    shapes: dict[str, list[int]] = {}
-    for fragment in fragments:
-        hashes = {}
-        for kind, tensor in fragment.tensors.items():
-            tensors[tensor_key(fragment.name, kind)] = tensor
-            hashes[f"{kind}_sha256"] = hashlib.sha256(tensor.numpy().data).hexdigest()
-        shapes[fragment.name] = list(fragment.shape)
-        records.append(
-            FragmentRecord(
-                name=fragment.name,
-                file=name,
-                start=fragment.start,
-                numel=fragment.tensors["master"].numel(),
-                **hashes,
-            )
+    file, hashes = write_tensors(staging / name, listed, beside=beside, abandoned=abandoned)
+    records = [
+        FragmentRecord(
+            name=fragment.name,
+            file=name,
+            start=fragment.start,
+            numel=fragment.master.numel(),
+            **{f"{kind}_sha256": hashes[tensor_key(fragment.name, kind)] for kind in STATE_KINDS},
         )
-    path = staging / name
-    save_file(tensors, path)
-    _sync_file(path)
-    record = RankRecord(file=_file_record(path), shapes=shapes, fragments=records)
+        for fragment in listed
+    ]
+    shapes = {fragment.name: list(fragment.shape) for fragment in listed}
+    record = RankRecord(file=file, shapes=shapes, fragments=records)
     write_synced(_record_path(staging, rank), record.model_dump_json())
+
+
+def write_tensors(
+    path: Path, fragments: Sequence[Fragment], *, beside: bool, abandoned: Callable[[], bool]
+) -> tuple[FileRecord, dict[str, str]]:
+    """The record of the file that is now on the disk, and the SHA-256 of each tensor by its key.
+
+    Raises:
+        OSError: it could not be written.
+        CheckpointError: it was abandoned.
+    """
+    tensors = {
+        tensor_key(fragment.name, kind): fragment.tensor(kind)
+        for fragment in fragments
+        for kind in STATE_KINDS
+    }
+    header = _header(tensors)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+        written = _Written(file, None if beside else hashing)
+        header_hash = written.append([memoryview(header)])
+        hashes = {}
+        for key, tensor in tensors.items():
+            hashes[key] = written.append(_blocks(tensor, abandoned))
+        os.fsync(file.fileno())
+    record = FileRecord(name=path.name, size_bytes=written.size, header_sha256=header_hash)
+    return record, hashes
 
 
 def take_rank_records(staging: Path, *, ranks: int) -> list[RankRecord]:
@@ -86,6 +102,15 @@ def take_rank_records(staging: Path, *, ranks: int) -> list[RankRecord]:
         RankRecord.model_validate_json(_record_path(staging, rank).read_bytes())
         for rank in range(ranks)
     ]
+
+
+def records_are_complete(staging: Path, *, ranks: int) -> bool:
+    """Whether all ranks have written, as far as can be seen from here."""
+    try:
+        take_rank_records(staging, ranks=ranks)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def remove_rank_records(staging: Path, *, ranks: int) -> None:
@@ -102,29 +127,71 @@ def tensor_key(name: str, kind: StateKind) -> str:
 def write_synced(path: Path, text: str) -> None:
     """Writes a file and forces it to the disk."""
     path.write_text(text, encoding="utf-8")
-    _sync_file(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class _Written:
+    """A file that grows, and is hashed while it does, by another thread if there is one."""
+
+    def __init__(self, file: FileIO, hashing: ThreadPoolExecutor | None) -> None:
+        self.size = 0
+        self._file = file
+        self._hashing = hashing
+        self._started = 0
+
+    def append(self, blocks: Iterable[memoryview]) -> str:
+        """The SHA-256 of these blocks, which are now the end of the file."""
+        digest = hashlib.sha256()
+        for block in blocks:
+            if self._hashing is None or len(block) < _WORTH_A_THREAD_BYTES:
+                digest.update(block)
+                self._write(block)
+            else:
+                hashed = self._hashing.submit(digest.update, block)
+                self._write(block)
+                hashed.result()
+        return digest.hexdigest()
+
+    def _write(self, block: memoryview) -> None:
+        while block:
+            count = self._file.write(block)
+            self.size += count
+            block = block[count:]
+        if self.size - self._started >= _STARTED_BYTES:
+            # On pages that nobody has written back yet, this is what starts it.
+            os.posix_fadvise(
+                self._file.fileno(),
+                self._started,
+                self.size - self._started,
+                os.POSIX_FADV_DONTNEED,
+            )
+            self._started = self.size
+
+
+def _header(tensors: dict[str, Tensor]) -> bytes:
+    places, position = {}, 0
+    for key, tensor in tensors.items():
+        end = position + _ITEM_BYTES * tensor.numel()
+        places[key] = {
+            "dtype": "F32",
+            "shape": [tensor.numel()],
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(places, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _blocks(tensor: Tensor, abandoned: Callable[[], bool]) -> Iterator[memoryview]:
+    """The bytes of an fp32 tensor, (numel,), in its order."""
+    for block in torch.split(tensor.detach(), _BLOCK_BYTES // _ITEM_BYTES):
+        if abandoned():
+            raise CheckpointError("given up, since another rank could not write")
+        if block.numel():
+            yield block.cpu().contiguous().numpy().data.cast("B")
 
 
 def _record_path(staging: Path, rank: int) -> Path:
     return staging / f"{rank_file(rank)}.json"
-
-
-def _file_record(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        length = file.read(8)
-        digest.update(length + file.read(int.from_bytes(length, "little")))
-        header = digest.hexdigest()
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-        return FileRecord(
-            name=path.name,
-            size_bytes=file.tell(),
-            sha256=digest.hexdigest(),
-            header_sha256=header,
-        )
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

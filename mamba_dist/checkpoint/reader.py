@@ -115,7 +115,8 @@ class CheckpointReader:
         """
         for record in self.manifest.files[share::shares]:
             whole = contents or record.header_sha256 is None
-            damage = next(file_damage(self.folder, [record], contents=whole), None)
+            fragments = self.manifest.fragments if whole else None
+            damage = next(file_damage(self.folder, [record], fragments=fragments), None)
             if damage is not None:
                 return f"{damage}; use another checkpoint"
             try:
@@ -199,20 +200,22 @@ def find_checkpoint(
     *,
     ranks: Ranks,
     notice: Callable[[str], None],
+    at_most: int | None = None,
     before: int | None = None,
     contents: bool = True,
 ) -> CheckpointReader | None:
     """The newest committed checkpoint whose files are as written; None if the run has none at all.
 
     All ranks call it and get the same answer; each verifies its share of the files. `notice` is
-    told of every checkpoint passed over. `before` passes over that step and later ones. Without
-    `contents`, tensors are left to be verified when they are read, see `damaged_file`.
+    told of every checkpoint passed over. Those after `at_most` are not looked at; `before` passes
+    over that step and later ones, as damaged. Without `contents`, tensors are left to be verified
+    when they are read, see `damaged_file`.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
         OtherVersionError: another version wrote the newest that is not damaged.
     """
-    steps = committed_steps(run_dir)
+    steps = [s for s in committed_steps(run_dir) if at_most is None or s <= at_most]
     for step in reversed(steps):
         if before is not None and step >= before:
             continue
@@ -243,12 +246,12 @@ def require_same_model(reader: CheckpointReader, model: MambaConfig) -> None:
             )
 
 
-def set_aside_newer(run_dir: Path, step: int) -> list[str]:
-    """Renames the checkpoints after `step`, which were found damaged; call on one rank only.
+def set_aside_newer(run_dir: Path, step: int, *, suffix: str = ".damaged") -> list[str]:
+    """Renames the checkpoints after `step`, found damaged or abandoned; call on one rank only.
 
     Their steps are trained again, and neither their names nor retention may mistake them for whole.
     """
-    return [set_aside(run_dir, damaged) for damaged in committed_steps(run_dir) if damaged > step]
+    return [set_aside(run_dir, s, suffix=suffix) for s in committed_steps(run_dir) if s > step]
 
 
 def _try_open(

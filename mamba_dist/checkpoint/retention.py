@@ -96,6 +96,11 @@ class Retention:
                 "the next save tries again"
             ) from reason
 
+    def forget(self, *, after: int) -> None:
+        """Takes note that checkpoints after a step were set aside: others may take their names."""
+        for step in [step for step in self._seen if step > after]:
+            del self._seen[step]
+
     def _if_whole(self, step: int, notice: Callable[[str], None]) -> Kept | None:
         folder = checkpoint_folder(self._run_dir, step)
         damage: object
@@ -105,7 +110,7 @@ class Retention:
                 kept = Kept(step, manifest.saved_at, manifest.val_loss)
                 self._seen[step] = kept, manifest.files
             kept, files = self._seen[step]
-            damage = next(file_damage(folder, files, contents=False), None)
+            damage = next(file_damage(folder, files), None)
         except CheckpointError as error:
             damage = error
         if damage is None:

@@ -1,7 +1,7 @@
 """Saves a checkpoint: staged by all ranks, hashed, forced to the disk, committed by one rename.
 
-A rank's state is copied (`rank_file.copied_to_host`), then written (`write_rank`), and rank 0
-commits what all have written. Only the first touches what training changes.
+Every rank writes its state (`write_rank`), and rank 0 commits what all have written. Here training
+waits for it; `background` does the same beside it, from a copy.
 """
 
 import os
@@ -25,7 +25,6 @@ from mamba_dist.checkpoint.manifest import (
     manifest_text,
 )
 from mamba_dist.checkpoint.rank_file import (
-    copied_to_host,
     remove_rank_records,
     take_rank_records,
     write_rank,
@@ -58,21 +57,32 @@ class Snapshot:
 def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> Path:
     """The committed folder; called by all ranks, returns on all of them after the commit.
 
+    The state is written from where it is, block by block: no memory is needed for a copy.
+
     Raises:
         CheckpointError: on every rank, if any rank could not write; the checkpoints before are
             untouched then.
     """
     step = snapshot.progress.step
     folder, staging = checkpoint_folder(run_dir, step), staging_folder(run_dir, step)
+    prepare_staging(run_dir, step, ranks=ranks)
     with _agreed(ranks, staging):
-        if ranks.rank == 0:
-            make_staging_folder(run_dir, step)
-    with _agreed(ranks, staging):
-        write_rank(staging, ranks.rank, copied_to_host(snapshot.fragments))
+        write_rank(staging, ranks.rank, snapshot.fragments)
     with _agreed(ranks, staging):
         if ranks.rank == 0:
             commit(staging, folder, snapshot, world_size=ranks.size)
     return folder
+
+
+def prepare_staging(run_dir: Path, step: int, *, ranks: Ranks) -> None:
+    """Makes the empty folder that all ranks write into; called by all of them.
+
+    Raises:
+        CheckpointError: on every rank, if it could not be made.
+    """
+    with _agreed(ranks, staging_folder(run_dir, step)):
+        if ranks.rank == 0:
+            make_staging_folder(run_dir, step)
 
 
 def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) -> None:
@@ -102,12 +112,22 @@ def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) 
     )
     write_synced(staging / MANIFEST, manifest_text(manifest))
     remove_rank_records(staging, ranks=world_size)
-    damage = next(file_damage(staging, manifest.files, contents=False), None)
+    damage = next(file_damage(staging, manifest.files), None)
     if damage is not None:
         raise DamagedCheckpointError(f"{damage}: something else changes this folder")
     sync_folder(staging)
     os.rename(staging, folder)
     sync_folder(folder.parent)
+
+
+def not_written(staging: Path, failure: BaseException | None) -> CheckpointError:
+    """What a rank says of a save that failed by its own `failure` or, if None, by another's."""
+    reason = failure or "another rank could not write"
+    refusal = CheckpointError(
+        f"{staging}: checkpoint not written ({reason}); the ones before are untouched"
+    )
+    refusal.of_one_rank = failure is not None
+    return refusal
 
 
 @contextmanager
@@ -122,9 +142,4 @@ def _agreed(ranks: Ranks, staging: Path) -> Iterator[None]:
     if ranks.any_rank(failure is not None):
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        reason = failure or "another rank could not write"
-        refusal = CheckpointError(
-            f"{staging}: checkpoint not written ({reason}); the ones before are untouched"
-        )
-        refusal.of_one_rank = failure is not None
-        raise refusal from failure
+        raise not_written(staging, failure) from failure

@@ -15,11 +15,14 @@ from mamba_dist.checkpoint.manifest import (
     fragments_by_parameter,
     parameter_numel,
 )
+from mamba_dist.checkpoint.rank_file import tensor_key
 from mamba_dist.checkpoint.reshard import require_exact_cover
+from mamba_dist.checkpoint.state_file import StateFile
 from mamba_dist.engine.base import STATE_KINDS
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, DamagedCheckpointError
 
 _BLOCK_BYTES = 1 << 22
+_BLOCK_ITEMS = _BLOCK_BYTES // 4
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,13 @@ def file_damage(
     folder: Path,
     records: Iterable[FileRecord],
     *,
-    contents: bool = True,
+    fragments: Collection[FragmentRecord] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[Damage]:
-    """The files that are missing, or of another size or hash than recorded, one fault each.
+    """The files that are missing, or not as recorded, one fault each.
 
-    Without `contents` only sizes are looked at. `advance` is told of the bytes done, which in the
-    end are those of all records.
+    Without the manifest's `fragments` only sizes are looked at, with them every byte. `advance` is
+    told of the bytes done, which in the end are those of all records.
     """
     for record in records:
         path = folder / record.name
@@ -52,15 +55,14 @@ def file_damage(
             size = path.stat().st_size
             if size != record.size_bytes:
                 yield Damage(path, f"has {size} bytes, {record.size_bytes} were written")
-            elif contents:
-                digest = hashlib.sha256()
-                for block in _blocks(path):
-                    digest.update(block)
-                    hashed += len(block)
+            elif fragments is not None:
+                own = [one for one in fragments if one.file == record.name]
+                for count in _verified(path, record, own):
+                    hashed += count
                     if advance is not None:
-                        advance(len(block))
-                if digest.hexdigest() != record.sha256:
-                    yield Damage(path, "does not hash to what was written: its contents changed")
+                        advance(count)
+        except DamagedCheckpointError as error:
+            yield Damage(path, str(error))
         except OSError as error:
             yield Damage(path, f"cannot be read ({error.strerror})")
         if advance is not None and hashed < record.size_bytes:
@@ -72,7 +74,9 @@ def checkpoint_damage(
 ) -> Iterator[Damage]:
     """All that is wrong: files first, then elements that are missing or stored twice."""
     damaged = set()
-    for damage in file_damage(folder, manifest.files, advance=advance):
+    for damage in file_damage(
+        folder, manifest.files, fragments=manifest.fragments, advance=advance
+    ):
         damaged.add(damage.path.name)
         yield damage
     for name, fragments in fragments_by_parameter(manifest).items():
@@ -103,7 +107,7 @@ def _header_damage(path: Path, fragments: Iterable[FragmentRecord]) -> Iterator[
             unclaimed = set(file.keys())
             for fragment in fragments:
                 for kind in STATE_KINDS:
-                    key = f"{fragment.name}|{kind}"
+                    key = tensor_key(fragment.name, kind)
                     if key not in unclaimed:
                         yield Damage(path, f"lacks {key}, or places it twice")
                         continue
@@ -123,7 +127,35 @@ def _header_damage(path: Path, fragments: Iterable[FragmentRecord]) -> Iterator[
         yield Damage(path, f"holds {key}, which the manifest does not place")
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
+def _verified(path: Path, record: FileRecord, fragments: Iterable[FragmentRecord]) -> Iterator[int]:
+    """Sizes of the parts that were read, each of them hashed.
+
+    Raises:
+        DamagedCheckpointError: bytes are not as written; the message goes on from the path.
+        OSError: they cannot be read.
+    """
+    changed = DamagedCheckpointError("does not hash to what was written: its contents changed")
+    if record.sha256 is not None:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+                yield len(block)
+        if digest.hexdigest() != record.sha256:
+            raise changed
+        return
+    if record.header_sha256 is None:
+        raise DamagedCheckpointError("is recorded without a hash")
+    try:
+        tensors = StateFile(path, record)
+        for fragment in fragments:
+            for kind in STATE_KINDS:
+                with tensors.opened(tensor_key(fragment.name, kind)) as stretch:
+                    while stretch.numel:
+                        yield stretch.take(_BLOCK_ITEMS).nbytes
+                if stretch.sha256 != getattr(fragment, f"{kind}_sha256"):
+                    raise changed
+    except DamagedCheckpointError as error:
+        # Those of a file begin with its path and end with what to do.
+        fault = str(error).removeprefix(f"{path}").lstrip(": ").partition(";")[0]
+        raise DamagedCheckpointError(fault) from error

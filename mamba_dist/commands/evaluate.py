@@ -229,7 +229,9 @@ def _pairs(sources: Sequence[Samples], samples: Iterator[SampleId]) -> Pairs:
 
 def _training_history(run_dir: Path) -> tuple[float | None, float]:
     """Mean loss of the last training records, and seconds spent; a repeated step counts once."""
-    records = {(r["step"], "loss" in r): r for r in read_metrics(run_dir)}
+    records = {
+        (r["step"], "loss" in r): r for r in read_metrics(run_dir) if "rolled_back_from" not in r
+    }
     training = [r for (_, is_training), r in sorted(records.items()) if is_training]
     seconds, before = 0.0, 0.0
     for record in training:

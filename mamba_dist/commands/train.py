@@ -1,7 +1,9 @@
 """launch/train.py: checks a configuration, plans a run, trains it.
 
-Exit codes: 0 trained to the last step; 75 stopped by a signal after a checkpoint, start again to
-continue; 2 a mistake that the message explains; anything else is a crash.
+Exit codes: 0 trained to the last step; 75 stopped by a signal after a checkpoint, or found hanging
+by the watchdog: start again to
+continue; 65 training is broken (steps skipped in a row that no rollback got past, or a final loss
+that is not finite); 2 any other mistake that the message explains; anything else is a crash.
 """
 
 import argparse
@@ -14,7 +16,6 @@ from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.load import LoadedConfig, load_config
 from mamba_dist.errors import MambaDistError
 
-EXIT_USER_ERROR = 2
 _LET_FIRST_RANK_SPEAK_S = 10.0
 
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
             # within this time, the error is this rank's own.
             time.sleep(_LET_FIRST_RANK_SPEAK_S)
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -161,7 +161,16 @@ class TrainingConfig(Section):
     skip_grad_norm_above: float | None = Field(default=None, gt=0)
     """A step with a larger gradient norm is skipped on all ranks; null skips only NaN and inf."""
     max_skipped_steps: int = Field(default=10, ge=1)
-    """So many skipped steps in a row end the run with an error."""
+    """So many skipped steps in a row are too many: the run goes back to its last checkpoint before
+    them and passes over their samples."""
+    max_rollbacks: int = Field(default=2, ge=0)
+    """It goes back at most so often in one start, then ends with exit code 65."""
+    spike_sigmas: float | None = Field(default=None, ge=3)
+    """A step is also skipped on all ranks if its loss or gradient norm exceeds the mean of the last
+    applied steps by so many standard deviations; null does not look. The host then waits for each
+    loss before the update."""
+    spike_window_steps: int = Field(default=128, ge=4, le=10_000)
+    """So many steps make the mean; spikes are looked for once half of them are there."""
     num_epochs: int | None = Field(default=None, ge=1)
     """Length in passes over the training split, of a mixture over all its sources together; what
     was read of sources that left it does not count. Exactly one of the three lengths."""
@@ -313,6 +322,10 @@ class EngineConfig(Section):
     effect elsewhere: other stages and fsdp2 communicate in between."""
     timeout_minutes: float = Field(default=10, gt=0, le=24 * 60)
     """A collective that takes longer ends the run."""
+    hang_timeout_minutes: float | None = Field(default=8, gt=0, le=24 * 60)
+    """A rank without a finished micro-batch for so long (at most 0.8 timeout_minutes) hangs: the
+    stacks of all ranks are written and the run exits with 75, to be started again. Saves, and all
+    before the end of the first step, may take longer; null does not watch."""
     ops_backend: Literal["auto", "reference", "torch", "cpu", "gpu", "cuda"] = "auto"
     """Implementation of scan and convolution; auto picks the best one this machine has."""
 
@@ -327,12 +340,25 @@ class EngineConfig(Section):
             return {**values, "zero_stage": 1}
         return values
 
+    @property
+    def hang_timeout_s(self) -> float | None:
+        """Seconds without a sign of life after which a rank hangs; soon enough that no collective
+        ends the run first, without its stacks."""
+        if self.hang_timeout_minutes is None:
+            return None
+        return 60 * min(self.hang_timeout_minutes, 0.8 * self.timeout_minutes)
+
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     save_steps: int = Field(default=1000, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
+    save_mode: Literal["auto", "async", "streaming"] = "auto"
+    """async copies the training state into host memory (12 bytes per parameter over all ranks,
+    taken after the first step) and writes it while training goes on; streaming holds training up
+    until it is written, and needs no memory. auto is async where three quarters of the free memory
+    hold the copy. The last save of each start holds up in any mode."""
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
     keep_every_steps: int | None = Field(default=None, ge=1)

@@ -4,7 +4,8 @@ communicates.
 G global batch, B micro batch, L sequence length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -26,7 +27,8 @@ class TrainLoader:
 
     The samples of a step depend on the run's segments (data sets, weights, G) and the seed alone:
     not on the world size, the number of workers, the accumulation, or where a run was resumed. Ends
-    before `end_step`, or never. Steps before the last segment are read by nobody.
+    before `end_step`, or never. Steps of an earlier mixture or batch size than the last segment's
+    are read by nobody.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class TrainLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
         segment = data.order.segments[-1]
-        if plan.global_batch_size != segment.global_batch_size or start_step < segment.first_step:
+        # An earlier one is the same stretch if only samples were passed over since.
+        readable = all(s.reads_like(segment) for s in data.order.segments_from(start_step))
+        if plan.global_batch_size != segment.global_batch_size or not readable:
             raise ValueError(f"{plan} from step {start_step} on does not fit {segment}")
         datasets = [source.dataset for source in data.sources]
         if [d.fingerprint for d in datasets] != [s.fingerprint for s in segment.sources]:
@@ -75,15 +79,16 @@ class TrainLoader:
         microsteps = range(first, first + self._accumulation_steps)
         return tuple(sample for m in microsteps for sample in self._job.plan.samples(m))
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        rows = self._rows()
-        while True:
-            step = [_to_torch(one) for one in islice(rows, self._accumulation_steps)]
-            if not step:
-                return
-            yield step
+    def __iter__(self) -> Generator[list[Batch]]:
+        """Closing it ends the loader processes."""
+        with closing(self._rows()) as rows:
+            while True:
+                step = [_to_torch(one) for one in islice(rows, self._accumulation_steps)]
+                if not step:
+                    return
+                yield step
 
-    def _rows(self) -> Iterator[PackedRows]:
+    def _rows(self) -> Generator[PackedRows]:
         if self._workers == 0:
             return read_here(self._sources, self._job)
         first = self._job.first

@@ -6,7 +6,7 @@ positions of a step, so the samples of a step are the same for any world.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from multiprocessing.connection import Connection
@@ -60,13 +60,13 @@ class PrefetchJob:
     end: int | None
 
 
-def read_here(sources: Sequence[Samples], job: PrefetchJob) -> Iterator[PackedRows]:
+def read_here(sources: Sequence[Samples], job: PrefetchJob) -> Generator[PackedRows]:
     """The microbatches of a job, read when asked for."""
     for microstep in _microsteps(job):
         yield pack(sources, job.plan.samples(microstep), pad_token_id=job.pad_token_id)
 
 
-def read_ahead(jobs: list[PrefetchJob]) -> Iterator[PackedRows]:
+def read_ahead(jobs: list[PrefetchJob]) -> Generator[PackedRows]:
     """The microbatches of jobs that take turns (strides and beginnings interleave), from a process
     each.
 

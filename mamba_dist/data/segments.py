@@ -1,10 +1,11 @@
 """The order of a whole run: global sample position g → (source, epoch, number), a pure function.
 
-A run is a list of segments; a new one begins where its mixture or its batch size was changed. All
-of it stands in every checkpoint, as records of a few lines. Within a segment the mixture gives
-position g a source (mixture.py), and the source's own order (order.py) the sample. A source is
-known by its fingerprint and goes on from segment to segment where it stood, even after one in which
-it was left out, so that no sample comes twice in an epoch of its source.
+A run is a list of segments; a new one begins where its mixture or its batch size was changed, or
+where samples are passed over. All of it stands in every checkpoint, as records of a few lines.
+Within a segment the mixture gives position g a source (mixture.py), and the source's own order
+(order.py) the sample. A source is known by its fingerprint and goes on from segment to segment
+where it stood, even after one in which it was left out, so that no sample comes twice in an epoch
+of its source.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 from mamba_dist.data.mixture import Mixture
@@ -57,7 +59,7 @@ class Segment:
     """A stretch of optimizer steps with one mixture and one batch size.
 
     `mixture_position` is where the mixture began: earlier than `first_position` if only the batch
-    size changed there, since the samples then go on in the same order.
+    size changed there, or samples were passed over, since they then go on in the same order.
     """
 
     first_step: int
@@ -65,6 +67,14 @@ class Segment:
     global_batch_size: int
     mixture_position: int
     sources: tuple[SourceRecord, ...]
+
+    def reads_like(self, other: "Segment") -> bool:
+        """Whether both read one mixture in one batch size, however far into it."""
+        return (self.global_batch_size, self.mixture_position, self.sources) == (
+            other.global_batch_size,
+            other.mixture_position,
+            other.sources,
+        )
 
 
 class Sample(NamedTuple):
@@ -113,15 +123,29 @@ class RunOrder:
 
     def positions(self, step: int) -> range:
         """The global positions that an optimizer step reads, over all ranks."""
-        index = bisect_right(self.segments, step, key=lambda s: s.first_step) - 1
-        if index < 0:
-            raise ValueError(f"step {step} is before the beginning of the run")
-        segment = self.segments[index]
+        segment = self.segments[self._segment_of(step)]
         first = segment.first_position + (step - segment.first_step) * segment.global_batch_size
         return range(first, first + segment.global_batch_size)
 
+    def segments_from(self, step: int) -> tuple[Segment, ...]:
+        """The segment that a step belongs to, and all later ones.
+
+        Raises:
+            ValueError: the step is before the beginning of the run.
+        """
+        return self.segments[self._segment_of(step) :]
+
+    @property
+    def passed_over(self) -> int:
+        """Positions before the last segment that no step reads."""
+        return self.segments[-1].first_position - sum(
+            (after.first_step - before.first_step) * before.global_batch_size
+            for before, after in pairwise(self.segments)
+        )
+
     def taken(self, position: int) -> dict[str, int]:
-        """By fingerprint, the samples of each source before a position, over all segments."""
+        """By fingerprint, the samples of each source before a position, over all segments; those
+        that were passed over count as taken."""
         found: dict[str, int] = {}
         ends = [s.first_position for s in self.segments[1:]] + [position]
         for segment, mixture, end in zip(self.segments, self._mixtures, ends, strict=True):
@@ -161,6 +185,28 @@ class RunOrder:
         )
         return RunOrder([*before, segment], seed=self.seed, shuffle=self.shuffle)
 
+    def without(self, steps: range) -> "RunOrder":
+        """The order that passes over the samples of `steps`: the first of these reads what came
+        after the last, and so on. What is passed over later on stays so.
+
+        Raises:
+            ValueError: the batch size or the mixture changes in these steps or later.
+        """
+        now, *later = self.segments_from(steps.start)
+        if not all(segment.reads_like(now) for segment in later):
+            raise ValueError(f"{steps} begins before {self.segments[-1]}")
+        gap = replace(now, first_step=steps.start, first_position=self.positions(steps[-1]).stop)
+        before = [s for s in self.segments if s.first_step < steps.start]
+        after = [
+            replace(s, first_step=s.first_step - len(steps))
+            for s in later
+            if s.first_step > steps[-1]
+        ]
+        if after and after[0].first_step == steps.start:
+            # The samples of the very next steps are passed over already.
+            return RunOrder([*before, *after], seed=self.seed, shuffle=self.shuffle)
+        return RunOrder([*before, gap, *after], seed=self.seed, shuffle=self.shuffle)
+
     def moved(self, paths: Mapping[str, str]) -> "RunOrder":
         """The same order, with the places where its sources lie now, by fingerprint.
 
@@ -176,6 +222,12 @@ class RunOrder:
             for segment in self.segments
         ]
         return RunOrder(segments, seed=self.seed, shuffle=self.shuffle)
+
+    def _segment_of(self, step: int) -> int:
+        index = bisect_right(self.segments, step, key=lambda s: s.first_step) - 1
+        if index < 0:
+            raise ValueError(f"step {step} is before the beginning of the run")
+        return index
 
 
 def first_segment(sources: Sequence[SourceRecord], *, global_batch_size: int) -> Segment:

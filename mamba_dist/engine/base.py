@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 StateKind = Literal["master", "exp_avg", "exp_avg_sq"]
+DROP = -1.0
+"""As `skip_above`: every step is dropped, whatever its gradient norm."""
 STATE_KINDS: tuple[StateKind, ...] = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -23,7 +25,7 @@ class Fragment:
     """One rank's contiguous range of one parameter: fp32 master and AdamW moments, each (numel,).
 
     `start` counts elements in the flattened, unpadded parameter. The tensors are views of live
-    training state: read them before the next step.
+    training state: read them before the next `step` changes it.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Engine(Protocol):
     ) -> Tensor:
         """Loss sum of one micro-batch, () fp32, detached; gradients are accumulated.
 
+        A loss that is not finite makes all gradients NaN, so that `step` drops them on all ranks.
+
         The module returns the loss summed over its valid labels; the gradient is that of the sum
         over all ranks and micro-batches divided by `step_tokens`, the valid labels of the whole
         optimizer step. `last` marks the micro-batch after which gradients are reduced.
@@ -114,6 +118,16 @@ class Engine(Protocol):
 
         The module may hold other tensors in their place meanwhile: look them up by their names.
         """
+
+
+def scaled_loss(loss_sum: Tensor, *, scale: float | Tensor) -> Tensor:
+    """`loss_sum * scale`, () fp32; its gradient is NaN if the loss is not finite.
+
+    An infinite loss may have finite gradients (a label of probability 0). No value is read: the
+    device works on.
+    """
+    # 0 for what is finite, NaN otherwise.
+    return loss_sum * (loss_sum.detach() * 0 + scale)
 
 
 def flat_share(numel: int, *, rank: int, world_size: int) -> tuple[int, int]:

@@ -39,6 +39,7 @@ from mamba_dist.engine.base import (
     StepStats,
     flat_share,
     require_fp32,
+    scaled_loss,
 )
 from mamba_dist.engine.world import World
 
@@ -132,7 +133,7 @@ class Fsdp2Engine:
             self._module.train()
         self._reduce_after_backward(last)
         loss_sum = self._run(inputs)
-        (loss_sum / step_tokens).backward()  # type: ignore[no-untyped-call]
+        scaled_loss(loss_sum, scale=1 / step_tokens).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mamba_dist.engine.base import scaled_loss
 from mamba_dist.errors import EngineError
 
 _WITHOUT = "set engine.cuda_graphs: false"
@@ -93,7 +94,7 @@ class RecordedMicrosteps:
 
     def _run(self) -> None:
         loss = self._loss_sum(self._inputs)
-        (loss * self._scale).backward()  # type: ignore[no-untyped-call]
+        scaled_loss(loss, scale=self._scale).backward()  # type: ignore[no-untyped-call]
         self._loss.copy_(loss.detach())
 
     def _record_setting(self) -> Callable[[], None]:

@@ -4,6 +4,7 @@ This is the only module of the package that reads the launcher's environment. A 
 start is a world of one; `deepspeed`, `torchrun` and `srun` set the variables below.
 """
 
+import hashlib
 import logging
 import os
 import socket
@@ -42,6 +43,7 @@ class World:
         self.rank = placement.rank
         self.size = placement.world_size
         self.local_rank = placement.local_rank
+        self.local_size = placement.local_size
         self.device = device
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
@@ -51,6 +53,17 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return [float(v) for v in total.tolist()]
+
+    def from_all_ranks(self, value: float) -> list[float]:
+        """The value of each rank, by rank; integers below 2**53 stay exact."""
+        return self.sum_over_ranks([value if r == self.rank else 0.0 for r in range(self.size)])
+
+    def on_this_host(self) -> list[int]:
+        """The ranks that share this rank's host and see its process ids, this one included."""
+        names = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        digest = hashlib.blake2b(names.encode(), digest_size=6).digest()
+        hosts = self.from_all_ranks(int.from_bytes(digest, "big"))
+        return [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
 
     def sum_tokens_or_raise(self, tokens: int, fault: MambaDistError | None) -> int:
         """Tokens over all ranks, if none of them has a fault.

@@ -27,6 +27,7 @@ from mamba_dist.engine.base import (
     StepStats,
     flat_share,
     require_fp32,
+    scaled_loss,
 )
 from mamba_dist.engine.graph import RecordedMicrosteps, Recorder
 from mamba_dist.engine.world import World
@@ -139,7 +140,7 @@ class ZeroEngine:
                 self._engine.allreduce_gradients()
             return recorded_loss_sum
         loss_sum: Tensor = self._engine(**self._to_device(inputs))
-        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        self._engine.backward(scaled_loss(loss_sum, scale=scale), scale_wrt_gas=False)
         return loss_sum.detach()
 
     @torch.no_grad()

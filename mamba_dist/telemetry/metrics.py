@@ -1,8 +1,8 @@
 """One record per logged step or validation, to every sink: metrics.jsonl, TensorBoard, the console.
 
-Records are already reduced over ranks when they come here; only rank 0 writes. A resumed run
-appends to metrics.jsonl, so a step that was trained twice stands there twice, the later line being
-the one that counts.
+Records are already reduced over ranks when they come here; only rank 0 writes. A run that resumes,
+or goes back to a checkpoint, appends to metrics.jsonl, so a step that was trained twice stands
+there twice, the later line being the one that counts. Going back has a line of its own in between.
 """
 
 import json
@@ -66,7 +66,18 @@ class ValidationRecord:
     seconds: float
 
 
-Record = TrainRecord | ValidationRecord
+@dataclass(frozen=True)
+class RollbackRecord:
+    """The run went back to the checkpoint of `step`; records of later steps before this one are of
+    steps that are trained again."""
+
+    step: int
+    rolled_back_from: int
+    first_skipped_sample: int
+    last_skipped_sample: int
+
+
+Record = TrainRecord | ValidationRecord | RollbackRecord
 
 
 class Sink(Protocol):
@@ -123,13 +134,18 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Scalars under train/ and validation/ in the folder tensorboard/."""
+    """Scalars under train/ and validation/ in the folder tensorboard/, which does not show those of
+    steps that a rollback took back."""
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = str(run_dir / "tensorboard")
         self._writer: SummaryWriter | None = SummaryWriter(self._folder)
 
     def write(self, record: Record) -> None:
+        if isinstance(record, RollbackRecord):
+            self.close()
+            self._writer = SummaryWriter(self._folder, purge_step=record.step + 1)
+            return
         group = "train" if isinstance(record, TrainRecord) else "validation"
         if self._writer is None:
             Path(self._folder).mkdir(exist_ok=True)
@@ -152,7 +168,8 @@ class TensorBoardSink:
 
 
 class ConsoleSink:
-    """One line per record, printed so that the progress bar keeps its place."""
+    """One line per record, printed so that the progress bar keeps its place; none for a rollback,
+    which the log tells."""
 
     def __init__(self, bar: Progress, total_steps: int) -> None:
         self._bar = bar
@@ -165,7 +182,7 @@ class ConsoleSink:
                 f"{where}  loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
                 f"grad norm {record.grad_norm:.2f}  {record.tokens_per_s:,.0f} tokens/s"
             )
-        else:
+        elif isinstance(record, ValidationRecord):
             self._bar.show(
                 f"{where}  validation loss {record.val_loss:.4f} "
                 f"(perplexity {math.exp(min(record.val_loss, 50)):,.1f}, "

@@ -3,46 +3,44 @@
 import json
 import logging
 import math
+import os
 import platform
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
-from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.config import ConfigLoader
 from mamba_dist.config.batch import BatchPlan, batch_plan
-from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
+from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.batch import Batch
 from mamba_dist.data.loader import TrainLoader, ValidationLoader
 from mamba_dist.data.manifest import check_splits, check_vocabulary
 from mamba_dist.data.segments import RunOrder
 from mamba_dist.data.tokenization import check_tokenizer
 from mamba_dist.data.training_sources import RunData, TrainingSource, new_run, open_sources
-from mamba_dist.engine import fsdp2, zero
-from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
+from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
-from mamba_dist.engine.zero_settings import stage_for, zero_settings
-from mamba_dist.errors import BackendError, ConfigError, DataError
+from mamba_dist.errors import ConfigError, DataError
 from mamba_dist.model.flops import flops_per_token
-from mamba_dist.model.init import audit, initialize
-from mamba_dist.model.lm import MambaLM
-from mamba_dist.model.param_groups import ParamClass, classify, format_table
-from mamba_dist.ops.backend import resolve_backend
-from mamba_dist.ops.causal_conv1d.gpu import has_kernel as has_convolution_kernel
-from mamba_dist.ops.cuda_graph import CudaRecorder
-from mamba_dist.ops.ssd.gpu import has_kernel as has_ssd_kernel
+from mamba_dist.model.param_groups import ParamClass, format_table
 from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink, TensorBoardSink
 from mamba_dist.telemetry.progress import progress as progress_bar
+from mamba_dist.train.engines import build_engine, engine_name
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.run_folder import run_folder
+from mamba_dist.train.saver import Saver
 from mamba_dist.train.schedule import total_steps
 from mamba_dist.train.state import load, starting_point
+from mamba_dist.train.steps import Steps
 from mamba_dist.train.stop import StopRequest
+from mamba_dist.train.watchdog import Peer, Watchdog, started
 
 _log = logging.getLogger(__name__)
 
@@ -61,12 +59,13 @@ class Run:
     versions: dict[str, str]
     start: Progress
     total_steps: int
-    steps: Iterator[list[Batch]]
+    steps: Steps
     validation: Iterable[Batch]
     metrics: Metrics
     meter: Meter
-    retention: Retention
+    saver: Saver
     guard: SkipGuard
+    watchdog: Watchdog
     stop: StopRequest
 
 
@@ -82,7 +81,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
     fresh = new_run(sources, config.data, global_batch_size=plan.global_batch_size)
     start = starting_point(config, world=world, fresh=fresh.order)
     planned_steps(config, start.order)
-    engine, classes = _build_engine(config, plan=plan, world=world)
+    engine, classes = build_engine(config, plan=plan, world=world)
     start = load(start, engine, config, world=world, fresh=fresh.order)
     data = RunData(start.order, sources)
     steps = planned_steps(config, data.order)
@@ -90,6 +89,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         _describe_run(config, classes)
     metrics, meter = _build_metrics(config, world=world, start=start.progress, steps=steps)
     tokenizer = sources[0].dataset.manifest.tokenizer
+    save_steps = config.checkpoint.save_steps
     return Run(
         config=config,
         world=world,
@@ -99,7 +99,9 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         versions=_versions(),
         start=start.progress,
         total_steps=steps,
-        steps=_build_steps(config, data, plan=plan, world=world, start=start.progress, end=steps),
+        steps=_build_steps(
+            config, data, plan=plan, world=world, step=start.progress.step, end=steps
+        ),
         validation=ValidationLoader(
             sources,
             config.data,
@@ -111,8 +113,17 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         ),
         metrics=metrics,
         meter=meter,
-        retention=Retention(run_folder(config), config.checkpoint),
-        guard=SkipGuard(config.training.max_skipped_steps),
+        saver=Saver(
+            run_folder(config),
+            config.checkpoint,
+            fragments=engine.fragments,
+            ranks=world,
+            ranks_on_host=world.local_size,
+            copies_ahead=start.progress.step % save_steps + steps - start.progress.step
+            > save_steps,
+        ),
+        guard=SkipGuard(config.training, world=world),
+        watchdog=_build_watchdog(config, world),
         stop=stop,
     )
 
@@ -152,14 +163,16 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
     """
     segment = order.segments[-1]
     taken = order.taken(segment.first_position)
+    read = segment.first_position - order.passed_over
     steps = total_steps(
         config.training,
         epoch_sequences=sum(source.samples for source in segment.sources),
         global_batch_size=segment.global_batch_size,
         sequence_length=config.data.sequence_length,
         done_steps=segment.first_step,
-        done_sequences=segment.first_position,
-        left_behind=segment.first_position - sum(taken[s.fingerprint] for s in segment.sources),
+        # What was passed over shortens no run: the samples after it take its place.
+        done_sequences=read,
+        left_behind=max(0, read - sum(taken[s.fingerprint] for s in segment.sources)),
     )
     if order.end is not None and steps > segment.first_step:
         needed = order.positions(steps - 1).stop
@@ -173,170 +186,40 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
     return steps
 
 
-def engine_name(config: EngineConfig, *, ranks: int) -> str:
-    """What a checkpoint says of the engine that wrote it."""
-    return "fsdp2" if config.kind == "fsdp2" else f"zero-{stage_for(config, ranks=ranks)}"
-
-
-def _build_engine(
-    config: RunConfig, *, plan: BatchPlan, world: World
-) -> tuple[Engine, list[ParamClass]]:
-    engine: Engine
-    if config.engine.kind == "fsdp2":
-        engine, classes = build_fsdp2(config, world=world)
-    else:
-        engine, classes = _build_zero(config, plan=plan, world=world)
-    # Partitioning is where an initialisation can get lost, so it is looked at afterwards.
-    audit(engine.module, config.model, gather=engine.gather)
-    return engine, classes
-
-
-def _build_zero(
-    config: RunConfig, *, plan: BatchPlan, world: World
-) -> tuple[Engine, list[ParamClass]]:
-    training = config.training
-    stage = stage_for(config.engine, ranks=world.size)
-    if stage != config.engine.zero_stage:
-        _log.info(
-            "engine.zero_stage: %d shares nothing on one rank; running stage %d, which is the same "
-            "without its copies",
-            config.engine.zero_stage,
-            stage,
-        )
-    settings = zero_settings(
-        config.engine,
-        stage=stage,
-        precision=training.precision,
-        accumulation_steps=plan.accumulation_steps,
+def _build_watchdog(config: RunConfig, world: World) -> Watchdog:
+    pids = world.from_all_ranks(os.getpid())
+    starts = world.from_all_ranks(started(os.getpid()))
+    # The first rank's clock, since the folder must be one.
+    began = datetime.fromtimestamp(int(world.from_all_ranks(time.time())[0]), UTC)
+    return Watchdog(
+        run_folder(config) / "hangs" / began.strftime("%Y-%m-%dT%H-%M-%SZ"),
+        rank=world.rank,
+        timeout_s=config.engine.hang_timeout_s,
+        peers=[
+            Peer(rank, int(pids[rank]), int(starts[rank]))
+            for rank in world.on_this_host()
+            if rank != world.rank
+        ],
     )
-    recorder = None
-    if stage == 0 and config.engine.cuda_graphs and _backend(config, world) == "gpu":
-        recorder = microstep_recorder(config, world.device)
-    with zero.construction(settings):
-        model = _model(config, world)
-    initialize(model, config.model, seed=training.seed, gather=zero.gather)
-    classes = classify(model)
-    engine = zero.ZeroEngine(
-        model.to(world.device),
-        groups=decay_groups(classes, training.weight_decay),
-        optimizer=optimizer_settings(training),
-        settings=settings,
-        world=world,
-        recorder=recorder,
-    )
-    return engine, classes
-
-
-def build_fsdp2(config: RunConfig, *, world: World) -> tuple[fsdp2.Fsdp2Engine, list[ParamClass]]:
-    """The engine with its initial weights, and how its parameters are treated."""
-    training, chosen = config.training, config.engine
-    _log.info("FSDP2 shards each layer over %d ranks", world.size)
-    with fsdp2.construction():
-        model = _model(config, world)
-    classes = classify(model)
-    engine = fsdp2.Fsdp2Engine(
-        model,
-        groups=decay_groups(classes, training.weight_decay),
-        optimizer=optimizer_settings(training),
-        settings=fsdp2.Fsdp2Settings(
-            precision=training.precision,
-            gather_dtype=chosen.gather_dtype,
-            reduce_dtype=chosen.reduce_dtype,
-            reshard_after_forward=chosen.reshard_after_forward,
-        ),
-        world=world,
-        projections=model.projections,
-    )
-    initialize(model, config.model, seed=training.seed, gather=engine.gather)
-    return engine, classes
-
-
-def _model(config: RunConfig, world: World) -> MambaLM:
-    return MambaLM(
-        config.model,
-        backend=_backend(config, world),
-        activation_checkpointing=config.training.activation_checkpointing,
-    )
-
-
-def _backend(config: RunConfig, world: World) -> str:
-    return ops_backend(config, device_type=world.device.type)
-
-
-def optimizer_settings(training: TrainingConfig) -> OptimizerSettings:
-    """AdamW's fields of a run."""
-    return OptimizerSettings(
-        beta1=training.adam_beta1, beta2=training.adam_beta2, eps=training.adam_eps
-    )
-
-
-def microstep_recorder(config: RunConfig, device: torch.device) -> CudaRecorder | None:
-    """What records micro-batches of the gpu ops, see `engine.cuda_graphs`; None if they wait for
-    the device."""
-    model, shapes = config.model, []
-    if not has_convolution_kernel(model.d_conv):
-        shapes.append(f"model.d_conv {model.d_conv}")
-    if model.layer == "mamba2" and not has_ssd_kernel(
-        model.d_state, length=config.data.sequence_length
-    ):
-        shapes.append(f"model.d_state {model.d_state}, {config.data.sequence_length} tokens")
-    if shapes:
-        _log.info(
-            "kernels are launched one by one: %s run in PyTorch's operations, which wait for the "
-            "device to know where documents begin (engine.cuda_graphs)",
-            " and ".join(shapes),
-        )
-        return None
-    _log.info("each micro-batch is launched as one CUDA graph (engine.cuda_graphs)")
-    return CudaRecorder(device)
-
-
-def decay_groups(classes: Iterable[ParamClass], weight_decay: float) -> list[ParameterGroup]:
-    """The parameters that decay, and those that don't."""
-    by_decay: dict[bool, list[str]] = {True: [], False: []}
-    for each in classes:
-        by_decay[each.decay].append(each.name)
-    return [
-        ParameterGroup(tuple(by_decay[True]), weight_decay),
-        ParameterGroup(tuple(by_decay[False]), 0.0),
-    ]
-
-
-def ops_backend(config: RunConfig, *, device_type: str) -> str:
-    """The backend of a run's ops on devices of this type.
-
-    Raises:
-        BackendError: it cannot work there, or not in a fixed order that is asked for.
-    """
-    backend = resolve_backend(config.engine.ops_backend, device_type=device_type)
-    if config.training.deterministic and backend == "cuda":
-        raise BackendError(
-            "training.deterministic: mamba-ssm adds up gradients in any order; set "
-            "engine.ops_backend: gpu or torch, or training.deterministic: false"
-        )
-    return backend
 
 
 def _build_steps(
-    config: RunConfig,
-    data: RunData,
-    *,
-    plan: BatchPlan,
-    world: World,
-    start: Progress,
-    end: int,
-) -> Iterator[list[Batch]]:
-    loader = TrainLoader(
-        data,
-        config.data,
-        plan=plan,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start.step,
-        end_step=end,
-        pad_token_id=config.model.pad_token_id,
-    )
-    return iter(loader)
+    config: RunConfig, data: RunData, *, plan: BatchPlan, world: World, step: int, end: int
+) -> Steps:
+    def begin(order: RunOrder, step: int) -> Generator[list[Batch]]:
+        loader = TrainLoader(
+            RunData(order, data.sources),
+            config.data,
+            plan=plan,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=step,
+            end_step=end,
+            pad_token_id=config.model.pad_token_id,
+        )
+        return iter(loader)
+
+    return Steps(begin, data.order, step)
 
 
 def _build_metrics(

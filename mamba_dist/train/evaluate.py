@@ -10,6 +10,7 @@ from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
 from mamba_dist.telemetry.metrics import ValidationRecord
 from mamba_dist.train.stop import StopRequest
+from mamba_dist.train.watchdog import Watchdog
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
@@ -23,7 +24,13 @@ def label_count(batch: Batch) -> int:
 
 
 def evaluate(
-    engine: Engine, batches: Iterable[Batch], *, world: World, stop: StopRequest, step: int
+    engine: Engine,
+    batches: Iterable[Batch],
+    *,
+    world: World,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    step: int,
 ) -> ValidationRecord | None:
     """The loss after `step` optimizer steps; every rank must pass equally many batches.
 
@@ -35,7 +42,9 @@ def evaluate(
     for batch in batches:
         if world.any_rank(stop.reason is not None):
             return None
-        loss_sum += float(engine.evaluate(model_inputs(batch)))
+        # What the first one compiles may take longer than anything later.
+        with watchdog.first_time_paused("validation"):
+            loss_sum += float(engine.evaluate(model_inputs(batch)))
         tokens += label_count(batch)
     total_loss, total_tokens = world.sum_over_ranks([loss_sum, tokens])
     return ValidationRecord(

@@ -49,6 +49,12 @@ class Meter:
             except DataError as error:
                 return [], error
 
+    def restart(self, progress: Progress) -> None:
+        """Forgets the steps since the last record: the run goes on from `progress`."""
+        self._clear()
+        self._data_wait.reset()
+        self._advance_to(progress.step)
+
     def observe(
         self, progress: Progress, *, loss_sum: float, tokens: int, lr: float, stats: StepStats
     ) -> None:

@@ -40,7 +40,11 @@ def run_training(config: RunConfig) -> int:
                     run.total_steps,
                 )
             try:
-                outcome = train(run, folder)
+                with run.watchdog:
+                    outcome = train(run, folder)
+            except Exception:
+                run.saver.close()
+                raise
             finally:
                 run.metrics.close()
             world.barrier()

@@ -19,7 +19,7 @@ from mamba_dist.checkpoint.reader import (
     set_aside_newer,
 )
 from mamba_dist.config.schema import RunConfig
-from mamba_dist.data.segments import RunOrder, mixture_fingerprint
+from mamba_dist.data.segments import RunOrder, Segment, mixture_fingerprint
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
 from mamba_dist.errors import CheckpointError, DataError
@@ -43,12 +43,12 @@ def beginning(order: RunOrder) -> Progress:
     return Progress(step=0, next_sample=0, trained_tokens=0, **_described(order))
 
 
-def advanced(progress: Progress, *, tokens: int) -> Progress:
-    """The progress after one more optimizer step over `tokens` labels."""
+def advanced(progress: Progress, *, samples: range, tokens: int) -> Progress:
+    """The progress after one more optimizer step, which read `samples` and learnt from `tokens`."""
     return progress.model_copy(
         update={
             "step": progress.step + 1,
-            "next_sample": progress.next_sample + progress.global_batch_size,
+            "next_sample": samples.stop,
             "trained_tokens": progress.trained_tokens + tokens,
         }
     )
@@ -92,9 +92,7 @@ def starting_point(
         return start
     require_same_model(reader, config.model)
     order = continued_order(reader, config, fresh)
-    return StartingPoint(
-        reader.manifest.progress.model_copy(update=_described(order)), order, reader
-    )
+    return StartingPoint(saved_progress(reader, order), order, reader)
 
 
 def load(
@@ -140,6 +138,20 @@ def _settle(reader: CheckpointReader, config: RunConfig, *, world: World) -> Non
     for line in _changes(reader.config, config):
         _log.warning("changed since step %d: %s", reader.step, line)
     _log.info("resumed after step %d from %s", reader.step, reader.folder)
+
+
+def saved_progress(reader: CheckpointReader, order: RunOrder) -> Progress:
+    """The progress that a checkpoint holds, going on in `order`."""
+    saved = reader.manifest.progress
+    update = _described(order)
+    if saved.segments and _stretch(saved.segments[-1]) != _stretch(order.segments[-1]):
+        # Losses of another mixture, or norms of another batch size, would make all steps spikes.
+        update |= {"recent_losses": (), "recent_grad_norms": ()}
+    return saved.model_copy(update=update)
+
+
+def _stretch(segment: Segment) -> tuple[int, int]:
+    return segment.mixture_position, segment.global_batch_size
 
 
 def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:

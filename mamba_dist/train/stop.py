@@ -5,7 +5,9 @@ SIGINT leaves at once. A SIGTERM to the `deepspeed` command kills only that proc
 also watches its launcher and takes its death for a SIGTERM.
 """
 
+import os
 import signal
+import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,10 @@ from types import FrameType
 
 EXIT_STOPPED = 75
 """Exit code of a run that was stopped and can go on (EX_TEMPFAIL): start it again to continue."""
+EXIT_INTERRUPTED = 130
+"""Exit code of a rank that a second SIGINT ended at once, as shells name that."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -20,6 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._reason: str | None = None
+        self._arrivals: socket.socket | None = None
 
     @property
     def reason(self) -> str | None:
@@ -31,20 +38,42 @@ class StopRequest:
         self._reason = self._reason or reason
 
     def listen(self) -> None:
-        """Takes the signals; call from the main thread."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        """Takes the signals; call from the main thread.
+
+        A thread acts on them, told by the interpreter from within the signal: the main thread may
+        wait in a collective for a rank that has left, where it would not see a second SIGINT.
+        """
+        here, self._arrivals = socket.socketpair()
+        self._arrivals.setblocking(False)
+        signal.set_wakeup_fd(self._arrivals.fileno(), warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, _nothing)
+        threading.Thread(target=self._act, args=(here,), name="signals", daemon=True).start()
 
     def release(self) -> None:
         """Gives the signals back to their defaults: from here on they end the process."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(-1)
+        if self._arrivals is not None:
+            self._arrivals.close()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._reason is not None:
-            signal.default_int_handler(number, frame)
-        self.ask(signal.Signals(number).name)
+    def _act(self, arrivals: socket.socket) -> None:
+        interrupts = 0
+        with arrivals:
+            while numbers := arrivals.recv(1):
+                [number] = numbers
+                # Only they count: a launcher adds a SIGTERM of its own to a first Ctrl-C.
+                interrupts += number == signal.SIGINT
+                if interrupts == 2:
+                    os._exit(EXIT_INTERRUPTED)
+                if number in _SIGNALS:
+                    self.ask(signal.Signals(number).name)
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def watch_launcher(stop: StopRequest, pids: Sequence[int], *, poll_s: float = 0.5) -> None:

@@ -95,7 +95,7 @@ class FaultyDisk:
         """Puts this disk under the code that saves."""
         for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
             patched.setattr(os, name, self._counted(getattr(os, name)))
-        write_text, save_file = Path.write_text, rank_file.save_file
+        write_text, write_tensors = Path.write_text, rank_file.write_tensors
 
         def write_halves(path: Path, text: str, **options: Any) -> None:
             self.change()
@@ -103,16 +103,17 @@ class FaultyDisk:
             self.change()
             write_text(path, text, **options)
 
-        def save_halves(tensors: dict[str, Any], path: Path) -> None:
+        def write_tensors_halves(path: Path, *arguments: Any, **options: Any) -> Any:
             self.change()
-            save_file(tensors, path)
+            written = write_tensors(path, *arguments, **options)
             whole = path.read_bytes()
             path.write_bytes(whole[: len(whole) // 2])
             self.change()
             path.write_bytes(whole)
+            return written
 
         patched.setattr(Path, "write_text", write_halves)
-        patched.setattr(rank_file, "save_file", save_halves)
+        patched.setattr(rank_file, "write_tensors", write_tensors_halves)
 
     def _counted(self, change: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:

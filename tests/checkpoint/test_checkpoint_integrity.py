@@ -1,5 +1,6 @@
 """A flipped byte anywhere is found before training goes on, and no byte is read twice for that."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from written_checkpoint import OneRank, fragments_of, snapshot, write_as_ranks
 
 from mamba_dist.checkpoint.layout import MANIFEST, checkpoint_folder
-from mamba_dist.checkpoint.manifest import manifest_text, read_manifest
+from mamba_dist.checkpoint.manifest import FileRecord, manifest_text, read_manifest
 from mamba_dist.checkpoint.reader import CheckpointReader, DamageNote, find_checkpoint
 from mamba_dist.checkpoint.store import save_checkpoint
 from mamba_dist.engine.base import STATE_KINDS, Fragment
@@ -77,7 +78,14 @@ def test_loading_reads_each_byte_once(tmp_path: Path) -> None:
 def without_header_hashes(folder: Path) -> None:
     """Makes it a checkpoint of a version that had none."""
     manifest = read_manifest(folder)
-    files = [record.model_copy(update={"header_sha256": None}) for record in manifest.files]
+    files = [
+        FileRecord(
+            name=record.name,
+            size_bytes=record.size_bytes,
+            sha256=hashlib.sha256((folder / record.name).read_bytes()).hexdigest(),
+        )
+        for record in manifest.files
+    ]
     text = manifest_text(manifest.model_copy(update={"files": files}))
     (folder / MANIFEST).write_text(text)
 

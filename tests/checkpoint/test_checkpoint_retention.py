@@ -144,3 +144,17 @@ def test_one_that_cannot_be_emptied_holds_up_no_other_and_is_tried_again(
     assert retention.apply(notice=pytest.fail) == [3]
     folders = sorted(entry.name for entry in layout.checkpoints_folder(tmp_path).iterdir())
     assert folders == ["step-00000004", staged.name]
+
+
+def test_a_step_that_is_saved_again_counts_by_its_new_loss(tmp_path: Path) -> None:
+    retention = Retention(tmp_path, CheckpointConfig(keep_last=1, keep_best=1))
+    save(tmp_path, 1, loss=3.0)
+    save(tmp_path, 2, loss=2.0)
+    retention.apply(notice=pytest.fail)
+    # As a rollback to step 1 does.
+    layout.set_aside(tmp_path, 2, suffix=".abandoned")
+    retention.forget(after=1)
+    save(tmp_path, 2, loss=4.0)
+    save(tmp_path, 3, loss=3.5)
+    retention.apply(notice=pytest.fail)
+    assert committed_steps(tmp_path) == [3]

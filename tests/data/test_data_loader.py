@@ -163,6 +163,15 @@ def test_the_samples_of_a_step_can_be_named_without_reading(dataset: TokenDatase
         assert one.sample_ids(number) == tuple(s for b in step for s in b.sample_ids)
 
 
+def test_a_loader_that_is_closed_leaves_no_process(dataset: TokenDataset) -> None:
+    steps = iter(loader(dataset, workers=2))
+    next(steps)
+    running = multiprocessing.active_children()
+    assert len(running) == 2
+    steps.close()
+    assert not [one for one in running if one.is_alive()]
+
+
 def test_shuffle_can_be_turned_off(dataset: TokenDataset) -> None:
     config = data_config(shuffle=False)
     data = run_of(dataset, config, global_batch_size=4)

@@ -2,7 +2,7 @@ import time
 import tracemalloc
 from collections import defaultdict
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, islice, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -139,6 +139,39 @@ def test_steps_cut_the_positions_without_gap_and_a_resumed_run_goes_on_alike(
         end = order.segments[index + 1].first_step if order.segments[index + 1 :] else 60
         steps = range(segment.first_step, end)
         assert read(known, steps) == read(order, steps)
+
+
+@settings(deadline=None, max_examples=60)
+@given(order=histories(), data=st.data())
+def test_samples_that_are_passed_over_come_never_and_all_others_in_their_order(
+    order: RunOrder, data: st.DataObject
+) -> None:
+    """However often the run goes back, to whichever step of the last mixture."""
+    began = order.segments[-1]
+    size, bad = began.global_batch_size, set[int]()
+    for _ in range(data.draw(st.integers(1, 4))):
+        first = began.first_step + data.draw(st.integers(0, 20))
+        steps = range(first, first + data.draw(st.integers(1, 5)))
+        gone = range(order.positions(steps[0]).start, order.positions(steps[-1]).stop)
+        before = [order.positions(step) for step in range(first)]
+        order = order.without(steps)
+        assert before == [order.positions(step) for step in range(first)]
+        bad |= set(gone)
+    found = [p for step in range(began.first_step, 80) for p in order.positions(step)]
+    expected = (p for p in count(began.first_position) if p not in bad)
+    assert found == list(islice(expected, len(found)))
+    assert order.passed_over == len(bad) == len(bad) // size * size
+    assert all(one.first_step < next_one.first_step for one, next_one in pairwise(order.segments))
+    # What comes later reads on where the run stands, having left out what it left out.
+    changed = order.changed(step=80, sources=None, global_batch_size=size + 1)
+    assert changed.positions(80).start == found[-1] + 1
+    assert changed.passed_over == order.passed_over
+
+
+def test_steps_of_an_earlier_mixture_cannot_be_passed_over() -> None:
+    order = run([source("a", 50)], 4).changed(step=6, sources=None, global_batch_size=8)
+    with pytest.raises(ValueError, match=r"range\(5, 7\) begins before Segment"):
+        order.without(range(5, 7))
 
 
 @settings(deadline=None, max_examples=60)

@@ -122,6 +122,26 @@ def test_steps_of_an_earlier_segment_are_not_read_again(folder: Path, changed: R
         )
 
 
+def test_a_loader_reads_up_to_samples_that_are_passed_over_and_on_behind_them(
+    folder: Path, changed: RunData
+) -> None:
+    order = changed.order.without(range(8, 10))
+    plan = BatchPlan(4, GLOBAL // 4, GLOBAL)
+    one = TrainLoader(
+        RunData(order, changed.sources),
+        config(folder),
+        plan=plan,
+        rank=0,
+        world_size=1,
+        start_step=6,
+        end_step=10,
+    )
+    found = [[sample for batch in step for sample in batch.sample_ids] for step in one]
+    read = [changed.order.positions(step) for step in (6, 7, 10, 11)]
+    located = [[changed.order.locate(position) for position in step] for step in read]
+    assert found == [[SampleId(s.source, s.number) for s in step] for step in located]
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("most", [8, 10_000])
 def test_validation_is_allotted_by_weight_as_far_as_each_source_reaches(

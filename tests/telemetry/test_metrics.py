@@ -17,6 +17,7 @@ from mamba_dist.telemetry.metrics import (
     ConsoleSink,
     JsonlSink,
     Metrics,
+    RollbackRecord,
     TensorBoardSink,
     TrainRecord,
     ValidationRecord,
@@ -113,6 +114,18 @@ def test_tensorboard_reads_the_scalars_at_their_steps(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("validation/val_loss")] == [(10, 3.5)]
     fields = (asdict(TRAINED).keys() | asdict(VALIDATED).keys()) - {"step"}
     assert {tag.partition("/")[2] for tag in events.Tags()["scalars"]} == fields
+
+
+def test_tensorboard_does_not_show_what_a_rollback_took_back(tmp_path: Path) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step, loss in ((10, 2.0), (20, 9.0), (30, 9.5)):
+        sink.write(replace(TRAINED, step=step, loss=loss))
+    sink.write(RollbackRecord(10, 30, 80, 239))
+    sink.write(replace(TRAINED, step=20, loss=1.5))
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.0), (20, 1.5)]
 
 
 def test_the_console_shows_what_a_person_looks_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ from mamba_dist.data.segments import (
 from mamba_dist.errors import CheckpointError, ConfigError
 from mamba_dist.train.build import planned_steps
 from mamba_dist.train.continuation import continued_order
-from mamba_dist.train.state import beginning
+from mamba_dist.train.state import beginning, saved_progress
 
 CONTENT = SourceContent(1_234_567, 10, 99, 3, 2, "a" * 64, 320, 0, 0.9, 0.1)
 WORKER = Path(__file__).with_name("differing_data_worker.py")
@@ -80,6 +80,29 @@ def test_an_unchanged_run_goes_on_with_its_own_segments(tmp_path: Path) -> None:
     reader = saved(tmp_path, order)
     same = [replace(CODE, weight=0.5), replace(WEB, weight=1.5)]  # the same shares
     assert continued_order(reader, config(), order_of(*same)).segments == order.segments
+
+
+@pytest.mark.parametrize(
+    ("now", "kept"),
+    [
+        (order_of(WEB), True),
+        (order_of(replace(WEB, path="elsewhere/web")), True),
+        (order_of(WEB).without(range(3, 5)), True),
+        (order_of(WEB).changed(step=5, sources=[WEB, CODE], global_batch_size=8), False),
+        (order_of(WEB).changed(step=5, sources=None, global_batch_size=16), False),
+    ],
+)
+def test_the_window_for_spikes_is_that_of_the_same_mixture_and_batch(
+    tmp_path: Path, now: RunOrder, kept: bool
+) -> None:
+    reader = saved(tmp_path, order_of(WEB))
+    window = {"recent_losses": (2.5, 2.4), "recent_grad_norms": (1.0, 1.5)}
+    progress = reader.manifest.progress.model_copy(update=window)
+    reader.manifest = reader.manifest.model_copy(update={"progress": progress})
+    found = saved_progress(reader, now)
+    assert found.recent_losses == (window["recent_losses"] if kept else ())
+    assert found.recent_grad_norms == (window["recent_grad_norms"] if kept else ())
+    assert (found.step, found.segments) == (5, now.segments)
 
 
 def test_data_that_only_moved_is_the_same_data(tmp_path: Path) -> None:
@@ -201,6 +224,17 @@ def test_a_changed_batch_keeps_the_length_that_the_config_asks_for(
     wider = config("global_batch_size", length=length)
     order = continued_order(reader, wider, order_of(WEB, batch=16))
     assert planned_steps(wider, order) == steps
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 15}, {"max_tokens": 64 * 115}, {"num_epochs": 1}])
+def test_samples_that_are_passed_over_shorten_no_run(length: dict[str, int]) -> None:
+    order = order_of(WEB)
+    assert planned_steps(config(length=length), order.without(range(4, 7))) == planned_steps(
+        config(length=length), order
+    )
+    limited = order_of(replace(WEB, max_epochs=1), CODE).without(range(4, 7))
+    with pytest.raises(ConfigError, match=r"exhausted after 160 samples.*shorten the run to 17"):
+        planned_steps(config(length={"max_steps": 18}), limited)
 
 
 def test_passes_over_a_new_mixture_count_only_what_was_read_of_it(tmp_path: Path) -> None:

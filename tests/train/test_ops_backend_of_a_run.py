@@ -5,7 +5,7 @@ import torch
 
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.errors import BackendError
-from mamba_dist.train import build
+from mamba_dist.train import engines
 
 TRAINING = {"micro_batch_size": 1, "global_batch_size": 1, "max_steps": 1, "warmup_steps": 0}
 
@@ -18,14 +18,14 @@ def test_a_fixed_order_is_refused_where_the_packages_have_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As on a GPU where `auto` finds nothing better.
-    monkeypatch.setattr(build, "resolve_backend", lambda requested, *, device_type: "cuda")
-    assert build.ops_backend(config(deterministic=False), device_type="cuda") == "cuda"
+    monkeypatch.setattr(engines, "resolve_backend", lambda requested, *, device_type: "cuda")
+    assert engines.ops_backend(config(deterministic=False), device_type="cuda") == "cuda"
     with pytest.raises(BackendError, match=r"training.deterministic: .*ops_backend: gpu or torch"):
-        build.ops_backend(config(deterministic=True), device_type="cuda")
+        engines.ops_backend(config(deterministic=True), device_type="cuda")
 
 
 def test_a_cpu_keeps_a_fixed_order_with_any_backend() -> None:
-    assert build.ops_backend(config(deterministic=True), device_type="cpu") in {"cpu", "torch"}
+    assert engines.ops_backend(config(deterministic=True), device_type="cpu") in {"cpu", "torch"}
 
 
 @pytest.mark.parametrize(
@@ -40,5 +40,5 @@ def test_a_shape_without_a_kernel_is_not_recorded_and_said_so(
 ) -> None:
     shape = RunConfig.model_validate({"training": TRAINING, "model": model})
     with caplog.at_level("INFO"):
-        assert build.microstep_recorder(shape, torch.device("cuda", 0)) is None
+        assert engines.microstep_recorder(shape, torch.device("cuda", 0)) is None
     assert said in caplog.text

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from processes import clean_environment
 
-from mamba_dist.train.stop import StopRequest, watch_launcher
+from mamba_dist.train.stop import EXIT_INTERRUPTED, StopRequest, watch_launcher
 
 LISTENER = """
 import sys
@@ -98,7 +98,40 @@ def test_a_second_sigint_leaves_at_once(listener: Listener) -> None:
     listener.process.send_signal(signal.SIGINT)
     listener.wait_for("SIGINT")
     listener.process.send_signal(signal.SIGINT)
-    assert listener.process.wait(timeout=10) == -signal.SIGINT
+    assert listener.process.wait(timeout=10) == EXIT_INTERRUPTED
+
+
+BLOCKED = """
+import ctypes
+from mamba_dist.train.stop import StopRequest
+StopRequest().listen()
+print("listening", flush=True)
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
+libc.pthread_mutex_lock(mutex)
+"""
+
+
+def test_a_second_sigint_ends_a_rank_that_waits_for_ever_in_native_code() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, env=clean_environment()
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"listening\n"
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == EXIT_INTERRUPTED
+    process.stdout.close()
+
+
+def test_a_sigterm_of_the_launcher_beside_a_ctrl_c_is_no_second_one(listener: Listener) -> None:
+    listener.process.send_signal(signal.SIGTERM)
+    listener.wait_for("SIGTERM")
+    listener.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert listener.ask() == "SIGTERM"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -59,6 +58,7 @@ def padded_ids(run: Run) -> list[int]:
 def one_step(run: Run, held: HeldFolder) -> dict[str, object]:
     """What the first optimizer step of the real loop shows of itself."""
     batches = next(run.steps)
+    run.steps.restart(run.steps.order, 0)
     sink, kept = Kept(), []
     meter = Meter(
         Metrics([sink]),
@@ -81,9 +81,8 @@ def one_step(run: Run, held: HeldFolder) -> dict[str, object]:
 
     for name in ("in_proj", "x_proj", "out_proj"):
         mixer.get_submodule(name).register_forward_hook(note)
-    steps = chain([batches], run.steps)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        train(replace(run, steps=steps, meter=meter, total_steps=1), held)
+        train(replace(run, meter=meter, total_steps=1), held)
     moments = [f.exp_avg.square().sum() for f in run.engine.fragments()]
     share = 1 - run.config.training.adam_beta1
     return {

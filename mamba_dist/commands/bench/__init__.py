@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mamba_dist.commands.arguments import positive_int
-from mamba_dist.commands.bench import data, data_large, ops, train
+from mamba_dist.commands.bench import checkpoint, data, data_large, ops, train
 from mamba_dist.commands.bench.child import ChildWorker
 from mamba_dist.commands.bench.gpu import decode as gpu_decode
 from mamba_dist.commands.bench.gpu import ops as gpu_ops
@@ -45,6 +45,7 @@ _OTHERS: Final = {
     "data": data,
     "data-large": data_large,
     "data-read": reading,
+    "checkpoint": checkpoint,
     "gpu-ops": gpu_ops,
     "gpu-decode": gpu_decode,
     "gpu-train": gpu_train,
@@ -175,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     reading.add_arguments(
         commands.add_parser("data-read", help="opening and reading token files, ours and others'")
+    )
+    checkpoint.add_arguments(
+        commands.add_parser("checkpoint", help="what saving costs training, beside the disk alone")
     )
     gpu_decode.add_arguments(
         commands.add_parser("gpu-decode", help="tokens per second of greedy decoding on one GPU")

@@ -32,7 +32,7 @@ from mamba_dist.model.lm import MambaLM
 from mamba_dist.model.param_groups import classify
 from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.ops.cuda_graph import CudaRecorder
-from mamba_dist.train.build import (
+from mamba_dist.train.engines import (
     build_fsdp2,
     decay_groups,
     microstep_recorder,

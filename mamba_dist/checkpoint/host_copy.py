@@ -1,0 +1,127 @@
+"""A copy of a rank's state in host memory, from which it is written while training goes on.
+
+The memory is taken once and copied into at each save: pages that are touched for the first time
+cost more than the copy. Copying goes on beside the next forward and backward pass, which only read
+the state, and the update after them waits for it: on a CPU another thread copies, on a device
+another stream, into pinned memory.
+"""
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from mamba_dist.engine.base import STATE_KINDS, Fragment
+
+_ITEM_BYTES: Final = 4
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+
+
+def state_bytes(fragments: Iterable[Fragment]) -> int:
+    """Size of the fragments' tensors."""
+    return sum(len(STATE_KINDS) * _ITEM_BYTES * one.master.numel() for one in fragments)
+
+
+def available_bytes() -> int:
+    """What this process could still take without swapping, as the kernel and cgroups say."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    available = 1024 * int(fields["MemAvailable"].split()[0])
+    group = _own_group()
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(_CGROUPS):
+            break
+        available = min(available, _left_in(folder, default=available))
+    return available
+
+
+class HostCopy:
+    """Memory for one copy of the fragments of a rank."""
+
+    def __init__(self, fragments: Iterable[Fragment]) -> None:
+        """Takes the memory, and touches each page of it.
+
+        Raises:
+            RuntimeError: there is not enough.
+        """
+        listed = list(fragments)
+        items = state_bytes(listed) // _ITEM_BYTES
+        self._on_device = any(one.master.is_cuda for one in listed)
+        self._memory = torch.empty(items, dtype=torch.float32, pin_memory=self._on_device)
+        self._memory.zero_()
+        self._stream: torch.cuda.Stream | None = None
+        if self._on_device:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._on_stream: torch.cuda.Event | None = None
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._finished = threading.Event()
+
+    def begin(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+        """The fragments in this memory, where they are only after `complete`."""
+        place = 0
+        copies = []
+        self._pairs.clear()
+        self._finished.clear()
+        for one in fragments:
+            tensors = []
+            for kind in STATE_KINDS:
+                source = one.tensor(kind).detach()
+                target = self._memory[place : place + source.numel()]
+                place += source.numel()
+                self._pairs.append((target, source))
+                tensors.append(target)
+            copies.append(Fragment(one.name, one.shape, one.start, *tensors))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._copy()
+                self._on_stream = self._stream.record_event()
+        return copies
+
+    def complete(self) -> None:
+        """Returns when all is copied; for the thread that writes it."""
+        try:
+            if self._on_stream is not None:
+                self._on_stream.synchronize()
+            else:
+                self._copy()
+        finally:
+            self._finished.set()
+
+    def hold_updates(self) -> None:
+        """Lets whatever changes the state wait until it is copied; after `begin`, each time."""
+        if self._on_stream is not None:
+            torch.cuda.current_stream().wait_event(self._on_stream)
+        else:
+            self._finished.wait()
+
+    def _copy(self) -> None:
+        while self._pairs:
+            target, source = self._pairs.pop()
+            target.copy_(source, non_blocking=self._on_device)
+
+
+def _own_group() -> Path:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "")
+    return _CGROUPS / own.strip("/")
+
+
+def _left_in(group: Path, *, default: int) -> int:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return default
+    if limit == "max":
+        return default
+    # The page cache counts as used, though it is given up on demand.
+    return max(0, int(limit) - used + int(statistics.get("inactive_file", 0)))

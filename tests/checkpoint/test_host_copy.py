@@ -1,0 +1,71 @@
+"""The copy that a save is written from, and the memory that it may take."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from written_checkpoint import fragments_of, state_of
+
+from mamba_dist.checkpoint import host_copy
+from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, state_bytes
+from mamba_dist.engine.base import STATE_KINDS, Fragment
+
+
+def test_an_update_waits_until_the_state_is_copied() -> None:
+    state = state_of(1)
+    copy = HostCopy(fragments_of(1, state=state))
+    for _ in range(2):
+        before = {n: {k: t.clone() for k, t in kinds.items()} for n, kinds in state.items()}
+        copies = copy.begin(fragments_of(1, state=state))
+        update = threading.Thread(target=copy.hold_updates)
+        update.start()
+        update.join(0.1)
+        assert update.is_alive()
+        copy.complete()
+        update.join(10)
+        assert not update.is_alive()
+        for kinds in state.values():
+            for tensor in kinds.values():
+                tensor.add_(1)
+        for one in copies:
+            for kind in STATE_KINDS:
+                assert torch.equal(one.tensor(kind), before[one.name][kind].flatten())
+
+
+@pytest.mark.gpu
+def test_on_a_device_the_copy_is_of_what_was_there_and_holds_up_the_update_alone() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    numel = 1 << 26
+    live = torch.zeros(3, numel, device="cuda")
+    fragments = [Fragment("p", (numel,), 0, *live)]
+    copy = HostCopy(fragments)
+    for value in range(3):
+        # What is still to be computed when the copy is asked for belongs to it.
+        torch.cuda._sleep(100_000_000)
+        live.fill_(value)
+        [copied] = copy.begin(fragments)
+        copy.hold_updates()
+        live.fill_(-1)
+        copy.complete()
+        assert copied.master.is_pinned()
+        for kind in STATE_KINDS:
+            assert bool((copied.tensor(kind) == value).all())
+
+
+def test_memory_is_what_the_tightest_group_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert state_bytes(fragments_of(1)) == 3 * 4 * (15 + 7 + 1)
+    free = available_bytes()
+    assert 1 << 20 < free < 1 << 50
+    monkeypatch.setattr(host_copy, "_CGROUPS", tmp_path)
+    own = host_copy._own_group()
+    own.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2500000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 100000\n")
+    assert available_bytes() == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes() > 1 << 20
