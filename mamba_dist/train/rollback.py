@@ -12,13 +12,13 @@ saw the samples.
 import logging
 
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.reader import CheckpointReader, find_checkpoint, set_aside_newer
+from mamba_dist.checkpoint.reader import CheckpointReader, find_checkpoint
 from mamba_dist.errors import DivergedError
 from mamba_dist.telemetry.metrics import RollbackRecord
 from mamba_dist.train.build import Run, planned_steps
 from mamba_dist.train.guard import BadRow
 from mamba_dist.train.run_folder import run_folder
-from mamba_dist.train.state import saved_progress
+from mamba_dist.train.state import saved_progress, set_aside_after
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +49,9 @@ class Rollbacks:
         old, order = run.steps.order, run.steps.order.without(steps)
         planned_steps(run.config, order)
         run.engine.load_fragments(reader, adam_steps=reader.manifest.adam_steps)
-        if run.world.rank == 0:
-            set_aside_newer(run_folder(run.config), reader.step, suffix=".abandoned")
-            run.saver.forget(after=reader.step)
-        run.world.barrier()
+        run_dir = run_folder(run.config)
+        set_aside_after(reader.step, run_dir, world=run.world, suffix=".abandoned")
+        run.saver.forget(after=reader.step)
         run.steps.restart(order, reader.step)
         self._done += 1
         self._failed_at = row.steps.start

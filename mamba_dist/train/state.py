@@ -123,21 +123,30 @@ def load(
 
 def _settle(reader: CheckpointReader, config: RunConfig, *, world: World) -> None:
     """Says what the run goes on from; later checkpoints, all of them damaged, leave its way."""
+    set_aside_after(reader.step, run_folder(config), world=world, suffix=".damaged")
+    for line in _changes(reader.config, config):
+        _log.warning("changed since step %d: %s", reader.step, line)
+    _log.info("resumed after step %d from %s", reader.step, reader.folder)
+
+
+def set_aside_after(step: int, run_dir: Path, *, world: World, suffix: str) -> None:
+    """Renames the checkpoints after `step`, whose steps are trained again; called by all ranks.
+
+    Raises:
+        CheckpointError: on all ranks, if one cannot be renamed.
+    """
     problem = ""
     if world.rank == 0:
         try:
-            for name in set_aside_newer(run_folder(config), reader.step):
-                _log.warning("damaged checkpoint set aside as %s", name)
+            for name in set_aside_newer(run_dir, step, suffix=suffix):
+                _log.warning("checkpoint set aside as %s", name)
         except OSError as error:
             problem = str(error)
     if world.any_rank(bool(problem)):
         raise CheckpointError(
-            f"{run_folder(config)}: a damaged checkpoint after step {reader.step} cannot be set "
-            f"aside ({problem or 'rank 0 says why'}); see to the folder, or move it away"
+            f"{run_dir}: a checkpoint after step {step} cannot be set aside as {suffix} "
+            f"({problem or 'rank 0 says why'}); see to the folder, or move it away"
         )
-    for line in _changes(reader.config, config):
-        _log.warning("changed since step %d: %s", reader.step, line)
-    _log.info("resumed after step %d from %s", reader.step, reader.folder)
 
 
 def saved_progress(reader: CheckpointReader, order: RunOrder) -> Progress:
