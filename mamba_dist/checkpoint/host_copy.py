@@ -8,6 +8,7 @@ another stream, into pinned memory.
 
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -50,12 +51,16 @@ class HostCopy:
         """
         listed = list(fragments)
         items = state_bytes(listed) // _ITEM_BYTES
-        self._on_device = any(one.master.is_cuda for one in listed)
-        self._memory = torch.empty(items, dtype=torch.float32, pin_memory=self._on_device)
-        self._memory.zero_()
+        device = next((one.master.device for one in listed if one.master.is_cuda), None)
+        self._on_device = device is not None
         self._stream: torch.cuda.Stream | None = None
-        if self._on_device:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # A new thread works on the first device, whichever its process does: a stream from there
+        # would not have the copies in it, and its event come before they are made.
+        with nullcontext() if device is None else torch.cuda.device(device):
+            self._memory = torch.empty(items, dtype=torch.float32, pin_memory=self._on_device)
+            if device is not None:
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._memory.zero_()
         self._on_stream: torch.cuda.Event | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._finished = threading.Event()

@@ -1,7 +1,9 @@
 """The copy that a save is written from, and the memory that it may take."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,9 +40,12 @@ def test_on_a_device_the_copy_is_of_what_was_there_and_holds_up_the_update_alone
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     numel = 1 << 26
+    # A rank's device is its own, and the memory is taken on a thread that knows nothing of it.
+    torch.cuda.set_device(torch.cuda.device_count() - 1)
     live = torch.zeros(3, numel, device="cuda")
     fragments = [Fragment("p", (numel,), 0, *live)]
-    copy = HostCopy(fragments)
+    with ThreadPoolExecutor(1) as threads:
+        copy = threads.submit(HostCopy, fragments).result()
     for value in range(3):
         # What is still to be computed when the copy is asked for belongs to it.
         torch.cuda._sleep(100_000_000)
@@ -52,6 +57,33 @@ def test_on_a_device_the_copy_is_of_what_was_there_and_holds_up_the_update_alone
         assert copied.master.is_pinned()
         for kind in STATE_KINDS:
             assert bool((copied.tensor(kind) == value).all())
+
+
+def test_the_stream_of_the_copy_is_on_the_device_of_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory is taken on a thread, which CUDA lets begin on device 0, also on ranks of others."""
+    entered: list[torch.device] = []
+    asked: list[torch.device] = []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "Stream", asked.append)
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, *, dtype, pin_memory: plain(size, dtype=dtype))
+    second = torch.device("cuda", 1)
+    live = SimpleNamespace(is_cuda=True, device=second, numel=lambda: 4)
+    HostCopy([Fragment("p", (4,), 0, live, live, live)])  # type: ignore[arg-type]
+    assert asked == entered == [second]
 
 
 def test_memory_is_what_the_tightest_group_leaves(
