@@ -26,6 +26,18 @@ def state_bytes(fragments: Iterable[Fragment]) -> int:
     return sum(len(STATE_KINDS) * _ITEM_BYTES * one.master.numel() for one in fragments)
 
 
+def copy_bytes(fragments: Iterable[Fragment]) -> int:
+    """What a `HostCopy` of them takes of the host's memory.
+
+    torch rounds pinned memory up to a power of two (`CachingHostAllocator.h`), and all of it is
+    taken.
+    """
+    listed = list(fragments)
+    size = state_bytes(listed)
+    on_device = any(one.master.is_cuda for one in listed)
+    return 1 << (size - 1).bit_length() if on_device else size
+
+
 def available_bytes() -> int:
     """What this process could still take without swapping, as the kernel and cgroups say."""
     fields = dict(

@@ -10,7 +10,7 @@ import torch
 from written_checkpoint import fragments_of, state_of
 
 from mamba_dist.checkpoint import host_copy
-from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, state_bytes
+from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, copy_bytes, state_bytes
 from mamba_dist.engine.base import STATE_KINDS, Fragment
 
 
@@ -84,6 +84,16 @@ def test_the_stream_of_the_copy_is_on_the_device_of_the_state(
     live = SimpleNamespace(is_cuda=True, device=second, numel=lambda: 4)
     HostCopy([Fragment("p", (4,), 0, live, live, live)])  # type: ignore[arg-type]
     assert asked == entered == [second]
+
+
+def test_pinned_memory_is_counted_as_large_as_torch_takes_it() -> None:
+    assert copy_bytes(fragments_of(1)) == state_bytes(fragments_of(1))
+
+    def pinned(numel: int) -> int:
+        one = SimpleNamespace(is_cuda=True, numel=lambda: numel)
+        return copy_bytes([Fragment("p", (numel,), 0, one, one, one)])  # type: ignore[arg-type]
+
+    assert [pinned(1 << 30), pinned((1 << 30) // 3)] == [16 << 30, 4 << 30]
 
 
 def test_memory_is_what_the_tightest_group_leaves(
