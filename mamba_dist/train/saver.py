@@ -129,6 +129,10 @@ class Saver:
         waited_s = time.perf_counter() - began
         _log.info("waited %.1f s for the save of step %d to be written", waited_s, step)
 
+    def need(self, at_most: int | None) -> None:
+        """Spares the newest checkpoint up to a step from here on; None ends it."""
+        self._retention.need(at_most)
+
     def forget(self, *, after: int) -> None:
         """Takes note that checkpoints after a step were set aside, while no save is in flight."""
         self._retention.forget(after=after)
