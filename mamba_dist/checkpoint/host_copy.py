@@ -8,6 +8,7 @@ another stream, into pinned memory.
 
 import threading
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,18 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 def state_bytes(fragments: Iterable[Fragment]) -> int:
     """Size of the fragments' tensors."""
     return sum(len(STATE_KINDS) * _ITEM_BYTES * one.master.numel() for one in fragments)
+
+
+def copy_bytes(fragments: Iterable[Fragment]) -> int:
+    """What a `HostCopy` of them takes of the host's memory.
+
+    torch rounds pinned memory up to a power of two (`CachingHostAllocator.h`), and all of it is
+    taken.
+    """
+    listed = list(fragments)
+    size = state_bytes(listed)
+    on_device = any(one.master.is_cuda for one in listed)
+    return 1 << (size - 1).bit_length() if on_device else size
 
 
 def available_bytes() -> int:
@@ -50,12 +63,16 @@ class HostCopy:
         """
         listed = list(fragments)
         items = state_bytes(listed) // _ITEM_BYTES
-        self._on_device = any(one.master.is_cuda for one in listed)
-        self._memory = torch.empty(items, dtype=torch.float32, pin_memory=self._on_device)
-        self._memory.zero_()
+        device = next((one.master.device for one in listed if one.master.is_cuda), None)
+        self._on_device = device is not None
         self._stream: torch.cuda.Stream | None = None
-        if self._on_device:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # A new thread works on the first device, whichever its process does: a stream from there
+        # would not have the copies in it, and its event come before they are made.
+        with nullcontext() if device is None else torch.cuda.device(device):
+            self._memory = torch.empty(items, dtype=torch.float32, pin_memory=self._on_device)
+            if device is not None:
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._memory.zero_()
         self._on_stream: torch.cuda.Event | None = None
         self._pairs: list[tuple[Tensor, Tensor]] = []
         self._finished = threading.Event()

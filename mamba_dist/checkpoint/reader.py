@@ -215,7 +215,9 @@ def find_checkpoint(
         CheckpointError: there are checkpoints, and every one is damaged.
         OtherVersionError: another version wrote the newest that is not damaged.
     """
-    steps = [s for s in committed_steps(run_dir) if at_most is None or s <= at_most]
+    # A network file system shows other nodes an old list for a while after a commit.
+    listed = ranks.from_first(committed_steps(run_dir))
+    steps = [s for s in listed if at_most is None or s <= at_most]
     for step in reversed(steps):
         if before is not None and step >= before:
             continue

@@ -56,6 +56,11 @@ class Retention:
         self._policy = policy
         self._seen: dict[int, tuple[Kept, list[FileRecord]]] = {}
         self._left_alone: set[int] = set()
+        self._way_back: int | None = None
+
+    def need(self, at_most: int | None) -> None:
+        """Spares the newest checkpoint up to a step, the way back of a run; None ends it."""
+        self._way_back = at_most
 
     def apply(self, *, notice: Callable[[str], None]) -> list[int]:
         """Steps whose checkpoints were deleted.
@@ -72,7 +77,9 @@ class Retention:
             notice(f"{checkpoint_folder(self._run_dir, gone)}: somebody else deleted it")
         found = [self._if_whole(step, notice) for step in steps]
         whole = [one for one in found if one is not None]
-        doomed = steps_to_remove(whole, self._policy)
+        way_back = self._way_back
+        needed = [one.step for one in whole if way_back is not None and one.step <= way_back][-1:]
+        doomed = [step for step in steps_to_remove(whole, self._policy) if step not in needed]
         self._remove(doomed)
         return doomed
 

@@ -58,6 +58,12 @@ class World:
         """The value of each rank, by rank; integers below 2**53 stay exact."""
         return self.sum_over_ranks([value if r == self.rank else 0.0 for r in range(self.size)])
 
+    def from_first(self, values: Sequence[int]) -> list[int]:
+        """Rank 0's integers, on all ranks, exact below 2**53; those of the others don't count."""
+        own = list(values) if self.rank == 0 else []
+        [count] = self.sum_over_ranks([len(own)])
+        return [int(v) for v in self.sum_over_ranks(own or [0] * int(count))]
+
     def on_this_host(self) -> list[int]:
         """The ranks that share this rank's host and see its process ids, this one included."""
         names = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"

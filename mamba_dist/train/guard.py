@@ -95,6 +95,11 @@ class SkipGuard:
         self._row = []
         return row
 
+    @property
+    def dropped_in_row(self) -> int:
+        """Steps dropped since the last applied one; 0 again once they were too many."""
+        return len(self._row)
+
     def noted(self, progress: Progress, *, loss: float, stats: StepStats) -> Progress:
         """The progress with an applied step in the window by which spikes are judged."""
         if stats.skipped:

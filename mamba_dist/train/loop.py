@@ -73,6 +73,8 @@ def train(run: Run, folder: HeldFolder) -> Outcome:
             with run.watchdog.paused():
                 progress = rollbacks.go_back(too_many)
             continue
+        in_row = guard.dropped_in_row
+        run.saver.need(progress.step - in_row if in_row else None)
         last = progress.step == run.total_steps
         stopping = stops > 0 and not last
         if last or stopping:

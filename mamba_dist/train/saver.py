@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from mamba_dist.checkpoint.background import BackgroundSave, Task
-from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, state_bytes
+from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, copy_bytes
 from mamba_dist.checkpoint.ranks import Ranks
 from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
@@ -129,6 +129,10 @@ class Saver:
         waited_s = time.perf_counter() - began
         _log.info("waited %.1f s for the save of step %d to be written", waited_s, step)
 
+    def need(self, at_most: int | None) -> None:
+        """Spares the newest checkpoint up to a step from here on; None ends it."""
+        self._retention.need(at_most)
+
     def forget(self, *, after: int) -> None:
         """Takes note that checkpoints after a step were set aside, while no save is in flight."""
         self._retention.forget(after=after)
@@ -151,7 +155,7 @@ class Saver:
         """Begins to take the memory of a copy, if saves are to be made from one."""
         if self._mode == "streaming" or self._taking is not None:
             return
-        needed = self._ranks_on_host * state_bytes(self._fragments())
+        needed = self._ranks_on_host * copy_bytes(self._fragments())
         free = self._available()
         if self._ranks.any_rank(needed > _COPY_SHARE * free):
             self._go_without_copy(f"it takes {_gib(needed)} on a host with {_gib(free)} free")

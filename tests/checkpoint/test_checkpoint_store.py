@@ -1,6 +1,7 @@
 """Checkpoints on a real disk: the committed is whole, the damaged is named and never loaded."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,20 @@ def test_a_full_disk_raises_and_leaves_the_checkpoints_before_untouched(
     assert open_checkpoint(tmp_path, notice=print).step == 1
     save(tmp_path, 2)
     assert open_checkpoint(tmp_path, notice=print).step == 2
+
+
+def test_all_ranks_look_at_what_the_first_one_finds(tmp_path: Path) -> None:
+    """A network file system shows the others an old list; they would go on from another step."""
+
+    class Other(RankOf):
+        def from_first(self, values: Sequence[int]) -> list[int]:
+            assert list(values) == [1, 2]
+            return [1]
+
+    save(tmp_path, 1, 2)
+    reader = find_checkpoint(tmp_path, ranks=Other(rank=1, size=2), notice=pytest.fail)
+    assert reader is not None
+    assert reader.step == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a driver is gone"), OSError("gone")])

@@ -1,14 +1,16 @@
 """The copy that a save is written from, and the memory that it may take."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from written_checkpoint import fragments_of, state_of
 
 from mamba_dist.checkpoint import host_copy
-from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, state_bytes
+from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, copy_bytes, state_bytes
 from mamba_dist.engine.base import STATE_KINDS, Fragment
 
 
@@ -38,9 +40,12 @@ def test_on_a_device_the_copy_is_of_what_was_there_and_holds_up_the_update_alone
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     numel = 1 << 26
+    # A rank's device is its own, and the memory is taken on a thread that knows nothing of it.
+    torch.cuda.set_device(torch.cuda.device_count() - 1)
     live = torch.zeros(3, numel, device="cuda")
     fragments = [Fragment("p", (numel,), 0, *live)]
-    copy = HostCopy(fragments)
+    with ThreadPoolExecutor(1) as threads:
+        copy = threads.submit(HostCopy, fragments).result()
     for value in range(3):
         # What is still to be computed when the copy is asked for belongs to it.
         torch.cuda._sleep(100_000_000)
@@ -52,6 +57,43 @@ def test_on_a_device_the_copy_is_of_what_was_there_and_holds_up_the_update_alone
         assert copied.master.is_pinned()
         for kind in STATE_KINDS:
             assert bool((copied.tensor(kind) == value).all())
+
+
+def test_the_stream_of_the_copy_is_on_the_device_of_the_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory is taken on a thread, which CUDA lets begin on device 0, also on ranks of others."""
+    entered: list[torch.device] = []
+    asked: list[torch.device] = []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "Stream", asked.append)
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, *, dtype, pin_memory: plain(size, dtype=dtype))
+    second = torch.device("cuda", 1)
+    live = SimpleNamespace(is_cuda=True, device=second, numel=lambda: 4)
+    HostCopy([Fragment("p", (4,), 0, live, live, live)])  # type: ignore[arg-type]
+    assert asked == entered == [second]
+
+
+def test_pinned_memory_is_counted_as_large_as_torch_takes_it() -> None:
+    assert copy_bytes(fragments_of(1)) == state_bytes(fragments_of(1))
+
+    def pinned(numel: int) -> int:
+        one = SimpleNamespace(is_cuda=True, numel=lambda: numel)
+        return copy_bytes([Fragment("p", (numel,), 0, one, one, one)])  # type: ignore[arg-type]
+
+    assert [pinned(1 << 30), pinned((1 << 30) // 3)] == [16 << 30, 4 << 30]
 
 
 def test_memory_is_what_the_tightest_group_leaves(

@@ -81,8 +81,16 @@ CASES = {
     "refused": Case(("training.max_rollbacks=0",), ROW),
     "early": Case(faults=dict.fromkeys((1, 2, 3), nan_loss)),
     **{
-        # Loader processes, which have read ahead by then, must not change what is read.
-        f"row-{s}": Case((f"engine.zero_stage={s}", f"data.num_workers={int(s == 1)}"), ROW)
+        # Loader processes, which have read ahead by then, must not change what is read; and a save
+        # within the row must not delete the one before it.
+        f"row-{s}": Case(
+            (
+                f"engine.zero_stage={s}",
+                f"data.num_workers={int(s == 1)}",
+                f"checkpoint.keep_last={1 if s == 3 else 100}",
+            ),
+            ROW,
+        )
         for s in range(4)
     },
     **{f"never-{s}": Case((f"engine.zero_stage={s}",), passed_over=range(7, 10)) for s in range(4)},

@@ -139,6 +139,25 @@ def test_the_last_save_of_a_start_waits_for_all_that_was_begun(
         assert committed_steps(tmp_path) == [2]
 
 
+@pytest.mark.parametrize("mode", ["async", "streaming"])
+def test_a_save_within_a_row_of_skipped_steps_leaves_the_way_back(
+    tmp_path: Path, mode: str
+) -> None:
+    run = Run(tmp_path, keep_last=1, save_mode=mode)
+
+    def save_after(steps: int) -> list[int]:
+        run.train(steps)
+        run.save()
+        run.saver.finish()
+        return committed_steps(tmp_path)
+
+    assert [save_after(2), save_after(2)] == [[2], [4]]
+    run.saver.need(5)
+    assert [save_after(2), save_after(2)] == [[4, 6], [4, 8]]
+    run.saver.need(None)
+    assert save_after(2) == [10]
+
+
 @pytest.mark.parametrize("where", ["write_tensors", "commit"])
 def test_a_failure_is_said_at_a_step_and_costs_that_save_alone(
     tmp_path: Path,
