@@ -9,6 +9,7 @@ from processes import run_script
 from mamba_dist.commands.bench import main
 
 
+@pytest.mark.slow
 def test_two_ranks_are_measured_and_read_no_byte_twice(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     done = run_script(

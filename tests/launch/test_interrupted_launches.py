@@ -39,6 +39,8 @@ def wait_for_steps(run_dir: Path) -> None:
     wait_until(lambda: len(read_metrics(run_dir)) >= 2, timeout_s=START_S, what="two steps")
 
 
+# The watchdog itself: tests/train/test_watchdog.py.
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_launch_with_the_stacks_of_all_and_start_me_again(
     tiny_data: Path, tmp_path: Path
 ) -> None:
