@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Compiling all 12,000 installed files takes most of a minute; Python compiles those that it imports.
-PIP_INSTALL = $(BIN)/pip install -q --no-compile
-
 # The CPU build of torch, taken on Linux machines without an NVIDIA driver; others get PyPI's build.
 TORCH_CPU ?= 2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -24,10 +21,10 @@ $(VENV)/.installed: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if [ "$$(uname -s)" = Linux ] && [ ! -e /dev/nvidiactl ] && ! $(BIN)/python -c "import torch" 2>/dev/null; then \
-		$(PIP_INSTALL) "torch==$(TORCH_CPU)" \
-		|| $(PIP_INSTALL) "torch==$(TORCH_CPU)" --extra-index-url $(TORCH_CPU_INDEX); \
+		$(BIN)/pip install -q "torch==$(TORCH_CPU)" \
+		|| $(BIN)/pip install -q "torch==$(TORCH_CPU)" --extra-index-url $(TORCH_CPU_INDEX); \
 	fi
-	$(PIP_INSTALL) -e '.[test]'
+	$(BIN)/pip install -q -e '.[test]'
 	$(BIN)/python tools/doctor.py --list
 	touch $@
 
