@@ -1,6 +1,7 @@
 """The configuration of a run: schema, files, older versions, rules. Needs no torch."""
 
 from mamba_dist.config.batch import BatchPlan, batch_plan
+from mamba_dist.config.engine import EngineConfig
 from mamba_dist.config.load import (
     ConfigLoader,
     LoadedConfig,
@@ -12,7 +13,6 @@ from mamba_dist.config.schema import (
     SCHEMA_VERSION,
     CheckpointConfig,
     DataConfig,
-    EngineConfig,
     MambaConfig,
     RunConfig,
     TelemetryConfig,

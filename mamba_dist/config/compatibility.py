@@ -5,8 +5,9 @@ E d_inner, G groups, H heads, K d_conv, N d_state.
 
 import math
 
+from mamba_dist.config.engine import EngineConfig
 from mamba_dist.config.report import Problem, config_error
-from mamba_dist.config.schema import EngineConfig, MambaConfig, RunConfig
+from mamba_dist.config.schema import MambaConfig, RunConfig
 
 _INT32_MAX = 2**31 - 1
 # csrc/causal_conv1d.cpp of causal-conv1d: channels-last input wants both.

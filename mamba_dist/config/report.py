@@ -12,7 +12,8 @@ import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from mamba_dist.config.schema import RunConfig, Section
+from mamba_dist.config.schema import RunConfig
+from mamba_dist.config.section import Section
 from mamba_dist.errors import ConfigError
 
 _SHOWN_LETTERS = 80

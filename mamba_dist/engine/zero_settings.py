@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 
-from mamba_dist.config.schema import EngineConfig
+from mamba_dist.config.engine import EngineConfig
 
 _NEVER = 1 << 62
 

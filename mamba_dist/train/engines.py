@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 
 from mamba_dist.config.batch import BatchPlan
-from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
+from mamba_dist.config.engine import EngineConfig
+from mamba_dist.config.schema import RunConfig, TrainingConfig
 from mamba_dist.engine import fsdp2, zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mamba_dist.config.schema import EngineConfig
+from mamba_dist.config.engine import EngineConfig
 from mamba_dist.engine.zero_settings import stage_for, state_bytes
 
 

@@ -4,7 +4,8 @@ import torch
 from recording import TapeRecorder
 from torch import Tensor, nn
 
-from mamba_dist.config.schema import ActivationCheckpointing, EngineConfig, MambaConfig
+from mamba_dist.config.engine import EngineConfig
+from mamba_dist.config.schema import ActivationCheckpointing, MambaConfig
 from mamba_dist.engine import fsdp2, zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World

@@ -24,7 +24,8 @@ from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
 from mamba_dist.checkpoint.reader import find_checkpoint
 from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
 from mamba_dist.commands.bench.checkpoint_report import STEPS, Turn
-from mamba_dist.config.schema import CheckpointConfig, EngineConfig, MambaConfig, RunConfig
+from mamba_dist.config.engine import EngineConfig
+from mamba_dist.config.schema import CheckpointConfig, MambaConfig, RunConfig
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
 from mamba_dist.engine.world import World, start_world, stop_world

@@ -34,8 +34,9 @@ from mamba_dist.commands.bench.gpu.train_report import (
     objections,
     table,
 )
+from mamba_dist.config.engine import EngineConfig
 from mamba_dist.config.load import load_config
-from mamba_dist.config.schema import EngineConfig, RunConfig, TrainingConfig
+from mamba_dist.config.schema import RunConfig, TrainingConfig
 from mamba_dist.config.text import write_text
 from mamba_dist.errors import BackendError, ConfigError
 

@@ -21,7 +21,8 @@ from mamba_dist.commands.bench.gpu.step import (
     serve,
     this_device,
 )
-from mamba_dist.config.schema import EngineConfig, RunConfig
+from mamba_dist.config.engine import EngineConfig
+from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World, start_world
