@@ -6,7 +6,8 @@ import sys
 import pytest
 from processes import clean_environment
 
-from mamba_dist.engine.world import Placement, launcher_pids, placement_from_environment
+from mamba_dist.engine.placement import Placement, placement_from_environment
+from mamba_dist.engine.world import launcher_pids
 from mamba_dist.errors import EngineError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
