@@ -148,7 +148,7 @@ def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World
     # ZeRO's collectives run in a copy of the world's group, FSDP2's in one of a mesh; both are made
     # without a word about their timeout.
     distributed_c10d.default_pg_timeout = timeout
-    distributed_c10d.default_pg_nccl_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     if device.type == "cpu" and placement.world_size > placement.local_size:
         settings += _meet_on_gloo(placement, timeout)
     deepspeed.init_distributed(
@@ -194,13 +194,7 @@ def _meet_on_gloo(placement: Placement, timeout: timedelta) -> list[Setting]:
         if name is not None:
             os.environ[_GLOO_INTERFACE] = name
             settings.append(Setting(_GLOO_INTERFACE, name, "ours: leads to the other nodes"))
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore("ranks", store),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     return settings
 
 
