@@ -35,6 +35,9 @@ mount --bind "$2/hosts.$1" /etc/hosts
 if [ -e /etc/ssh/ssh_config ]; then mount --bind "$2/ssh_config" /etc/ssh/ssh_config; fi
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
+# Nobody answers for names in here: told so at once, no look-up waits for an answer.
+touch /run/resolv.conf
+mount --bind /run/resolv.conf /etc/resolv.conf
 ip link set lo up
 touch "$2/$1.is-up"
 exec sleep infinity
@@ -54,26 +57,22 @@ class Node:
         enter = ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid"]
         return [*enter, "--", "env", f"--chdir={ROOT}", *map(str, command)]
 
-    def signal(self, number: int, words: Sequence[str]) -> None:
-        """Signals the one process of this node whose command line begins with `words`."""
+    def processes(self) -> dict[int, list[str]]:
+        """Of this node: their ids out here, and their words."""
         own = os.readlink(f"/proc/{self.pid}/ns/pid")
-        wanted = b"".join(word.encode() + b"\0" for word in words)
-        found = [
-            int(entry.name)
-            for entry in Path("/proc").glob("[0-9]*")
-            if _read(entry / "cmdline").startswith(wanted) and _link(entry / "ns/pid") == own
-        ]
-        assert len(found) == 1, f"{words} runs {len(found)} times on {self.name}"
-        os.kill(found[0], number)
-
-    def command_lines(self) -> list[str]:
-        """Of all processes of this node."""
-        own = os.readlink(f"/proc/{self.pid}/ns/pid")
-        return [
-            _read(entry / "cmdline").replace(b"\0", b" ").decode()
+        found = {
+            int(entry.name): _read(entry / "cmdline").decode(errors="replace").split("\0")[:-1]
             for entry in Path("/proc").glob("[0-9]*")
             if _link(entry / "ns/pid") == own
-        ]
+        }
+        # Those that have ended and wait for their parent have no words any more.
+        return {pid: words for pid, words in found.items() if words}
+
+    def pid_of(self, program: str | Path) -> int:
+        """The id, out here, of the one process whose first or second word is `program`."""
+        found = [pid for pid, words in self.processes().items() if str(program) in words[:2]]
+        assert len(found) == 1, f"{program} runs {len(found)} times on {self.name}"
+        return found[0]
 
 
 def why_no_nodes() -> str | None:

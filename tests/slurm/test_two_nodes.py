@@ -5,11 +5,9 @@ crosses a network, and a process of one node is out of reach of the other.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,6 @@ from processes import clean_environment
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.checkpoint.manifest import read_manifest
 from mamba_dist.telemetry.metrics import read_metrics
-from mamba_dist.train.stop import EXIT_STOPPED
 
 SCRIPT = "launch/slurm/train.sbatch"
 SMALL = {"d_model": 32, "n_layers": 1}
@@ -88,9 +85,7 @@ def require_same(run_dir: Path, truth: Path, log: str, *, step: int = 3) -> None
     assert state(run_dir, step) == state(truth, step)
 
 
-def on(
-    node: Node, *command: str | Path, log: Path, **variables: str
-) -> "subprocess.Popen[bytes]":
+def on(node: Node, *command: str | Path, log: Path, **variables: str) -> "subprocess.Popen[bytes]":
     """A command that runs on a node, both streams in a file."""
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -213,3 +208,52 @@ def test_deepspeed_with_a_hostfile_trains_what_one_node_does(
     variables = {"DS_ENV_FILE": str(tmp_path / "deepspeed_env")}
     process = on(nodes[0], *deepspeed(hostfile), "--config", config, log=log, **variables)
     require_same(tmp_path / "run", one_node, finished(process, log))
+
+
+def ranks_on(node: Node, config: Path) -> list[int]:
+    """Process ids of the training processes of a config on a node, without their launchers."""
+    return [
+        pid
+        for pid, words in node.processes().items()
+        if "python" in words[0] and TRAIN in words[1:3] and str(config) in words
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_sigterm_to_a_launcher_of_two_nodes_ends_both_with_a_checkpoint(
+    nodes: tuple[Node, Node],
+    ssh: None,
+    hostfile: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    launcher: str,
+) -> None:
+    config, run_dir = config_in(tmp_path, tiny_data, steps=100_000), tmp_path / "run"
+    starts = {
+        "deepspeed": [deepspeed(hostfile)],
+        "torchrun": [[*torchrun(number), TRAIN] for number in (0, 1)],
+    }[launcher]
+    variables = {"DS_ENV_FILE": str(tmp_path / "deepspeed_env")}
+    processes = [
+        on(node, *start, "--config", config, log=tmp_path / f"log-{node.name}", **variables)
+        for node, start in zip(nodes, starts, strict=False)
+    ]
+    try:
+        wait_until(lambda: len(losses(run_dir)) >= 2, timeout_s=TIMEOUT_S, what="two steps")
+        assert [len(ranks_on(node, config)) for node in nodes] == [1, 1]
+        os.kill(nodes[0].pid_of(BIN / launcher), signal.SIGTERM)
+        assert all(process.wait(60) == 1 for process in processes)
+        wait_until(
+            lambda: not any(ranks_on(node, config) for node in nodes),
+            timeout_s=60,
+            what="the end of all ranks",
+        )
+    finally:
+        for process in processes:
+            process.kill()
+    [step] = committed_steps(run_dir)
+    # The run goes on from there, started in another way.
+    result = finish(torchrun_command(config, f"training.max_steps={step + 1}"), timeout_s=TIMEOUT_S)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"resumed after step {step}" in result.stderr
