@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import stat
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from typing import Protocol
 import psutil
 
 from mamba_dist.engine.placement import Placement, Setting, started_by_srun
+from mamba_dist.errors import EngineError
 
 # File systems of other machines, as /proc/self/mountinfo calls them.
 _NETWORK_FILE_SYSTEMS = {
@@ -49,6 +51,27 @@ def threads_of_rank(environment: Mapping[str, str], placement: Placement, *, cor
         # srun may have bound the task to its own cores, which nobody shares.
         return Setting(name, str(min(cores, int(of_task))), f"ours: {of_task} CPUs per SLURM task")
     return Setting(name, str(max(1, cores // placement.local_size)), f"ours: {share}")
+
+
+def require_address(address: Setting, *, within_s: float = 20) -> None:
+    """Returns once the host where the ranks meet has an address; torch would ask for ten minutes.
+
+    Raises:
+        EngineError: it has none for so long.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            socket.getaddrinfo(address.value, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{address} has no address on {socket.gethostname()} ({error}); export "
+                    "MASTER_ADDR with a name or an address of the first rank's node that all nodes "
+                    "can reach"
+                ) from error
+        time.sleep(0.5)
 
 
 def interface_to_other_nodes(
@@ -97,11 +120,9 @@ def triton_cache(
     if kind not in _NETWORK_FILE_SYSTEMS or _file_system(local, mounts) in _NETWORK_FILE_SYSTEMS:
         return None
     folder = local / f"mamba-dist-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        # Whoever can write there could have this user run code of theirs.
-        return None
+    if not _is_ours_alone(folder):
+        own = f"Triton's own, although {home} is on {kind}: {folder} cannot be made or is not safe"
+        return Setting("TRITON_CACHE_DIR", str(home / ".triton" / "cache"), own)
     return Setting("TRITON_CACHE_DIR", str(folder / "triton"), f"ours: {home} is on {kind}")
 
 
@@ -123,6 +144,18 @@ def ranks_by_host(hosts: Sequence[str]) -> str:
             parts.append(f"{host} {begin}" + (f"-{rank}" if rank > begin else ""))
             begin = rank + 1
     return ", ".join(parts)
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    """Makes a folder in which nobody else can write, who could have this user run code of theirs;
+    False if that cannot be."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return False
+    others_write = found.st_mode & 0o022
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not others_write
 
 
 def _local_address(address: str, port: int) -> str:

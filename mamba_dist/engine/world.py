@@ -26,6 +26,7 @@ from mamba_dist.engine.host_memory import keep_freed_memory
 from mamba_dist.engine.node_settings import (
     interface_to_other_nodes,
     ranks_by_host,
+    require_address,
     shown_variables,
     threads_of_rank,
     triton_cache,
@@ -166,6 +167,7 @@ def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World
 def _prepare_node(placement: Placement, device: torch.device) -> list[Setting]:
     """Sets what must stand before the ranks meet, and says what is in force."""
     settings = [*meeting_point(os.environ, placement, free_port=_free_port())]
+    require_address(settings[0])
     threads = threads_of_rank(os.environ, placement, cores=len(os.sched_getaffinity(0)))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(int(threads.value))

@@ -196,7 +196,7 @@ def deepspeed(hostfile: Path) -> list[str | Path]:
 
 
 @pytest.mark.slow
-def test_deepspeed_with_a_hostfile_trains_what_one_node_does(
+def test_deepspeed_by_ssh_trains_what_one_node_does(
     nodes: tuple[Node, Node],
     ssh: None,
     hostfile: Path,
@@ -208,6 +208,29 @@ def test_deepspeed_with_a_hostfile_trains_what_one_node_does(
     variables = {"DS_ENV_FILE": str(tmp_path / "deepspeed_env")}
     process = on(nodes[0], *deepspeed(hostfile), "--config", config, log=log, **variables)
     require_same(tmp_path / "run", one_node, finished(process, log))
+
+
+@pytest.mark.slow
+def test_deepspeed_by_srun_trains_what_one_node_does(
+    slurm: LocalSlurm,
+    nodes: tuple[Node, Node],
+    hostfile: Path,
+    one_node: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    config = config_in(tmp_path, tiny_data)
+    start = [str(BIN / "deepspeed"), f"--hostfile={hostfile}", "--launcher=slurm"]
+    meeting = ["--launcher_args=--nodes=2 --cpus-per-task=1", "--no_ssh_check", "--master_addr=n1"]
+    result = subprocess.run(
+        [*start, *meeting, TRAIN, "--config", str(config)],
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    require_same(tmp_path / "run", one_node, result.stderr)
 
 
 def ranks_on(node: Node, config: Path) -> list[int]:
