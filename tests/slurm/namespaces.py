@@ -133,9 +133,11 @@ def start_ssh_servers(nodes: Sequence[Node], folder: Path) -> None:
 
 
 def why_no_ssh() -> str | None:
-    """Why nodes cannot reach each other by ssh here, None if they can."""
-    absent = [name for name in ("sshd", "ssh", "ssh-keygen") if _program(name) is None]
-    return f"{', '.join(absent)} not installed (Debian: openssh-server)" if absent else None
+    """Why DeepSpeed cannot reach other nodes by ssh here, None if it can."""
+    needed = ("sshd", "ssh", "ssh-keygen", "pdsh", "pkill")
+    absent = [name for name in needed if _program(name) is None]
+    packages = "openssh-server, pdsh, procps"
+    return f"{', '.join(absent)} not installed (Debian: {packages})" if absent else None
 
 
 def _program(name: str) -> str | None:
