@@ -18,7 +18,8 @@ from pathlib import Path
 from namespaces import Node, two_nodes, why_no_nodes
 from processes import ROOT, clean_environment, free_port
 
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol", "squeue", "scancel")
+_DAEMONS = ("munged", "slurmctld", "slurmd")
+_COMMANDS = ("sbatch", "srun", "sinfo", "scontrol", "squeue", "scancel", "setpriv")
 _NODES = ("n1", "n2")
 _START_S = 30
 _MUNGE_FILES = (
@@ -72,7 +73,7 @@ _NODE = (
 
 def why_not() -> str | None:
     """Why a cluster cannot be started here, None if it can."""
-    absent = [name for name in _PROGRAMS if _program(name) is None]
+    absent = [name for name in (*_DAEMONS, *_COMMANDS) if _program(name) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: slurm-wlm, munge)"
     if os.geteuid() != 0:
@@ -189,7 +190,9 @@ def _daemon(
 ) -> Iterator[None]:
     program = _program(name)
     assert program is not None
-    command = [program, *words] if node is None else node.inside(program, *words)
+    # It ends with this process, whatever ends that.
+    bound = ["setpriv", "--pdeathsig", "TERM", program, *words]
+    command = bound if node is None else node.inside(program, *words)
     with (cluster.folder / f"{name}.out").open("ab") as output:
         daemon = subprocess.Popen(command, env=cluster.environment, stdout=output, stderr=output)
     try:
