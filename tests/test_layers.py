@@ -34,6 +34,7 @@ OWNERS = {
     "fastokens": {"data"},
     "orjson": {"data"},
     "platformdirs": {"ops"},
+    "psutil": {"engine"},
     "triton": {"ops"},
     "mamba_ssm": {"ops"},
     "causal_conv1d": {"ops"},

@@ -31,6 +31,8 @@ def run_training(config: RunConfig) -> int:
             deterministic=config.training.deterministic,
         )
         setup_logging(rank=world.rank, world_size=world.size)
+        for line in world.account:
+            _log.info("%s", line)
         with held_run_folder(config, world=world) as folder:
             run = build_run(config, world=world, stop=stop)
             if run.start.step >= run.total_steps:
