@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.load import LoadedConfig, load_config
-from mamba_dist.errors import MambaDistError
+from mamba_dist.errors import MambaDistError, StartError
 
 _LET_FIRST_RANK_SPEAK_S = 10.0
 
@@ -38,6 +38,11 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
                 print(describe_plan(loaded.config, world_size=arguments.ranks))
             return 0
         return run_training(loaded.config)
+    except StartError as error:
+        # All ranks have it, and know that the first one has.
+        if first_rank:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except MambaDistError as error:
         if not first_rank and not error.of_one_rank:
             # The launcher ends all ranks once one has failed; if the first rank has nothing to say
