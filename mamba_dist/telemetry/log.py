@@ -33,8 +33,7 @@ END: Final = "END"
 
 _MOST_BYTES = 8 << 20
 _PACKAGE: Final = "mamba_dist"
-# DeepSpeed's does not hand its lines on to the root.
-_OTHERS: Final = ("", "DeepSpeed")
+_KEEPS_ITS_LINES: Final = "DeepSpeed"
 
 
 def setup_logging(*, rank: int, world_size: int) -> None:
@@ -109,7 +108,6 @@ class RankLog(logging.Handler):
             self._open()
         if self._torn:
             line = b"\n" + line
-        self._torn = True
         self._torn = os.write(self._descriptor, line) < len(line)
 
     def _is_in_place(self) -> bool:
@@ -151,7 +149,9 @@ class RankLog(logging.Handler):
 def logging_to(log: RankLog) -> Iterator[None]:
     """The lines of the package, of libraries from warnings on, Python's warnings and what ends a
     thread go to a rank's file too."""
-    loggers = [logging.getLogger(name) for name in (_PACKAGE, *_OTHERS)]
+    package, others = logging.getLogger(_PACKAGE), [logging.getLogger()]
+    if not logging.getLogger(_KEEPS_ITS_LINES).propagate:
+        others.append(logging.getLogger(_KEEPS_ITS_LINES))
     shown, ended = warnings.showwarning, threading.excepthook
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -165,16 +165,16 @@ def logging_to(log: RankLog) -> Iterator[None]:
             log.say("ERROR", "a thread ended\n" + _traceback_of(arguments.exc_value))
 
     libraries = _FromWarningsOn(log)
-    loggers[0].addHandler(log)
-    for logger in loggers[1:]:
+    package.addHandler(log)
+    for logger in others:
         logger.addHandler(libraries)
     warnings.showwarning, threading.excepthook = show, end
     try:
         yield
     finally:
         warnings.showwarning, threading.excepthook = shown, ended
-        loggers[0].removeHandler(log)
-        for logger in loggers[1:]:
+        package.removeHandler(log)
+        for logger in others:
             logger.removeHandler(libraries)
 
 

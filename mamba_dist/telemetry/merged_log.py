@@ -8,7 +8,7 @@ import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -49,12 +49,10 @@ def merged(run_dir: Path) -> list[Told]:
         host = ""
         for path in paths:
             for entry in entries(path):
-                text = entry.text
-                if entry.kind == START and (found := _HOST.match(text)):
+                if entry.kind == START and (found := _HOST.match(entry.text)):
                     # Who it is, is told in front of the line.
-                    host, text = found[1], text[found.end() :]
-                told = by_text.setdefault((entry.kind, text), [])
-                _fold(told, entry, rank, host)
+                    host, entry = found[1], replace(entry, text=entry.text[found.end() :])
+                _fold(by_text.setdefault((entry.kind, entry.text), []), entry, rank, host)
     return sorted((one for told in by_text.values() for one in told), key=lambda one: one.at)
 
 
