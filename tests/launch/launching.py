@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,9 @@ def surroundings(folder: Path) -> Iterator[None]:
 
 
 def _contents(folder: Path) -> list[str]:
-    # torch's compiler makes its cache folder when it is imported: one for a user, and empty.
-    return [str(path) for path in folder.rglob("*") if path.stem != f"torchinductor_{getuser()}"]
+    # Folders do not count: torch's compiler makes its cache's when it is imported, one for a user,
+    # and torchrun leaves those of its log. Both are empty.
+    return [str(path) for path in folder.rglob("*") if not path.is_dir()]
 
 
 def _shared_memory() -> list[str]:
