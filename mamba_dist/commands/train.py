@@ -38,17 +38,13 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
                 print(describe_plan(loaded.config, world_size=arguments.ranks))
             return 0
         return run_training(loaded.config)
-    except StartError as error:
-        # All ranks have it, and know that the first one has.
-        if first_rank:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except MambaDistError as error:
         if not first_rank and not error.of_one_rank:
             # The launcher ends all ranks once one has failed; if the first rank has nothing to say
             # within this time, the error is this rank's own.
             time.sleep(_LET_FIRST_RANK_SPEAK_S)
-        print(f"error: {error}", file=sys.stderr)
+        if first_rank or not isinstance(error, StartError):
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 

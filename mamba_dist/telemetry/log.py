@@ -69,14 +69,20 @@ class RankLog(logging.Handler):
         """
         super().__init__(logging.INFO)
         self._path = path
-        self._native_crashes = native_crashes
+        # Whoever has set it up already wants it where it is.
+        self._native_crashes = native_crashes and not faulthandler.is_enabled()
         self._descriptor = -1
         self._torn = self._refused = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        # Of a library's arguments, for which no run is to end.
+        except Exception:
+            self.handleError(record)
+            return
         if record.exc_info and record.exc_info[1] is not None:
-            text += "\n" + "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+            text += "\n" + _traceback_of(record.exc_info[1])
         if not record.name.startswith(_PACKAGE):
             text = f"{record.name}: {text}"
         self.say(record.levelname, text, at=record.created)
@@ -187,6 +193,17 @@ class _FromWarningsOn(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._log.handle(record)
+        # What Python shows of loggers without any handler, for which this one counts.
+        if logging.lastResort is not None and not self._has_company(record.name):
+            logging.lastResort.handle(record)
+
+    def _has_company(self, name: str) -> bool:
+        logger: logging.Logger | None = logging.getLogger(name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
 
 
 def _traceback_of(error: BaseException) -> str:

@@ -1,12 +1,13 @@
 """Every start of a run and how it ended, in run_dir/starts.jsonl; and whether one is going on.
 
     {"event": "start", "at": …, "hosts": […], "ranks": 16, "launcher": "srun", "job": "77", …}
-    {"event": "training", "at": …, "step": 500, "total_steps": 1000}
-    {"event": "end", "at": …, "reason": "stopped", "detail": "SIGUSR1", "exit_code": 75, …}
+    {"event": "training", "of": …, "step": 500, "total_steps": 1000, …}
+    {"event": "end", "of": …, "reason": "stopped", "detail": "SIGUSR1", "exit_code": 75, …}
 
-Only rank 0 writes, as holder of the run's lock, so lines stand in the order of the starts. Each is
-one write at the end of the file; one that a kill cut is passed over by readers. A start without an
-end was killed, or its node was lost: only the logs know more.
+`of` is the time of the start, since a folder that was deleted may be another run's when the first
+one ends. Only rank 0 writes. Each line is one write at the end of the file; one that a kill cut is
+passed over by readers. A start without an end was killed, or its node was lost: only the logs know
+more.
 """
 
 import fcntl
@@ -57,6 +58,7 @@ class StartsFile:
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / STARTS_FILE
+        self._began_at = 0.0
 
     def begin(
         self,
@@ -68,8 +70,10 @@ class StartsFile:
         versions: Mapping[str, str],
     ) -> None:
         """A start, of which nothing else is known yet."""
+        self._began_at = round(time.time(), 3)
         self._append(
             "start",
+            at=self._began_at,
             hosts=list(hosts),
             ranks=ranks,
             launcher=launcher,
@@ -80,14 +84,17 @@ class StartsFile:
 
     def train(self, *, first_step: int, total_steps: int) -> None:
         """It is built, and trains from here on."""
-        self._append("training", step=first_step, total_steps=total_steps)
+        self._tell("training", step=first_step, total_steps=total_steps)
 
     def end(self, reason: Reason, *, detail: str, exit_code: int, step: int | None) -> None:
         """It has ended."""
-        self._append("end", reason=reason, detail=detail, exit_code=exit_code, step=step)
+        self._tell("end", reason=reason, detail=detail, exit_code=exit_code, step=step)
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        self._append(event, of=self._began_at, at=round(time.time(), 3), **fields)
 
     def _append(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"event": event, "at": round(time.time(), 3), **fields}) + "\n"
+        line = json.dumps({"event": event, **fields}) + "\n"
         try:
             with self._path.open("ab+", buffering=0) as file:
                 whole = not file.tell() or _last_byte(file.fileno()) == b"\n"
@@ -106,23 +113,23 @@ def read_starts(run_dir: Path) -> list[Start]:
     path = run_dir / STARTS_FILE
     if not path.is_file():
         return []
-    found: list[dict[str, Any]] = []
+    found: dict[float, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines():
         event = _parsed(line)
-        kind = event.get("event")
+        kind, own = event.get("event"), found.get(event.get("of", 0.0))
         if kind == "start":
-            found.append(_fields_of_start(event))
-        elif found and kind == "training":
-            found[-1] |= {"first_step": event["step"], "total_steps": event["total_steps"]}
-        elif found and kind == "end" and event["reason"] in get_args(Reason):
-            found[-1] |= {
+            found[event["at"]] = _fields_of_start(event)
+        elif own is not None and kind == "training":
+            own |= {"first_step": event["step"], "total_steps": event["total_steps"]}
+        elif own is not None and kind == "end" and event["reason"] in get_args(Reason):
+            own |= {
                 "ended_at": event["at"],
                 "reason": event["reason"],
                 "detail": event["detail"],
                 "exit_code": event["exit_code"],
                 "last_step": event["step"],
             }
-    return [Start(**fields) for fields in found]
+    return [Start(**fields) for fields in found.values()]
 
 
 def is_held(run_dir: Path) -> bool | None:

@@ -62,7 +62,9 @@ def _shared_memory() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """A clean one, with the surroundings of the test that runs."""
+    """A clean one, with the surroundings of the test that runs, if it has any."""
+    if not _SURROUNDINGS:
+        return clean_environment()
     folder = _SURROUNDINGS[-1]
     # Not the extensions of a user's other work, nor theirs of ours.
     return {

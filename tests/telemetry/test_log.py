@@ -59,6 +59,29 @@ def test_the_file_has_every_line_and_the_terminal_only_warnings_of_a_later_rank(
     assert "saved 5" not in shown
 
 
+def test_a_library_without_a_handler_is_shown_as_before(tmp_path: Path) -> None:
+    code = (
+        "import logging, pathlib, sys\n"
+        "from mamba_dist.telemetry.log import RankLog, logging_to\n"
+        "own = logging.getLogger('own')\n"
+        "own.addHandler(logging.StreamHandler(sys.stdout))\n"
+        "with logging_to(RankLog(pathlib.Path(sys.argv[1]))):\n"
+        "    logging.getLogger('bare').warning('shown')\n"
+        "    logging.getLogger('bare').info('not shown')\n"
+        "    logging.getLogger('bare').warning('%d', 'no number')\n"
+        "    own.warning('once')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "once\n"
+    assert done.stderr.startswith("shown\n")
+    assert "--- Logging error ---" in done.stderr
+    assert "once" not in done.stderr
+    lines = [("WARNING", "bare: shown"), ("WARNING", "own: once")]
+    assert said(tmp_path / "log") == lines
+
+
 def test_rank_zero_says_all_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(rank=0, world_size=4)
     logging.getLogger("mamba_dist.train").info("saved 5")

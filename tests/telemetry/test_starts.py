@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_a_line_that_a_kill_cut_costs_no_other(tmp_path: Path) -> None:
     assert [start.first_step for start in read_starts(tmp_path)] == [None]
     begin(tmp_path).end("finished", detail="", exit_code=0, step=9)
     assert [start.reason for start in read_starts(tmp_path)] == [None, "finished"]
+
+
+def test_the_end_of_a_run_whose_folder_another_one_took_is_not_that_of_the_other(
+    tmp_path: Path,
+) -> None:
+    first = begin(tmp_path)
+    (tmp_path / STARTS_FILE).unlink()
+    time.sleep(0.002)
+    begin(tmp_path, ranks=3)
+    first.end("mistake", detail="it was deleted", exit_code=2, step=5)
+    assert [(start.ranks, start.reason) for start in read_starts(tmp_path)] == [(3, None)]
 
 
 def test_a_disk_that_refuses_is_said_and_ends_nothing(
