@@ -7,7 +7,7 @@ to by each start, and holds 8 MiB at most; what was before is in rank-00003.old.
 
     2026-11-27T02:00:48.123Z START rank 3 of 16, host node01, process 4711; …
     2026-11-27T02:00:52.001Z INFO resumed after step 500 from …
-    2026-11-27T02:31:07.250Z END finished at step 1000 (exit code 0)
+    2026-11-27T02:31:07.250Z END exit code 0 after step 1000, finished
 
 Files, and not one for all: ranks on several nodes cannot append to one file of a network file
 system without losing lines, and a collective for the log's sake would wait for a rank that hangs
