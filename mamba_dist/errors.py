@@ -65,6 +65,11 @@ class TrainingError(MambaDistError):
     """Training cannot go on: for example another run holds the run folder."""
 
 
+class StartError(TrainingError):
+    """A run cannot start where it was started; the same on all ranks, so the first one prints it
+    for all."""
+
+
 class DivergedError(TrainingError):
     """Training is broken, and would be again: too many skipped steps, or a loss that is not finite.
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.load import LoadedConfig, load_config
-from mamba_dist.errors import MambaDistError
+from mamba_dist.errors import MambaDistError, StartError
 
 _LET_FIRST_RANK_SPEAK_S = 10.0
 
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
             # The launcher ends all ranks once one has failed; if the first rank has nothing to say
             # within this time, the error is this rank's own.
             time.sleep(_LET_FIRST_RANK_SPEAK_S)
-        print(f"error: {error}", file=sys.stderr)
+        if first_rank or not isinstance(error, StartError):
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 

@@ -43,6 +43,15 @@ _SHM_OP = "deepspeed_shm_comm"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What started this process, for a person who looks for its job later."""
+
+    launcher: str
+    job: str | None
+    """SLURM's number of it."""
+
+
 class World:
     """All ranks of a run, with the few things they must agree on outside of the engine."""
 
@@ -72,6 +81,14 @@ class World:
         own = list(values) if self.rank == 0 else []
         [count] = self.sum_over_ranks([len(own)])
         return [int(v) for v in self.sum_over_ranks(own or [0] * int(count))]
+
+    def texts_of_all_ranks(self, text: str) -> list[str]:
+        """The text of each rank, by rank; short ones, since every rank receives all."""
+        if self.size == 1:
+            return [text]
+        found: list[str | None] = [None] * self.size
+        dist.all_gather_object(found, text)
+        return [str(each) for each in found]
 
     def on_this_host(self) -> list[int]:
         """The ranks that share this rank's host and see its process ids, this one included."""
@@ -229,6 +246,20 @@ def launcher_pids() -> tuple[int, ...]:
         return ()
     outer = _parent_of(parent)
     return (parent, outer) if "deepspeed" in _command_line(outer) else (parent,)
+
+
+def how_launched() -> Launch:
+    """The launcher of this process, by what it leaves in the environment."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment:
+        launcher = "torchrun"
+    elif "deepspeed.launcher.launch" in _command_line(os.getppid()):
+        launcher = "deepspeed"
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        launcher = "srun"
+    else:
+        launcher = "python"
+    return Launch(launcher, environment.get("SLURM_JOB_ID"))
 
 
 def _command_line(pid: int) -> str:
