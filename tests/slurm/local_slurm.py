@@ -58,7 +58,10 @@ SlurmdParameters=config_overrides
 MinJobAge=300
 KillWait=5
 {nodes}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=tests Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 _NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 "
