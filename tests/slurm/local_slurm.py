@@ -18,6 +18,8 @@ from processes import ROOT, clean_environment, free_port
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol", "squeue", "scancel")
 _START_S = 30
+# States of a job that has not ended.
+GOING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
 _MUNGE_FILES = (
     ("socket", "socket"),
     ("key-file", "key"),
@@ -110,11 +112,10 @@ class LocalSlurm:
 
     def wait(self, *jobs: str, timeout_s: float = 100) -> dict[str, set[str]]:
         """The last states of jobs, once all have ended."""
-        going = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             states = {job: self.states(job) for job in jobs}
-            if not any(found & going for found in states.values()):
+            if not any(found & GOING for found in states.values()):
                 return states
             time.sleep(0.2)
         raise AssertionError(f"jobs still wait or run: {states}\n{self.call('squeue')}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from local_slurm import LocalSlurm
+from local_slurm import GOING, LocalSlurm
 from processes import ROOT
 
 from mamba_dist.checkpoint.layout import committed_steps
@@ -49,9 +49,24 @@ class Job:
         self.slurm.start_soon(self.id)
 
     def finish(self, *, timeout_s: float = 100) -> str:
-        """Its last state."""
-        [state] = self.slurm.wait(self.id, timeout_s=timeout_s)[self.id]
+        """Its last state, with each of its requeues begun soon."""
+        pushed = False
+
+        def ended() -> bool:
+            nonlocal pushed
+            states = self.slurm.states(self.id)
+            if states == {"PENDING"} and not pushed:
+                self.slurm.start_soon(self.id)
+            pushed = states == {"PENDING"}
+            return not states & GOING
+
+        self.wait_until(ended, "its end", timeout_s)
+        [state] = self.slurm.states(self.id)
         return state
+
+    def starts(self) -> int:
+        """How often it was started."""
+        return self.log().count(f" of job {self.id} on ")
 
     def checkpoints(self) -> list[int]:
         return committed_steps(self.run_dir)
@@ -60,7 +75,7 @@ class Job:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain for {what}:\n{self.log()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
 
 
 def run_submit(
