@@ -103,6 +103,8 @@ def render(
 def _directive(name: str, value: str) -> str:
     if not value:
         return f"#SBATCH --{name}"
-    # sbatch takes quotes away as a shell does.
-    quoted = f'"{value}"' if re.search(r"\s", value) else value
-    return f"#SBATCH --{name}={quoted}"
+    if not re.search(r"[\s#\"'\\]", value):
+        return f"#SBATCH --{name}={value}"
+    # sbatch takes quotes and backslashes away as a shell does, and ends at a bare #.
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'#SBATCH --{name}="{quoted}"'

@@ -78,7 +78,7 @@ def job_state(job: str) -> JobState:
     )
 
 
-def requeue(job: str, *, pause_s: float = _REQUEUE_PAUSE_S) -> None:
+def requeue(job: str) -> None:
     """Puts a job back into the queue; SLURM ends this process then, if it is part of the job.
 
     Raises:
@@ -92,7 +92,7 @@ def requeue(job: str, *, pause_s: float = _REQUEUE_PAUSE_S) -> None:
             if last_try:
                 raise
             # A controller that is restarted is away for some seconds.
-            time.sleep(pause_s)
+            time.sleep(_REQUEUE_PAUSE_S)
 
 
 def _call(*command: str | Path) -> str:

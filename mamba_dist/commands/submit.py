@@ -64,11 +64,13 @@ class _Submitter:
         self._asked = arguments
         self._command = command
         self._problems: list[str] = []
+        self._place: dict[str, str] = {}
         self._plan = ""
 
     def run(self) -> int:
         self._check_time()
         self._check_ranks()
+        self._check_options()
         if not TEMPLATE.is_file():
             self._problems.append(
                 f"found no {TEMPLATE} in {Path.cwd()}; submit from the repository"
@@ -78,12 +80,10 @@ class _Submitter:
             self._check_run(loaded.config)
         if not has_slurm() and not self._asked.dry_run:
             self._problems.append("sbatch is not installed here; submit from a login node")
-        if loaded is None or not TEMPLATE.is_file():
+        if loaded is None or self._problems:
             raise self._all_problems()
         folder = next_folder(_run_dir(loaded.config)).absolute()
-        script = self._script(folder) if not self._problems else ""
-        if self._problems:
-            raise self._all_problems()
+        script = self._script(folder)
         answer = self._try(script)
         if self._asked.dry_run:
             print(f"{self._plan}\n\n{script}")
@@ -136,6 +136,27 @@ class _Submitter:
                 f"--ranks-per-node {ranks} with --gpus-per-node {gpus}: each rank has one GPU; "
                 "leave --ranks-per-node out"
             )
+
+    def _check_options(self) -> None:
+        """Options that go to sbatch as they are."""
+        for name in ("partition", "account", "qos", "constraint", "mem", "cpus_per_task"):
+            if getattr(self._asked, name) is not None:
+                self._place[name.replace("_", "-")] = str(getattr(self._asked, name))
+        for word in self._asked.sbatch_option:
+            try:
+                name, value = option_of(word)
+            except ValueError as error:
+                self._problems.append(f"--sbatch-option: {error}")
+                continue
+            if name in _IMPOSSIBLE_OPTIONS:
+                self._problems.append(f"--sbatch-option: a training job cannot have --{name}")
+            elif name in _OWN_OPTIONS:
+                own = _OWN_OPTIONS[name] or name
+                self._problems.append(f"--sbatch-option: give --{own} to launch/submit.py itself")
+            self._place[name] = value
+        for name, value in [*self._place.items(), ("job-name", self._asked.job_name or "")]:
+            if not value.isprintable():
+                self._problems.append(f"--{name} {value!r} has letters that cannot be printed")
 
     @property
     def _ranks_per_node(self) -> int:
@@ -211,15 +232,7 @@ class _Submitter:
             "signal": f"USR1@{asked.stop_before}",
             "requeue" if asked.requeue else "no-requeue": "",
         }
-        for name in ("partition", "account", "qos", "constraint", "mem", "cpus_per_task"):
-            if getattr(asked, name) is not None:
-                directives[name.replace("_", "-")] = str(getattr(asked, name))
-        directives |= self._further_options()
-        try:
-            for name, value in directives.items():
-                option_of(f"--{name}={value or ''}")
-        except ValueError as error:
-            self._problems.append(str(error))
+        directives |= self._place
         return render(
             template,
             directives,
@@ -233,22 +246,6 @@ class _Submitter:
             header=f"{TEMPLATE} as submitted by\n\n    {shlex.join(self._command)}\n\n"
             "sbatch of this file submits the same again, config and code as they were.",
         )
-
-    def _further_options(self) -> dict[str, str]:
-        found = {}
-        for word in self._asked.sbatch_option:
-            try:
-                name, value = option_of(word)
-            except ValueError as error:
-                self._problems.append(f"--sbatch-option: {error}")
-                continue
-            if name in _IMPOSSIBLE_OPTIONS:
-                self._problems.append(f"--sbatch-option: a training job cannot have --{name}")
-            elif name in _OWN_OPTIONS:
-                own = _OWN_OPTIONS[name] or name
-                self._problems.append(f"--sbatch-option: give --{own} to launch/submit.py itself")
-            found[name] = value
-        return found
 
     def _log(self, folder: Path) -> str:
         return str(folder).replace("%", "%%") + "/slurm-%j.log"
