@@ -26,7 +26,7 @@ def config_in(folder: Path, made: Path, *, steps: int = STEPS, save_steps: int =
 def test_a_job_lives_through_a_killed_rank_and_a_signal_and_trains_as_if_undisturbed(
     slurm: LocalSlurm, tiny_data: Path, tmp_path: Path
 ) -> None:
-    config = config_in(tmp_path / "disturbed job", tiny_data)
+    config = config_in(tmp_path / "disturbed job #1", tiny_data)
     job = submit(slurm, config, "--time=30", "--requeue", STEP_S="0.15", KILL_AT="7:0")
     # Beside it, on the same host.
     calm = submit(slurm, config_in(tmp_path / "calm", tiny_data), "--time=30", STEP_S="0.15")
