@@ -1,5 +1,6 @@
-"""SLURM's own commands: asked by jobs that submit, start again, and ask what becomes of them."""
+"""SLURM's own commands, as submitting a job and starting it again need them."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -58,8 +59,8 @@ def waiting_or_running(jobs: Sequence[str]) -> list[str]:
     """
     if not jobs:
         return []
-    # All ids, since a single one that SLURM has forgotten is an error to it.
-    listed = set(_call("squeue", "--noheader", "--format=%A").split())
+    # All ids of this user, since a single one that SLURM has forgotten is an error to it.
+    listed = set(_call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A").split())
     return [job for job in jobs if job in listed]
 
 

@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,17 +47,18 @@ class Submission:
     commit: str | None
     """Of the repository; None outside of git."""
     uncommitted_changes: bool | None
+    """In what is kept in code/."""
     code_sha256: str
     """Of the names and contents of all files in code/."""
     versions: dict[str, str]
     """Of Python and the packages, as they were found at submission."""
-    job: str | None = field(default=None)
+    job: str | None = None
     """None until SLURM has taken it."""
 
 
 def describe(repository: Path, *, command: Sequence[str], ranks: int) -> Submission:
     """What is submitted now; `repository` holds mamba_dist/ and launch/."""
-    status = _git(repository, "status", "--porcelain")
+    status = _git(repository, "status", "--porcelain", "--", *_FROZEN)
     return Submission(
         submitted=datetime.now(UTC).isoformat(timespec="seconds"),
         command=tuple(command),

@@ -15,7 +15,7 @@ from tiny_run import write_config
 
 from mamba_dist.commands.job_script import directives_of, limit_seconds
 from mamba_dist.commands.submission import changed_versions, code_digest
-from mamba_dist.commands.submit import main
+from mamba_dist.commands.submit import TEMPLATE, main
 
 CPUS = ("--gpus-per-node", "0", "--ranks-per-node", "2")
 
@@ -150,6 +150,8 @@ def test_a_dry_run_shows_plan_and_script_and_needs_no_slurm(
     shown = capsys.readouterr().out
     assert "4 ranks" in shown
     assert directives_of(shown)["gpus-per-node"] == "4"
+    # The default of --stop-before is what the script says by itself.
+    assert directives_of(shown)["signal"] == directives_of(TEMPLATE.read_text())["signal"]
     assert not (tmp_path / "run").exists()
 
 

@@ -71,12 +71,12 @@ def test_a_mistake_ends_a_job_that_was_not_checked_before(
 def test_a_time_limit_too_short_for_the_steps_is_no_hindrance(
     slurm: LocalSlurm, tiny_data: Path, tmp_path: Path
 ) -> None:
-    steps, words = 90, ("--time=2", "--stop-before=45", "--requeue")
-    # The first start hears nothing of the signal, and is cut off at the limit.
+    # SLURM signals up to a minute early; the first start hears nothing of it, and is cut off.
+    steps, words = 150, ("--time=3", "--stop-before=60", "--requeue")
     config = config_in(tmp_path / "short", tiny_data, steps=steps)
-    job = submit(slurm, config, *words, STEP_S="1.2", SLEEP_AT="12:0")
+    job = submit(slurm, config, *words, STEP_S="1.2", SLEEP_AT="6:0")
     calm = submit(slurm, config_in(tmp_path / "long", tiny_data, steps=steps), "--time=30")
-    assert job.finish(timeout_s=900) == "COMPLETED", job.log()
+    assert job.finish(timeout_s=1200) == "COMPLETED", job.log()
     assert calm.finish() == "COMPLETED"
     assert job.starts() >= 3
     assert "DUE TO TIME LIMIT" in job.log()
