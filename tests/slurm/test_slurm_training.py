@@ -27,8 +27,9 @@ def test_a_job_lives_through_a_killed_rank_and_a_signal_and_trains_as_if_undistu
     slurm: LocalSlurm, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = config_in(tmp_path / "disturbed job #1", tiny_data)
-    job = submit(slurm, config, "--time=30", "--requeue", STEP_S="0.15", KILL_AT="7:0")
-    # Beside it, on the same host.
+    words = ("--nodes=2", "--ranks-per-node=1", "--time=30", "--requeue")
+    job = submit(slurm, config, *words, STEP_S="0.15", KILL_AT="7:0")
+    # Beside it, on a node that it has, too.
     calm = submit(slurm, config_in(tmp_path / "calm", tiny_data), "--time=30", STEP_S="0.15")
     # What is edited after the submission is not what the job trains.
     config.write_text("nothing: of use")
