@@ -1,13 +1,14 @@
-"""Whether a training job of SLURM starts again: `python -m mamba_dist.commands.restarts`, by
-launch/slurm/train.sbatch before and after the ranks.
+"""Whether a training job of SLURM starts again: `python -m mamba_dist.commands.restarts`, called by
+launch/slurm/train.sbatch before and after the ranks, and when it is terminated.
 
 Each start leaves lines in restarts.jsonl of the run folder. A start makes progress if there is a
 newer checkpoint than any that the job had seen. Whatever ended the ranks, the job goes back into
 the queue unless the ranks say that it would happen again (2, 65), starts without progress were too
 many in a row, or all starts were. A start that SLURM ends by itself (cancelled, preempted, a node
-that failed) is SLURM's to repeat, and counts for the last of these alone.
+that failed) is SLURM's to repeat, and counts for the last of these alone; but not one that it ends
+at the time limit, since the ranks did not hear the signal before or took too long.
 
-Exit codes: `began`: 0 go on; 2 do not. `ended`: the code of the ranks.
+Exit codes: `began`: 0 go on; 2 do not. `terminated`: 0. `ended`: the code of the ranks.
 """
 
 import argparse
@@ -37,6 +38,9 @@ _WOULD_HAPPEN_AGAIN = {
 _BY_SIGNAL = 128
 
 
+What = Literal["began", "out of time", "ended", "ended by SLURM"]
+
+
 @dataclass(frozen=True)
 class Event:
     """The begin or the end of one start of a job."""
@@ -44,7 +48,7 @@ class Event:
     job: str
     start: int
     """Counted from 1."""
-    event: Literal["began", "ended", "ended by SLURM"]
+    event: What
     checkpoint: int | None
     """Step of the newest one at that time."""
     time: str
@@ -68,15 +72,16 @@ def starts_in_vain(events: Sequence[Event]) -> int:
     for event in events:
         if event.checkpoint is not None and event.checkpoint > best:
             best, in_vain = event.checkpoint, 0
-        elif event.event == "ended":
+        elif event.event in ("ended", "out of time"):
             in_vain += 1
     return in_vain
 
 
 def why_not_again(
-    code: int, *, state: JobState, restarts: int, in_vain: int, bounds: Bounds
+    code: int | None, *, state: JobState, restarts: int, in_vain: int, bounds: Bounds
 ) -> str | None:
-    """Why a job whose ranks ended with `code` does not start again, None if it does.
+    """Why a job whose ranks ended with `code` (None: not yet) does not start again, None if it
+    does.
 
     `restarts` were before; `in_vain` is `starts_in_vain`, the start that just ended included.
     """
@@ -97,7 +102,7 @@ def why_not_again(
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of the command line `argv`."""
     arguments = _parser().parse_args(argv)
-    code: int = 0 if arguments.when == "began" else arguments.code
+    code: int = arguments.code
     try:
         words = arguments_parser().parse_args(arguments.words)
         config = load_config(words.config, words.overrides).config
@@ -112,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in changed_versions(Path(words.config).parent):
                 print(f"warning: {line}", file=sys.stderr)
             job.begin()
+        elif arguments.when == "terminated":
+            job.be_terminated()
         else:
             job.end(code)
     except MambaDistError as error:
@@ -144,43 +151,46 @@ class _Job:
             return
         what = _in_words(code)
         state = job_state(self._job)
-        if not state.running and not state.out_of_time:
+        if not state.running:
             decision = "SLURM ended the job, and starts it again or not"
             self._note("ended by SLURM", code, decision)
             print(f"{what}; {decision}", flush=True)
             return
+        self._start_again_or_not("ended", code, what, state)
+
+    def be_terminated(self) -> None:
+        state = job_state(self._job)
+        if state.out_of_time:
+            self._start_again_or_not("out of time", None, "the ranks had not left in time", state)
+
+    def _start_again_or_not(
+        self, event: What, code: int | None, what: str, state: JobState
+    ) -> None:
         reason = why_not_again(
             code,
             state=state,
             restarts=self._start - 1,
             in_vain=starts_in_vain(
-                [*read_events(self._run_dir, self._job), self._event("ended", code, "")]
+                [*read_events(self._run_dir, self._job), self._event(event, code, "")]
             ),
             bounds=self._bounds,
         )
         if reason is not None:
-            self._note("ended", code, f"not started again: {reason}")
+            self._note(event, code, f"not started again: {reason}")
             print(f"{what}; not started again: {reason}", file=sys.stderr)
             print("to go on, submit anew; nothing is lost up to the newest checkpoint", flush=True)
             return
-        self._note("ended", code, "requeued")
+        self._note(event, code, "requeued")
         print(f"{what}; requeued, start {self._start + 1} follows", flush=True)
         requeue(self._job)
 
-    def _event(
-        self, event: Literal["began", "ended", "ended by SLURM"], code: int | None, decision: str
-    ) -> Event:
+    def _event(self, event: What, code: int | None, decision: str) -> Event:
         steps = committed_steps(self._run_dir)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         newest = steps[-1] if steps else None
         return Event(self._job, self._start, event, newest, now, code, decision)
 
-    def _note(
-        self,
-        what: Literal["began", "ended", "ended by SLURM"],
-        code: int | None = None,
-        decision: str = "",
-    ) -> Event:
+    def _note(self, what: What, code: int | None = None, decision: str = "") -> Event:
         """Without it a job would start again for ever, so a disk that refuses it ends the job."""
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -223,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mamba_dist.commands.restarts",
         description="Note a start of a training job or its end, and put it back into the queue.",
     )
-    parser.add_argument("when", choices=("began", "ended"))
+    parser.add_argument("when", choices=("began", "terminated", "ended"))
     parser.add_argument("--job", required=True, help="SLURM_JOB_ID")
     parser.add_argument("--restarts", type=int, required=True, help="SLURM_RESTART_COUNT")
     parser.add_argument("--max-restarts", type=int, required=True)

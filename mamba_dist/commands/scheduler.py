@@ -11,8 +11,9 @@ from pathlib import Path
 from mamba_dist.errors import SchedulerError
 
 _TIMEOUT_S = 120
-_REQUEUE_TRIES = 5
-_REQUEUE_PAUSE_S = 5.0
+# A controller that is restarted is away for a minute; a job must not end for that.
+_TRIES = 10
+_PAUSE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def job_state(job: str) -> JobState:
     """What SLURM says of a job that runs or just ran.
 
     Raises:
-        SchedulerError: SLURM cannot be asked.
+        SchedulerError: SLURM did not answer for several tries.
     """
-    words = _call("scontrol", "show", "job", job, "--oneliner").split()
+    words = _call_again("scontrol", "show", "job", job, "--oneliner").split()
     fields = dict(word.split("=", 1) for word in words if "=" in word)
     return JobState(
         running=fields.get("JobState") == "RUNNING",
@@ -85,15 +86,18 @@ def requeue(job: str) -> None:
     Raises:
         SchedulerError: SLURM refuses, or did not answer for several tries.
     """
-    for last_try in (*[False] * (_REQUEUE_TRIES - 1), True):
+    _call_again("scontrol", "requeue", job)
+
+
+def _call_again(*command: str) -> str:
+    for last_try in (*[False] * (_TRIES - 1), True):
         try:
-            _call("scontrol", "requeue", job)
-            return
+            return _call(*command)
         except SchedulerError:
             if last_try:
                 raise
-            # A controller that is restarted is away for some seconds.
-            time.sleep(_REQUEUE_PAUSE_S)
+            time.sleep(_PAUSE_S)
+    raise AssertionError("the last try returns or raises")
 
 
 def _call(*command: str | Path) -> str:

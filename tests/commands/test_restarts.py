@@ -35,6 +35,9 @@ def event(what: str, checkpoint: int | None) -> Event:
         ([("began", 5), ("ended", 5), ("began", 5), ("began", 5), ("ended", 5)], 2),
         ([("began", 5), ("ended", 5), ("began", 5), ("ended by SLURM", 5)], 1),
         ([("began", 5), ("ended", 5), ("began", 5), ("began", 6), ("ended", 6)], 1),
+        ([("began", 5), ("out of time", 5), ("began", 5)], 1),
+        # The ranks saved after SLURM had terminated them.
+        ([("began", 5), ("out of time", 5), ("ended by SLURM", 6)], 0),
     ],
 )
 def test_starts_in_vain_are_those_in_a_row_without_a_new_checkpoint(
@@ -106,7 +109,7 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(scheduler, "_REQUEUE_PAUSE_S", 0.01)
+    monkeypatch.setattr(scheduler, "_PAUSE_S", 0.01)
     return Cluster(tmp_path)
 
 
@@ -131,7 +134,7 @@ def test_a_job_that_gets_nowhere_ends_at_its_bound(
     [
         # Cancelled, preempted or requeued by hand: to requeue it would bring a cancelled job back.
         ("JobState=COMPLETING Reason=None Requeue=1", 0),
-        ("JobState=COMPLETING Reason=TimeLimit Requeue=1", 1),
+        ("JobState=COMPLETING Reason=TimeLimit Requeue=1", 0),
         ("JobState=RUNNING Reason=None Requeue=0", 0),
         (RUNNING, 1),
     ],
@@ -142,6 +145,25 @@ def test_a_job_that_slurm_ends_is_left_to_slurm(
     cluster.state(shown)
     cluster.main("began")
     assert cluster.main("ended", code=EXIT_STOPPED) == EXIT_STOPPED
+    assert cluster.requeues() == requeues
+
+
+@pytest.mark.parametrize(
+    ("shown", "requeues"),
+    [
+        ("JobState=COMPLETING Reason=TimeLimit Requeue=1", 1),
+        ("JobState=COMPLETING Reason=TimeLimit Requeue=0", 0),
+        ("JobState=COMPLETING Reason=None Requeue=1", 0),
+        # A signal of somebody else; what follows from it is seen when the ranks have left.
+        (RUNNING, 0),
+    ],
+)
+def test_a_job_that_its_time_limit_cuts_off_is_requeued_before_its_ranks_have_left(
+    cluster: Cluster, shown: str, requeues: int
+) -> None:
+    cluster.state(shown)
+    cluster.main("began")
+    assert cluster.main("terminated") == 0
     assert cluster.requeues() == requeues
 
 

@@ -58,7 +58,7 @@ SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000
 ReturnToService=2
 SlurmdParameters=config_overrides
 MinJobAge=300
-KillWait=5
+KillWait=30
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
