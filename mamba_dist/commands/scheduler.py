@@ -90,14 +90,12 @@ def requeue(job: str) -> None:
 
 
 def _call_again(*command: str) -> str:
-    for last_try in (*[False] * (_TRIES - 1), True):
+    for _ in range(_TRIES - 1):
         try:
             return _call(*command)
         except SchedulerError:
-            if last_try:
-                raise
             time.sleep(_PAUSE_S)
-    raise AssertionError("the last try returns or raises")
+    return _call(*command)
 
 
 def _call(*command: str | Path) -> str:
