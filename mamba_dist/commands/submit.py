@@ -37,6 +37,9 @@ from mamba_dist.errors import ConfigError, MambaDistError, SchedulerError
 
 TEMPLATE = Path("launch/slurm/train.sbatch")
 
+# sbatch's manual: "the signal may be sent up to 60 seconds earlier".
+_SIGNAL_EARLY_S = 60
+
 # Options of sbatch that submit.py has itself, some under another name.
 _OWN_OPTIONS = {
     **dict.fromkeys(("nodes", "gpus-per-node", "time", "partition", "account", "qos"), ""),
@@ -100,14 +103,18 @@ class _Submitter:
         except SchedulerError:
             withdraw(folder)
             raise
-        submitted_as(folder, submission, job=job)
+        try:
+            submitted_as(folder, submission, job=job)
+        except MambaDistError as error:
+            # The job is in the queue all the same.
+            print(f"warning: {error}", file=sys.stderr)
         again = "starts again by itself" if self._asked.requeue else "is not started again"
         rows = {
             "plan": self._plan.replace("\n", "\n      "),
             "SLURM": answer,
             "job": f"{job}, {again} after its time limit",
             "kept": str(folder),
-            "log": self._log(folder).replace("%j", job),
+            "log": f"{folder}/slurm-{job}.log",
         }
         for name, text in rows.items():
             print(f"{name:<5} {text}", file=sys.stderr)
@@ -120,11 +127,12 @@ class _Submitter:
         except ValueError as error:
             self._problems.append(f"--time: {error}")
             return
-        if limit_s is not None and limit_s <= self._asked.stop_before:
+        shortest_s = self._asked.stop_before + _SIGNAL_EARLY_S
+        if limit_s is not None and limit_s <= shortest_s:
             self._problems.append(
-                f"--time {self._asked.time} is {limit_s} s, and the ranks are told to stop "
-                f"{self._asked.stop_before} s before its end (--stop-before): nothing would be "
-                "trained; give a longer one"
+                f"--time {self._asked.time} is {limit_s} s, and the ranks are told to stop up to "
+                f"{shortest_s} s before its end (--stop-before {self._asked.stop_before}, and "
+                f"SLURM's {_SIGNAL_EARLY_S}): nothing would be trained; give a longer one"
             )
 
     def _check_ranks(self) -> None:
@@ -223,8 +231,8 @@ class _Submitter:
         asked = self._asked
         directives: dict[str, str | None] = {
             "job-name": asked.job_name or folder.parents[1].name,
-            "output": self._log(folder),
-            "chdir": str(Path.cwd()).replace("%", "%%"),
+            "output": str(folder).replace("%", "%%") + "/slurm-%j.log",
+            "chdir": str(Path.cwd()),
             "nodes": str(asked.nodes),
             "ntasks-per-node": str(self._ranks_per_node),
             "gpus-per-node": str(asked.gpus_per_node) if asked.gpus_per_node else None,
@@ -246,9 +254,6 @@ class _Submitter:
             header=f"{TEMPLATE} as submitted by\n\n    {shlex.join(self._command)}\n\n"
             "sbatch of this file submits the same again, config and code as they were.",
         )
-
-    def _log(self, folder: Path) -> str:
-        return str(folder).replace("%", "%%") + "/slurm-%j.log"
 
     def _try(self, script: str) -> str:
         if not has_slurm():
@@ -326,8 +331,8 @@ def _add_life(group: argparse._ArgumentGroup) -> None:
         type=positive_int,
         default=300,
         metavar="SECONDS",
-        help="tell the ranks to stop so long before the limit: one step, one save, and 60 s that "
-        "SLURM may be early or late; default %(default)s",
+        help="tell the ranks to stop so long before the limit, SLURM up to 60 s earlier: time for "
+        "one step and one save; default %(default)s",
     )
     add("--max-restarts", type=not_negative_int, default=100, help="in all; default %(default)s")
     add(
