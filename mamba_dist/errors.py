@@ -61,6 +61,10 @@ class OtherVersionError(CheckpointError):
     know."""
 
 
+class SchedulerError(MambaDistError):
+    """SLURM is absent, refuses a job or does not answer."""
+
+
 class TrainingError(MambaDistError):
     """Training cannot go on: for example another run holds the run folder."""
 

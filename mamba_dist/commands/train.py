@@ -21,7 +21,7 @@ _LET_FIRST_RANK_SPEAK_S = 10.0
 
 def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
     """The exit code of the command line `argv`; every rank of a launch calls it."""
-    arguments = _parser().parse_args(argv)
+    arguments = arguments_parser().parse_args(argv)
     try:
         loaded = load_config(arguments.config, arguments.overrides)
         if first_rank:
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
         return error.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments_parser() -> argparse.ArgumentParser:
+    """What launch/train.py takes."""
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
         description="Train a Mamba language model; continues where the run folder left off.",

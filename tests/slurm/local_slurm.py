@@ -22,6 +22,8 @@ _DAEMONS = ("munged", "slurmctld", "slurmd")
 _COMMANDS = ("sbatch", "srun", "sinfo", "scontrol", "squeue", "scancel", "setpriv")
 _NODES = ("n1", "n2")
 _START_S = 30
+# States of a job that has not ended.
+GOING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
 _MUNGE_FILES = (
     ("socket", "socket"),
     ("key-file", "key"),
@@ -60,9 +62,12 @@ SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000
 ReturnToService=2
 SlurmdParameters=config_overrides
 MinJobAge=300
-KillWait=5
+KillWait=30
 {nodes}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=tests Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 _NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus} Boards=1 "
@@ -115,11 +120,10 @@ class LocalSlurm:
 
     def wait(self, *jobs: str, timeout_s: float = 100) -> dict[str, set[str]]:
         """The last states of jobs, once all have ended."""
-        going = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             states = {job: self.states(job) for job in jobs}
-            if not any(found & going for found in states.values()):
+            if not any(found & GOING for found in states.values()):
                 return states
             time.sleep(0.2)
         raise AssertionError(f"jobs still wait or run: {states}\n{self.call('squeue')}")
