@@ -1,12 +1,14 @@
 """tools/soak.py: trains while everything goes wrong, and compares with a run left alone.
 
 A round is one launch in the folder of one run: a few steps, then an event (a kill, a signal, a rank
-that stops, a full disk), at a step, in a save or in the start, by a schedule that the seed alone
-makes; before some of them a file of the newest checkpoint is damaged. The run is as long as 6 steps
-for each round and 24, of which a round can train 9 and some, keeps what it saved, and loses the
-rest; so it does not end before the rounds do. What is left of it then is trained in one last launch
-that is left alone. Every step, also one that is trained again, must have read the samples that the
-undisturbed run of one rank read, to the same loss; the weights at the end are compared too.
+that stops, a full disk) at a step, in a save or in the start, by a schedule that the seed alone
+makes; before some of them a file of the newest checkpoint is damaged.
+
+The run is as long as 10 steps for each round and 40. A round is struck within 12 steps or so, in
+some goes on until it notices, and keeps what it saved, about 7 steps as a mean: so the run does not
+end before the rounds do. What is left of it then is trained in one last launch that is left alone.
+Every step, also one that is trained again, must have read the samples that the undisturbed run of
+one rank read, to the same loss; the weights at the end are compared too.
 
 Without root no small disk can be mounted, and full disks count as not done; `unshare -rm python
 tools/soak.py …` makes that possible for most users.
@@ -43,8 +45,8 @@ from mamba_dist.telemetry.metrics import read_metrics
 EXIT_WRONG: Final = 1
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
-STEPS_PER_ROUND: Final = 6
-_STEPS_MORE: Final = 24
+STEPS_PER_ROUND: Final = 10
+_STEPS_MORE: Final = 40
 LOSS_TOLERANCE: Final = 1e-3
 """Nats per token. Sums over ranks are added up in other orders, and a run that took up the wrong
 moments, or lost a step, is further away."""
@@ -101,7 +103,7 @@ def _soak(arguments: argparse.Namespace, folder: Path) -> int:
         )
         run = SoakedRun(folder, config, run_dir, disk, total, start_s)
         results = _play(run, arguments)
-        _, faults = run.finish(Spread("torchrun", 2, "zero-1"))
+        _, faults = run.finish(Spread("python", 1, "zero-0"))
         comparison = _compare(run, folder, whole_dir)
         weights = weight_difference(whole_dir, run_dir, step=total)
     faults += comparison.faults

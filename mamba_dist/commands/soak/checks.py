@@ -80,15 +80,17 @@ def allowed_codes(plan: RoundPlan, *, stepped: bool, done: bool) -> set[int]:
     if event in ("kill all", "full disk, then kill all"):
         return {_KILLED}
     if event == "kill a rank":
-        codes = {"python": {_KILLED}, "torchrun": {_CRASHED}}
         # The launcher looks once a second: the victim's end, or that of one that missed it.
-        return codes.get(plan.launcher, {247, _CRASHED, _TOLD})
-    own = {_TOLD} if event == "full disk, then SIGTERM" else {EXIT_STOPPED}
-    if not stepped and signalled in _SIGNALS:
-        # Python has not come to our handlers yet.
-        own |= {_CRASHED, *_SIGNALS[signalled]}
-    # torchrun's own code is 1, whatever the ranks ended with.
-    return {_CRASHED} if plan.launcher == "torchrun" else own
+        own = {_KILLED} if plan.launcher == "python" else {247, _CRASHED, _TOLD}
+    else:
+        own = {_TOLD} if event == "full disk, then SIGTERM" else {EXIT_STOPPED}
+    if plan.launcher == "torchrun":
+        # Its own code is 1, whatever the ranks ended with.
+        own = {_CRASHED}
+    if not stepped:
+        # Python had not come to our handlers yet, or the launcher was struck, having no ranks yet.
+        own |= {_KILLED} if event == "kill a rank" else {_CRASHED, *_SIGNALS.get(signalled, ())}
+    return own
 
 
 def _exit_faults(seen: Seen) -> list[str]:

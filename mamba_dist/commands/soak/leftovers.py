@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Final
 
 _SHARED_MEMORY: Final = Path("/dev/shm")
-# torchrun's own, which a SIGKILL keeps it from removing.
-_OF_LAUNCHERS: Final = ("torchelastic_",)
+# torchrun's own, which a SIGKILL keeps it from removing, and torch's for what it compiles.
+_OF_TORCH: Final = ("torchelastic_", "torchinductor_")
 _PATIENCE_S: Final = 3.0
 
 
@@ -23,7 +23,7 @@ class Leftovers:
         while (left := _unused(_names() - self._before)) and time.monotonic() < deadline:
             time.sleep(0.1)
         files = [
-            entry.name for entry in temporary.iterdir() if not entry.name.startswith(_OF_LAUNCHERS)
+            entry.name for entry in temporary.iterdir() if not entry.name.startswith(_OF_TORCH)
         ]
         return [
             *([f"left in {_SHARED_MEMORY}: {sorted(left)}"] if left else []),

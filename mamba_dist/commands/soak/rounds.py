@@ -18,7 +18,7 @@ from mamba_dist.commands.soak.processes import wait_for_end
 from mamba_dist.commands.soak.second_start import second_start_faults
 from mamba_dist.commands.soak.survey import Survey, clear_for_a_person, survey
 
-_HANG_TIMEOUT_S: Final = 3.0
+_HANG_TIMEOUT_S: Final = 4.0
 # Launchers give their ranks 30 s after a signal.
 _END_TIMEOUT_S: Final = 90.0
 _ORPHAN_TIMEOUT_S: Final = 45.0
