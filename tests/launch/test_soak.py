@@ -7,9 +7,9 @@ import pytest
 
 from mamba_dist.commands.soak import main
 
-# A rank of two is killed in a save; the disk fills up under a run that then goes on; it fills up
-# under one that is told to stop. A byte of the newest checkpoint is flipped, and junk left.
-SEED = 25111
+# Two ranks under ZeRO 3 are told to stop in a save; one under FSDP2, that finds the newest save cut
+# short, is killed; under the next the disk fills up, and it goes on when there is room.
+SEED = 52044
 
 
 def test_three_rounds_of_a_soak_are_one_undisturbed_run(
@@ -24,12 +24,12 @@ def test_three_rounds_of_a_soak_are_one_undisturbed_run(
     record = json.loads(told.read_text())
     assert record["steps"] == 70
     assert record["steps_trained_again"] > 0
-    assert record["resumes"] >= 3
+    assert record["resumes"] == 3
     assert record["passed_over"] == 1
-    assert record["events"].pop("kill a rank") == 1
     # Where no disk of its own may be mounted, the soak says so.
-    full = record["events"] or record["events_not_done"]
-    assert full == {"full disk, then room": 1, "full disk, then SIGTERM": 1}
+    events = record["events"] | record["events_not_done"]
+    assert events == {"SIGUSR1 to a rank": 1, "kill all": 1, "full disk, then room": 1}
+    assert ("NOT DONE" in said) == ("note: full disks are not done" in said)
     assert not folder.exists()
 
 
