@@ -20,9 +20,11 @@ explains; 130 interrupted; anything else is a crash.
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -67,12 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if folder.exists() and any(folder.iterdir()):
             raise TrainingError(f"--folder {folder} is not empty; name one that does not exist yet")
-        return _soak(arguments, folder)
+        with _ended_like_ctrl_c():
+            return _soak(arguments, folder)
     except MambaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
+        print(f"interrupted; what there is stands in {folder}", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """A SIGTERM too ends the launch at work and unmounts the disk."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _soak(arguments: argparse.Namespace, folder: Path) -> int:

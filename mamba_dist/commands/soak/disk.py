@@ -1,11 +1,14 @@
 """A small disk for the run folder, so that a full one costs nobody else."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+
+from mamba_dist.errors import TrainingError
 
 _SIZE: Final = 8 << 20
 _CHUNK: Final = bytes(1 << 16)
@@ -45,6 +48,9 @@ def small_disk(folder: Path) -> Iterator[Disk]:
     """A tmpfs mounted at `folder` while the block lasts, or the folder itself if that may not be.
 
     What is on it then is copied into the folder, so that a failed run can be looked at.
+
+    Raises:
+        TrainingError: it could not be unmounted.
     """
     folder.mkdir(parents=True)
     mounted = _run("mount", "-t", "tmpfs", "-o", f"size={_SIZE}", "soak", str(folder))
@@ -55,8 +61,9 @@ def small_disk(folder: Path) -> Iterator[Disk]:
         yield Disk(folder, None)
     finally:
         kept = folder.with_name(f"{folder.name}.copy")
-        _run("cp", "-a", str(folder), str(kept))
-        _run("umount", str(folder))
+        for command in (("cp", "-a", str(folder), str(kept)), ("umount", str(folder))):
+            if failed := _run(*command):
+                raise TrainingError(f"{' '.join(command)}: {failed}; unmount it by hand")
         folder.rmdir()
         kept.rename(folder)
 
@@ -66,7 +73,7 @@ def _until_full() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+        if error.errno != errno.ENOSPC:
             raise
 
 
