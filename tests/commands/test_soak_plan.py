@@ -40,6 +40,7 @@ def test_no_round_asks_for_what_its_launch_cannot_give() -> None:
     for one in rounds(5, 300):
         assert one.launcher != "python" or (one.ranks == 1 and not one.strikes_launcher)
         assert one.event != "stop a rank" or (one.ranks > 1 and one.moment == "step")
+        assert one.event != "stop a rank" or one.after_steps > 1
         assert not one.event.startswith("full disk") or one.moment == "step"
         assert 12 % one.ranks == 0
 

@@ -51,6 +51,8 @@ class Spread:
         }
         if self.hang_timeout_s is not None:
             fields["engine.hang_timeout_minutes"] = str(self.hang_timeout_s / 60)
+            # Nothing is expected of a rank within a save, so none must be stopped there.
+            fields["checkpoint.save_steps"] = "1000000"
         return [f"{name}={value}" for name, value in fields.items()]
 
 

@@ -149,7 +149,8 @@ def schedule(seed: int) -> Iterator[RoundPlan]:
         if event == "stop a rank":
             size = max(size, 2)
         if event == "stop a rank" or event.startswith("full disk"):
-            # The watchdog wakes with the first step, and a disk is filled under a run that saves.
+            # The watchdog sleeps until the first step has ended, and a disk is filled under a run
+            # that saves.
             moment = "step"
         kind = next(damages)
         yield RoundPlan(
@@ -160,7 +161,7 @@ def schedule(seed: int) -> Iterator[RoundPlan]:
             loaders=int(rng.random() < 0.2),
             event=event,
             moment=moment,
-            after_steps=rng.randint(1, MOST_STEPS),
+            after_steps=rng.randint(2 if event == "stop a rank" else 1, MOST_STEPS),
             fraction=rng.random(),
             victim=rng.random(),
             started_twice=next(twice) == 0 and moment != "start",
