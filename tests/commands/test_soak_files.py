@@ -9,8 +9,10 @@ from written_checkpoint import OneRank, snapshot
 from mamba_dist.checkpoint.layout import checkpoints_folder, remove_left_behind
 from mamba_dist.checkpoint.store import save_checkpoint
 from mamba_dist.commands.soak import disk as disk_module
+from mamba_dist.commands.soak import leftovers as leftovers_module
 from mamba_dist.commands.soak.damage import damage_newest, leave_junk
 from mamba_dist.commands.soak.disk import small_disk
+from mamba_dist.commands.soak.leftovers import Leftovers
 from mamba_dist.commands.soak.plan import DamageKind, DamagePlan
 from mamba_dist.commands.soak.survey import clear_for_a_person, survey
 
@@ -81,3 +83,23 @@ def test_where_nothing_may_be_mounted_the_disk_says_so(
         assert disk.why_not is not None
         assert "only root can do that" in disk.why_not
         assert disk.folder.is_dir()
+
+
+def test_what_a_launch_leaves_in_memory_or_temporary_files_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, temporary = tmp_path / "shm", tmp_path / "tmp"
+    for folder in (memory, temporary):
+        folder.mkdir()
+    monkeypatch.setattr(leftovers_module, "_SHARED_MEMORY", memory)
+    monkeypatch.setattr(leftovers_module, "_PATIENCE_S", 0.0)
+    (memory / "before").touch()
+    leftovers = Leftovers()
+    (temporary / "torchelastic_x").mkdir()
+    with (memory / "in-use").open("w"):
+        assert leftovers.faults(temporary) == []
+    (temporary / "mine").touch()
+    assert leftovers.faults(temporary) == [
+        f"left in {memory}: ['in-use']",
+        "left in its temporary folder: ['mine']",
+    ]

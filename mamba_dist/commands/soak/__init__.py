@@ -4,14 +4,16 @@ A round is one launch in the folder of one run: a few steps, then an event (a ki
 that stops, a full disk) at a step, in a save or in the start, by a schedule that the seed alone
 makes; before some of them a file of the newest checkpoint is damaged.
 
-The run is as long as 10 steps for each round and 40. A round is struck within 12 steps or so, in
-some goes on until it notices, and keeps what it saved, about 7 steps as a mean: so the run does not
-end before the rounds do. What is left of it then is trained in one last launch that is left alone.
+The run is as long as 8 steps for each round and 40. A round is struck within 12 steps or so, goes
+on until it notices, and keeps what it saved, about 5 steps as a mean: so the run does not end
+before the rounds do. What is left of it then is trained in one last launch that is left alone.
 Every step, also one that is trained again, must have read the samples that the undisturbed run of
 one rank read, to the same loss; the weights at the end are compared too.
 
+It was written for CPUs, and not run on GPUs; there its launches would need four of them.
+
 Without root no small disk can be mounted, and full disks count as not done; `unshare -rm python
-tools/soak.py …` makes that possible for most users.
+tools/soak.py …` makes it possible where user namespaces are allowed.
 
 Exit codes: 0 all held; 1 something did not, and the folder is kept; 2 a mistake that the message
 explains; 130 interrupted; anything else is a crash.
@@ -47,7 +49,7 @@ from mamba_dist.telemetry.metrics import read_metrics
 EXIT_WRONG: Final = 1
 EXIT_USER_ERROR: Final = 2
 EXIT_INTERRUPTED: Final = 130
-STEPS_PER_ROUND: Final = 10
+STEPS_PER_ROUND: Final = 8
 _STEPS_MORE: Final = 40
 LOSS_TOLERANCE: Final = 1e-3
 """Nats per token. Sums over ranks are added up in other orders, and a run that took up the wrong

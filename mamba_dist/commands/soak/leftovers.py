@@ -1,5 +1,6 @@
 """What a launch leaves in shared memory and in its folder for temporary files."""
 
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,10 +37,20 @@ def _names() -> set[str]:
 
 
 def _unused(names: set[str]) -> set[str]:
-    """Those that no process has open: other programs of the machine use the same folder."""
+    """Those that no process has mapped or open: other programs use the same folder."""
     left = set(names)
     for process in Path("/proc").glob("[0-9]*") if left else ():
-        with suppress(OSError):
-            maps = (process / "maps").read_text(errors="replace")
-            left -= {name for name in left if f"{_SHARED_MEMORY}/{name}" in maps}
+        used = _used_by(process)
+        left -= {name for name in left if f"{_SHARED_MEMORY}/{name}" in used}
     return left & _names()
+
+
+def _used_by(process: Path) -> str:
+    used = []
+    # Processes and their files come and go, and those of others cannot be read.
+    with suppress(OSError):
+        used.append((process / "maps").read_text(errors="replace"))
+        for link in (process / "fd").iterdir():
+            with suppress(OSError):
+                used.append(os.readlink(link))
+    return "\n".join(used)

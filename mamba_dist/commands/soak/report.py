@@ -52,6 +52,7 @@ def summary(
         "events_not_done": dict(missed),
         "resumes": sum(bool(one.resumed) for one in results) + 1,
         "passed_over": sum(len(one.passed_over) for one in results),
+        "second_starts_refused": sum(one.plan.started_twice for one in results),
         "steps": comparison.steps,
         "steps_trained_again": comparison.trained_again,
         "rows": comparison.rows,
@@ -72,7 +73,7 @@ def summary(
             f"rounds     {len(results)} in {seconds:.0f} s, {wrong} with faults",
             f"events     {sum(done.values())} of {len(results)} done{kinds}",
             f"resumes    {record['resumes']}, {record['passed_over']} damaged checkpoints passed "
-            "over",
+            f"over, {record['second_starts_refused']} second starts refused",
             f"samples    {comparison.steps} steps, {comparison.trained_again} of them trained more "
             f"than once, {comparison.rows:,} rows",
             f"losses     at most {comparison.largest_loss_difference:.2g} nats away (allowed "
