@@ -12,6 +12,7 @@ from mamba_dist.commands.soak import main
 SEED = 52044
 
 
+@pytest.mark.timeout(600)
 def test_three_rounds_of_a_soak_are_one_undisturbed_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
