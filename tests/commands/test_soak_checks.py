@@ -95,3 +95,14 @@ def test_what_went_wrong_is_said(change: dict[str, Any], fault: str) -> None:
 def test_retention_may_take_a_checkpoint_once_three_newer_are_whole() -> None:
     after = Survey({8: "b", 12: "c", 13: "d"}, {}, ())
     assert faults_of(replace(WELL, after=after)) == []
+
+
+def test_a_run_may_come_to_its_end_while_it_notices_its_event() -> None:
+    assert faults_of(replace(WELL, code=0, log=LOG + "finished at step 100")) == []
+
+
+def test_a_damaged_checkpoint_that_an_interrupted_start_left_is_none_that_was_lost() -> None:
+    struck = Struck(step=None, newest=12)
+    left = Survey(WELL.before.whole, WELL.before.damaged, ())
+    early = replace(WELL, struck=struck, after=left, log="", first_step=None, resumed=None)
+    assert faults_of(early) == []

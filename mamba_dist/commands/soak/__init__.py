@@ -83,12 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """A SIGTERM too ends the launch at work and unmounts the disk."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """A SIGTERM too ends the launch at work and unmounts the disk.
+
+    A SIGINT is not ignored meanwhile: what a shell starts in the background ignores it, and so
+    would the launchers, to which some rounds send it.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _soak(arguments: argparse.Namespace, folder: Path) -> int:

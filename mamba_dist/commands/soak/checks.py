@@ -15,6 +15,8 @@ from mamba_dist.train.stop import EXIT_STOPPED
 _CRASHED: Final = 1
 _TOLD: Final = 2
 _KILLED: Final = -9
+# Ranks look after their launcher twice a second, and a step takes a twentieth of one at least.
+_NOTICED_WITHIN_STEPS: Final = 100
 # By its number as a process that is gone has it, and as a launcher passes it on.
 _SIGNALS: Final = {"SIGTERM": (-15, 143, 241), "SIGINT": (-2, 130, 254), "SIGUSR1": (-10, 246)}
 
@@ -96,8 +98,10 @@ def allowed_codes(plan: RoundPlan, *, stepped: bool, done: bool) -> set[int]:
 def _exit_faults(seen: Seen) -> list[str]:
     missed = seen.struck.missed is not None
     if seen.code == 0:
-        finished = f"finished at step {seen.total_steps}" in seen.log
-        return [] if finished else ["exit code 0 before the last step of the run"]
+        if f"finished at step {seen.total_steps}" not in seen.log:
+            return ["exit code 0 before the last step of the run"]
+        more = seen.total_steps - (seen.struck.step or seen.before.newest)
+        return [f"trained {more} steps to its end after the event"] * (more > _NOTICED_WITHIN_STEPS)
     if missed and "ended before it" in (seen.struck.missed or ""):
         return [f"it ended by itself with exit code {seen.code}"]
     allowed = allowed_codes(seen.plan, stepped=seen.struck.step is not None, done=not missed)
@@ -144,10 +148,12 @@ def _checkpoint_faults(seen: Seen) -> list[str]:
                 faults.append(f"the whole checkpoint of step {step} is gone, newer: {newer}")
         elif after.whole[step] != manifest:
             faults.append(f"the whole checkpoint of step {step} was written again")
-    if after.newest < max(before.newest, seen.struck.newest):
+    # A damaged one may still have been there when the event came.
+    during = 0 if seen.struck.newest in seen.damaged else seen.struck.newest
+    if after.newest < max(before.newest, during):
         faults.append(
             f"the newest whole checkpoint is of step {after.newest}, it was of "
-            f"{max(before.newest, seen.struck.newest)}"
+            f"{max(before.newest, during)}"
         )
     return faults
 
