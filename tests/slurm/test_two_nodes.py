@@ -273,6 +273,8 @@ def test_sigterm_to_a_launcher_of_two_nodes_ends_both_with_a_checkpoint(
             what="the end of all ranks",
         )
     finally:
+        for pid in (pid for node in nodes for pid in ranks_on(node, config)):
+            os.kill(pid, signal.SIGKILL)
         for process in processes:
             process.kill()
     [step] = committed_steps(run_dir)
