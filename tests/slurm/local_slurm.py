@@ -42,6 +42,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -173,6 +174,8 @@ def _configure(folder: Path, own: str, nodes: Sequence[Node]) -> None:
         address=own,
         user=getpass.getuser(),
         controller_port=free_port(),
+        # Ports of jobs follow from their ids: those of two clusters on one machine must differ.
+        first_job=1000 + os.getpid() % 13000,
         nodes="\n".join(lines),
     )
     (folder / "slurm.conf").write_text(config)
