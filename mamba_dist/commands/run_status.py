@@ -259,7 +259,7 @@ def _lines(status: Status, *, now: float) -> Iterator[str]:
     yield f"  restarts     {len(status.starts) - 1}"
     first = max(0, len(status.starts) - _SHOWN_STARTS)
     if first:
-        yield f"    the first {first} starts are in {STARTS_FILE}"
+        yield f"    {first} older starts: see {STARTS_FILE}"
     for number, start in enumerate(status.starts[first:], first + 1):
         yield f"    {number:>3}  {_start_text(start, status, last=number == len(status.starts))}"
     for fault in status.faults:
