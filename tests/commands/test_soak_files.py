@@ -65,6 +65,9 @@ def test_a_small_disk_fills_up_and_its_files_stay(tmp_path: Path) -> None:
     with small_disk(folder) as disk:
         if disk.why_not is not None:
             pytest.skip(disk.why_not)
+        (folder / "old").write_bytes(bytes(100_000))
+        disk.fill(left_bytes=0)
+        (folder / "old").unlink()
         disk.fill(left_bytes=0)
         with (folder / "file").open("wb", buffering=0) as file:
             with pytest.raises(OSError, match="No space left"):

@@ -23,8 +23,11 @@ class Disk:
         self.why_not = why_not
 
     def fill(self, *, left_bytes: int) -> None:
-        """Writes until nothing more goes onto it, and gives so many bytes back."""
-        descriptor = os.open(self._filler, os.O_WRONLY | os.O_CREAT)
+        """Writes until nothing more goes onto it, and gives so many bytes back.
+
+        What was deleted since is filled too when it is called again.
+        """
+        descriptor = os.open(self._filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             for size in (len(_CHUNK), 1):
                 with _until_full():

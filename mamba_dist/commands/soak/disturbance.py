@@ -96,11 +96,15 @@ def _fill_disk(launch: Launch, plan: RoundPlan, *, run_dir: Path, disk: Disk) ->
     if disk.why_not is not None:
         _strike_as(launch, "SIGTERM")
         return Struck(launch.last_step(), 0, missed=disk.why_not)
-    disk.fill(left_bytes=int(plan.fraction * _LEFT_BYTES))
+    left_bytes = int(plan.fraction * _LEFT_BYTES)
+
+    def refused_when_full() -> bool:
+        # Again and again: a save that was nearly done makes room by deleting an old one.
+        disk.fill(left_bytes=left_bytes)
+        return "checkpoint not written" in launch.log()
+
     try:
-        refused = launch.wait_until(
-            lambda: "checkpoint not written" in launch.log(), timeout_s=_EVENT_TIMEOUT_S
-        )
+        refused = launch.wait_until(refused_when_full, timeout_s=_EVENT_TIMEOUT_S)
         newest = max(committed_steps(run_dir), default=0)
         faults = [] if refused else ["no save failed on a full disk"]
         if plan.event == "full disk, then room":

@@ -75,12 +75,8 @@ class SoakedRun:
             struck = disturb(
                 launch, plan, run_dir=self.run_dir, disk=self.disk, start_s=self.start_s
             )
-            code = launch.wait(timeout_s=_END_TIMEOUT_S)
-            left = wait_for_end(launch.marker, timeout_s=_ORPHAN_TIMEOUT_S)
-            if code is None:
-                more.append(f"still at work {_END_TIMEOUT_S:.0f} s after the event")
-            if left:
-                more.append(f"processes are left {_ORPHAN_TIMEOUT_S:.0f} s after it: {left}")
+            code, unended = self._end_of(launch)
+            more += unended
         finally:
             launch.end()
         more += leftovers.faults(launch.temporary)
@@ -135,6 +131,21 @@ class SoakedRun:
             faults.append(
                 f"after the last launch: processes {left}, unfinished {after.left_behind}, damaged "
                 f"{after.damaged}, newest whole {after.newest} of {self.total_steps}"
+            )
+        return code, faults
+
+    def _end_of(self, launch: Launch) -> tuple[int | None, list[str]]:
+        """The exit code of a launch that was struck, and what of it does not end."""
+        code = launch.wait(timeout_s=_END_TIMEOUT_S)
+        # Ranks whose launcher died in their start notice it when they have started.
+        patience_s = _ORPHAN_TIMEOUT_S + 3 * self.start_s
+        faults = []
+        if code is None:
+            faults.append(f"still at work {_END_TIMEOUT_S:.0f} s after the event")
+        if left := wait_for_end(launch.marker, timeout_s=patience_s):
+            faults.append(
+                f"{len(left)} processes are left {patience_s:.0f} s after its end, at step "
+                f"{launch.last_step()}: {left}"
             )
         return code, faults
 
