@@ -12,8 +12,6 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from mamba_dist.engine.host_memory import keep_freed_memory
+from mamba_dist.engine.launcher import Launch, launch_of, processes_to_outlive
 from mamba_dist.engine.node_settings import (
     interface_to_other_nodes,
     ranks_by_host,
@@ -42,15 +41,6 @@ from mamba_dist.errors import EngineError, MambaDistError
 
 _SHM_OP = "deepspeed_shm_comm"
 _GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What started this process, for a person who looks for its job later."""
-
-    launcher: str
-    job: str | None
-    """SLURM's number of it."""
 
 
 class World:
@@ -233,49 +223,13 @@ def stop_world() -> None:
 
 
 def launcher_pids() -> tuple[int, ...]:
-    """Processes without which this rank is an orphan: the launcher's, outermost last.
-
-    torchrun starts the ranks itself; the `deepspeed` command starts one launch.py per node, which
-    starts them, and a SIGTERM to the command reaches neither. A rank that anything else started
-    has no launcher to outlive.
-    """
-    parent = os.getppid()
-    command = _command_line(parent)
-    if "torchrun" in command or "torch.distributed.run" in command:
-        return (parent,)
-    if "deepspeed.launcher.launch" not in command:
-        return ()
-    outer = _parent_of(parent)
-    return (parent, outer) if "deepspeed" in _command_line(outer) else (parent,)
+    """See `processes_to_outlive`."""
+    return processes_to_outlive(os.environ)
 
 
 def how_launched() -> Launch:
-    """The launcher of this process, by what it leaves in the environment."""
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" in environment:
-        launcher = "torchrun"
-    elif "deepspeed.launcher.launch" in _command_line(os.getppid()):
-        launcher = "deepspeed"
-    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        launcher = "srun"
-    else:
-        launcher = "python"
-    return Launch(launcher, environment.get("SLURM_JOB_ID"))
-
-
-def _command_line(pid: int) -> str:
-    with suppress(OSError):
-        return (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        )
-    return ""
-
-
-def _parent_of(pid: int) -> int:
-    with suppress(OSError):
-        # The command name, in brackets, may hold spaces; the fields after it do not.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+    """See `launch_of`."""
+    return launch_of(os.environ)
 
 
 def _device(placement: Placement) -> torch.device:
