@@ -301,8 +301,8 @@ class CheckpointConfig(Section):
     """async copies the training state into host memory (12 bytes per parameter over all ranks, with
     GPUs each rank's share rounded up to a power of two; taken after the first step) and writes it
     while training goes on; streaming holds training up until it is written, and needs no memory.
-    auto is async on CPUs, where three quarters of the free memory hold the copy; on GPUs async was
-    not run yet, and is to be asked for. The last save of each start holds up in any mode."""
+    auto is async where three quarters of the host's free memory hold the copy. The last save of
+    each start holds up in any mode."""
     keep_last: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
     keep_every_steps: int | None = Field(default=None, ge=1)

@@ -118,7 +118,6 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
             config.checkpoint,
             fragments=engine.fragments,
             ranks=world,
-            device_type=world.device.type,
             ranks_on_host=world.local_size,
             copies_ahead=start.progress.step % save_steps + steps - start.progress.step
             > save_steps,

@@ -40,7 +40,6 @@ class Saver:
         *,
         fragments: Callable[[], Iterable[Fragment]],
         ranks: Ranks,
-        device_type: str = "cpu",
         ranks_on_host: int = 1,
         copies_ahead: bool = True,
         available: Callable[[], int] = available_bytes,
@@ -49,16 +48,11 @@ class Saver:
 
         Args:
             fragments: those of the engine, and of every snapshot that is given to `save`.
-            device_type: where the state is.
             copies_ahead: saves are due before the last one, which is made without a copy.
             available: see `available_bytes`.
         """
         self._run_dir = run_dir
         self._mode = config.save_mode
-        if self._mode == "auto" and device_type != "cpu":
-            # Until the copy has been seen to be right on devices (test_host_copy.py).
-            self._mode = "streaming"
-            _log.info("saves hold up training; beside it only by checkpoint.save_mode: async")
         self._fragments = fragments
         self._ranks = ranks
         self._ranks_on_host = ranks_on_host

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mamba_dist.checkpoint import rank_file
 from mamba_dist.checkpoint.host_copy import HostCopy
 from mamba_dist.checkpoint.store import Snapshot
@@ -31,13 +33,17 @@ saved: dict[int, list[list[object]]] = {}
 save, complete, write_tensors = Saver.save, HostCopy.complete, rank_file.write_tensors
 
 
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().numpy()).hexdigest()
+
+
 def noted_save(self: Saver, snapshot: Snapshot, *, must_succeed: bool) -> None:
     step = snapshot.progress.step
     saved[step] = [
         [
             one.name,
             one.start,
-            *(hashlib.sha256(one.tensor(k).detach().numpy()).hexdigest() for k in STATE_KINDS),
+            *(digest(one.tensor(k)) for k in STATE_KINDS),
         ]
         for one in self._fragments()
     ]

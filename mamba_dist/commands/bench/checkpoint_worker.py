@@ -33,6 +33,7 @@ from mamba_dist.engine.zero_settings import stage_for, zero_settings
 from mamba_dist.errors import CheckpointError
 from mamba_dist.model.init import initialize
 from mamba_dist.model.lm import MambaLM
+from mamba_dist.ops.backend import resolve_backend
 from mamba_dist.train.saver import Saver
 
 _WARM_UP_STEPS: Final = 3
@@ -50,6 +51,7 @@ class _Rank:
         generator = torch.Generator().manual_seed(world.rank)
         shape = (2, asked["batch"], asked["length"])
         tokens = torch.randint(0, self._model.vocab_size, shape, generator=generator)
+        tokens = tokens.to(world.device)
         self._inputs = {"input_ids": tokens[0], "labels": tokens[1]}
         self._tokens = world.size * tokens[0].numel()
         self._step = 0
@@ -196,7 +198,7 @@ def _engine(model: MambaConfig, config: EngineConfig, world: World) -> zero.Zero
     stage = stage_for(config, ranks=world.size)
     settings = zero_settings(config, stage=stage, precision="fp32", accumulation_steps=1)
     with zero.construction(settings):
-        lm = MambaLM(model)
+        lm = MambaLM(model, backend=resolve_backend("auto", device_type=world.device.type))
     initialize(lm, model, seed=0, gather=zero.gather)
     names = tuple(name for name, _ in lm.named_parameters())
     return zero.ZeroEngine(
