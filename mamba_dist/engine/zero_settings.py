@@ -52,6 +52,12 @@ def zero_settings(
             "reduce_bucket_size": config.bucket_elements,
             "allgather_bucket_size": config.bucket_elements,
             "stage3_prefetch_bucket_size": config.bucket_elements,
+            # Each layer gathers a bucket further ahead, and what is used again within so many
+            # elements stays; with its limits of 10^9 stage 3 held all parameters of a smaller model.
+            "stage3_max_live_parameters": 2 * config.bucket_elements,
+            "stage3_max_reuse_distance": 0,
+            # So much of the gradients is copied at once for the update.
+            "sub_group_size": 2 * config.bucket_elements,
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             # Its replacement of F.linear ignores autocast on CPU.
