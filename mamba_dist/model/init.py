@@ -213,7 +213,7 @@ def _moment_deviation(values: Tensor, mean: float, std: float, *, std_error: flo
     if count > 1 and std > 0 and bool((values == values[(0,) * values.dim()]).all()):
         return f"all {count} values are equal, expected random ones"
     # In fp64 an embedding would take six times its memory at once.
-    parts = values.flatten().split(_SUMMED_ELEMENTS)
+    parts = torch.split(values.flatten(), _SUMMED_ELEMENTS)
     found_mean = sum(float(part.double().sum()) for part in parts) / count
     squared = sum(float((part.double() - mean).square().sum()) for part in parts)
     found_std = math.sqrt(squared / count)
