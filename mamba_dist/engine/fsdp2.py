@@ -65,18 +65,6 @@ def construction() -> AbstractContextManager[object]:
     return torch.device("meta")
 
 
-def state_bytes(
-    parameters: int, *, ranks: int, accumulation_steps: int, reshard_after_forward: bool
-) -> int:
-    """Bytes of fp32 parameters, gradients and AdamW's two moments on each of the ranks, about.
-
-    Gradients are whole until the last micro-batch of several; parameters are from their layer's
-    forward pass to its backward pass, unless they are given up in between.
-    """
-    whole = 4 * (accumulation_steps > 1) + 4 * (not reshard_after_forward)
-    return parameters * whole + -(-parameters * 16 // ranks)
-
-
 class Fsdp2Engine:
     """A module under FSDP2, see `mamba_dist.engine.base.Engine`."""
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from mamba_dist.engine.host_memory import keep_freed_memory
+from mamba_dist.engine.host_memory import give_back_freed_memory, keep_freed_memory
 from mamba_dist.engine.launcher import Launch, launch_of, processes_to_outlive
 from mamba_dist.engine.node_settings import (
     interface_to_other_nodes,
@@ -206,6 +206,11 @@ def _meet_on_gloo(placement: Placement, timeout: timedelta) -> list[Setting]:
             settings.append(Setting(_GLOO_INTERFACE, name, "ours: leads to the other nodes"))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     return settings
+
+
+def spare_memory() -> None:
+    """Has a CPU rank give back what it frees at once, which takes time and saves memory."""
+    give_back_freed_memory(os.environ)
 
 
 def _fix_orders() -> None:

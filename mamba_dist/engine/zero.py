@@ -11,7 +11,7 @@ tests/engine/test_deepspeed_canary.py watches them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -139,7 +139,8 @@ class ZeroEngine:
             if self._engine.enable_backward_allreduce:
                 self._engine.allreduce_gradients()
             return recorded_loss_sum
-        loss_sum: Tensor = self._engine(**self._to_device(inputs))
+        with _rounding_anew():
+            loss_sum: Tensor = self._engine(**self._to_device(inputs))
         self._engine.backward(scaled_loss(loss_sum, scale=scale), scale_wrt_gas=False)
         return loss_sum.detach()
 
@@ -210,6 +211,8 @@ class ZeroEngine:
             self._world.device.type,
             self._engine.torch_autocast_dtype(),
             enabled=self._engine.torch_autocast_enabled(),
+            # See `_rounding_anew`.
+            cache_enabled=False,
         )
         with autocast:
             loss_sum: Tensor = self.module(**inputs)
@@ -333,6 +336,21 @@ class ZeroEngine:
             local("exp_avg"),
             local("exp_avg_sq"),
         )
+
+
+@contextmanager
+def _rounding_anew() -> Iterator[None]:
+    """Context in which autocast keeps nothing for a second use, which no weight has in a forward.
+
+    Its cache would hold a rounded copy of each until the whole forward pass is over, 2 bytes a
+    parameter, also where a layer's activations are not kept.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _gather_layers_whole(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Which ZeRO stage runs, what it takes, and what DeepSpeed is told."""
+"""What DeepSpeed is told of a stage."""
 
 from typing import Any, Literal
 
@@ -9,31 +9,13 @@ from mamba_dist.config.engine import EngineConfig
 _NEVER = 1 << 62
 
 
-def stage_for(config: EngineConfig, *, ranks: int) -> int:
-    """The ZeRO stage that runs: on one rank, which has nobody to share with, always 0.
-
-    The others would only cost it copies.
-    """
-    assert config.zero_stage is not None, f"{config.kind} has no stages"
-    return config.zero_stage if ranks > 1 else 0
-
-
-def state_bytes(parameters: int, *, stage: int, ranks: int) -> int:
-    """Bytes of fp32 parameters, gradients and AdamW's two moments on each of the ranks, about.
-
-    AdamW updates the parameters themselves; only stage 3 has a copy of them.
-    """
-    whole, shared = {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 20)}[stage]
-    return parameters * whole + -(-parameters * shared // ranks)
-
-
 def zero_settings(
     config: EngineConfig, *, stage: int, precision: Literal["bf16", "fp32"], accumulation_steps: int
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of an engine, as `deepspeed.initialize` takes it.
 
     Args:
-        stage: see `stage_for`.
+        stage: see `mamba_dist.engine.memory.stage_for`.
     """
     settings: dict[str, Any] = {
         # Batches are cut by the loader; DeepSpeed only needs a consistent triple.
@@ -52,6 +34,12 @@ def zero_settings(
             "reduce_bucket_size": config.bucket_elements,
             "allgather_bucket_size": config.bucket_elements,
             "stage3_prefetch_bucket_size": config.bucket_elements,
+            # Each layer gathers a bucket further ahead, and what is used again within so many
+            # elements stays; with its limits of 10^9 a smaller model's parameters all stayed whole.
+            "stage3_max_live_parameters": 2 * config.bucket_elements,
+            "stage3_max_reuse_distance": 0,
+            # So much of the gradients is copied at once for the update.
+            "sub_group_size": 2 * config.bucket_elements,
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             # Its replacement of F.linear ignores autocast on CPU.

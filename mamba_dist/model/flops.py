@@ -65,7 +65,7 @@ def flops_per_token(
     layers = config.n_layers
     operations = [
         Operation(name, layers * 2 * weights, layers * 4 * weights)
-        for name, weights in _projections(config).items()
+        for name, weights in projection_weights(config).items()
     ]
     taps = _conv_channels(config) * config.d_conv
     operations.append(Operation("conv1d", layers * 2 * taps, layers * 4 * taps))
@@ -79,9 +79,16 @@ def flops_per_token(
 
 def parameter_count(config: MambaConfig) -> int:
     """Elements of all parameters, vocabulary padding included, tied weights once."""
+    embeddings = 1 if config.tie_embeddings else 2
+    vocabulary = embeddings * config.padded_vocab_size * config.d_model
+    return config.n_layers * layer_parameters(config) + config.d_model + vocabulary
+
+
+def layer_parameters(config: MambaConfig) -> int:
+    """Elements of the parameters of one layer, its norm included."""
     width, inner = config.d_model, config.d_inner
     channels = _conv_channels(config)
-    projections = _projections(config)
+    projections = projection_weights(config)
     mixer = sum(projections.values()) + channels * config.d_conv
     mixer += channels if config.conv_bias else 0
     mixer += projections["in_proj"] // width + width if config.proj_bias else 0
@@ -89,13 +96,11 @@ def parameter_count(config: MambaConfig) -> int:
         mixer += inner * config.d_state + 2 * inner  # A_log; D and dt_proj.bias
     else:
         mixer += 3 * config.n_heads + inner  # A_log, D and dt_bias; norm
-    embeddings = 1 if config.tie_embeddings else 2
-    vocabulary = embeddings * config.padded_vocab_size * width
-    return config.n_layers * (mixer + width) + width + vocabulary
+    return mixer + width
 
 
-def _projections(config: MambaConfig) -> dict[str, int]:
-    """Weights of each matrix product in a mixer."""
+def projection_weights(config: MambaConfig) -> dict[str, int]:
+    """Elements of the weights of each matrix product in a mixer."""
     width, inner, d_state = config.d_model, config.d_inner, config.d_state
     if config.layer == "mamba1":
         rank = config.resolved_dt_rank

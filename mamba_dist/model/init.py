@@ -28,6 +28,7 @@ Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[object]]
 
 # A sound initialisation exceeds so many standard errors once in 10^9 statistics.
 _SIGMAS: Final = 6.5
+_SUMMED_ELEMENTS: Final = 1 << 20
 _MAMBA2_A_RANGE: Final = (1.0, 16.0)
 
 
@@ -211,8 +212,11 @@ def _moment_deviation(values: Tensor, mean: float, std: float, *, std_error: flo
     count = values.numel()
     if count > 1 and std > 0 and bool((values == values[(0,) * values.dim()]).all()):
         return f"all {count} values are equal, expected random ones"
-    found_mean = float(values.double().mean())
-    found_std = float((values.double() - mean).square().mean().sqrt())
+    # In fp64 an embedding would take six times its memory at once.
+    parts = torch.split(values.flatten(), _SUMMED_ELEMENTS)
+    found_mean = sum(float(part.double().sum()) for part in parts) / count
+    squared = sum(float((part.double() - mean).square().sum()) for part in parts)
+    found_std = math.sqrt(squared / count)
     bound = _SIGMAS / math.sqrt(count)
     # Rounding may move a distribution of zero width.
     slack = 1e-5 * abs(mean)

@@ -10,8 +10,9 @@ from mamba_dist.config.engine import EngineConfig
 from mamba_dist.config.schema import RunConfig, TrainingConfig
 from mamba_dist.engine import fsdp2, zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
+from mamba_dist.engine.memory import stage_for
 from mamba_dist.engine.world import World
-from mamba_dist.engine.zero_settings import stage_for, zero_settings
+from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.errors import BackendError
 from mamba_dist.model.init import audit, initialize
 from mamba_dist.model.lm import MambaLM

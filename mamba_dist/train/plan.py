@@ -1,13 +1,12 @@
 """The resolved plan of a run, in words, without training anything."""
 
-from mamba_dist.config.batch import BatchPlan, batch_plan
+from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import Segment, shares
 from mamba_dist.data.training_sources import new_run
-from mamba_dist.engine import fsdp2
-from mamba_dist.engine.zero_settings import stage_for, state_bytes
 from mamba_dist.model.flops import flops_per_token, parameter_count
 from mamba_dist.train.build import open_matching_sources, planned_steps
+from mamba_dist.train.memory import GIB, MemoryPlan, memory_plan
 from mamba_dist.train.run_folder import run_folder
 
 
@@ -28,15 +27,17 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
     [segment] = data.order.segments
     epochs = steps * plan.global_batch_size / sum(source.samples for source in segment.sources)
     model, training = config.model, config.training
-    engine, engine_bytes = _engine(config, plan, parameters=parameters, ranks=world_size)
+    memory = memory_plan(config, ranks=world_size, on_gpu=False)
     rows = {
         "run folder": str(run_folder(config)),
         "model": f"{model.layer}, d_model {model.d_model}, {model.n_layers} layers, "
         f"{parameters:,} parameters",
-        "engine": f"{engine} on {world_size} ranks, {training.precision}, "
+        "engine": f"{_engine(config, memory)} on {world_size} ranks, {training.precision}, "
         f"activation checkpointing {training.activation_checkpointing}",
-        "training state": f"{engine_bytes / 2**30:.3f} GiB a rank: "
+        "training state": f"{memory.state.certain / GIB:.3f} GiB a rank: "
         "parameters, gradients, AdamW's moments",
+        "memory": f"{memory.peak / GIB:.2f} GiB a rank at the peak, about, on a CPU; "
+        "tools/plan.py compares stages, and plans for GPUs",
         "batch": f"{plan.micro_batch_size} x {plan.accumulation_steps} micro-batches x "
         f"{world_size} ranks = {plan.global_batch_size} sequences, {step_tokens:,} tokens per step",
         "data": _described(segment, config.data.sequence_length)
@@ -51,20 +52,16 @@ def describe_plan(config: RunConfig, *, world_size: int) -> str:
     return "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items())
 
 
-def _engine(config: RunConfig, plan: BatchPlan, *, parameters: int, ranks: int) -> tuple[str, int]:
-    """Which engine would run, and the bytes of training state on each rank."""
+def _engine(config: RunConfig, memory: MemoryPlan) -> str:
+    """Which engine would run."""
     chosen = config.engine
     if chosen.kind == "fsdp2":
         kept = "" if chosen.reshard_after_forward else " (parameters stay after the forward pass)"
-        return f"FSDP2{kept}", fsdp2.state_bytes(
-            parameters,
-            ranks=ranks,
-            accumulation_steps=plan.accumulation_steps,
-            reshard_after_forward=chosen.reshard_after_forward,
-        )
-    stage, asked = stage_for(chosen, ranks=ranks), chosen.zero_stage
-    why = "" if stage == asked else f" (one rank shares nothing: not {asked})"
-    return f"ZeRO {stage}{why}", state_bytes(parameters, stage=stage, ranks=ranks)
+        return f"FSDP2{kept}"
+    stage, asked = memory.engine.removeprefix("zero-"), chosen.zero_stage
+    return f"ZeRO {stage}" + (
+        "" if stage == str(asked) else f" (one rank shares nothing: not {asked})"
+    )
 
 
 def _described(segment: Segment, sequence_length: int) -> str:

@@ -12,6 +12,7 @@ import platform
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,11 @@ import torch
 
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.world import World
-from mamba_dist.errors import BackendError, MambaDistError, StartError
+from mamba_dist.errors import BackendError, ConfigError, MambaDistError, StartError
 from mamba_dist.telemetry.merged_log import numbered
 from mamba_dist.train.build import Prepared, prepare
 from mamba_dist.train.engines import ops_backend
-from mamba_dist.train.room import disk_objections, shared_memory_warning
+from mamba_dist.train.room import disk_objections, memory_objections, shared_memory_warning
 from mamba_dist.train.run_folder import HeldFolder, run_folder
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,10 @@ def prepare_and_check(config: RunConfig, folder: HeldFolder, *, world: World) ->
     """
     world.barrier()
     clock_s = time.time()
-    own, prepared = _look_around(config, folder, world=world, clock_s=clock_s)
+    ranks_on_host = len(world.on_this_host())
+    own, prepared = _look_around(
+        config, folder, world=world, clock_s=clock_s, ranks_on_host=ranks_on_host
+    )
     told = [Findings(**json.loads(t)) for t in world.texts_of_all_ranks(json.dumps(asdict(own)))]
     if world.rank == 0:
         for line in warnings_of(told):
@@ -107,7 +111,7 @@ def warnings_of(told: Sequence[Findings]) -> list[str]:
 
 
 def _look_around(
-    config: RunConfig, folder: HeldFolder, *, world: World, clock_s: float
+    config: RunConfig, folder: HeldFolder, *, world: World, clock_s: float, ranks_on_host: int
 ) -> tuple[Findings, Prepared | None]:
     problems, warnings, prepared = [], [], None
     facts = {
@@ -125,6 +129,9 @@ def _look_around(
         facts["the data"] = _described(prepared)
     except MambaDistError as error:
         problems.append(str(error))
+    # What it may object to besides is a problem already.
+    with suppress(ConfigError):
+        problems += memory_objections(config, world=world, ranks_on_host=ranks_on_host)
     try:
         facts["the ops backend"] = ops_backend(config, device_type=world.device.type, log=False)
     except BackendError as error:

@@ -1,15 +1,22 @@
-"""Room that a run will need outside of its processes: on the disk of its folder, in /dev/shm."""
+"""Room that a run will need: on the disk of its folder, in memory, in /dev/shm."""
 
+import logging
 import math
 import os
 from pathlib import Path
 from typing import Final
 
+import torch
+
+from mamba_dist.checkpoint.free_memory import available_bytes
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.config.schema import RunConfig
-from mamba_dist.engine.world import World
+from mamba_dist.engine.world import World, spare_memory
 from mamba_dist.model.flops import parameter_count
+from mamba_dist.train.memory import GIB, KEPT_OVER_ALLOCATED, memory_plan, memory_problem
 from mamba_dist.train.run_folder import run_folder
+
+_log = logging.getLogger(__name__)
 
 _STATE_BYTES: Final = 12
 """Of a parameter in a checkpoint: itself and AdamW's two moments, in fp32."""
@@ -51,6 +58,35 @@ def disk_objections(config: RunConfig, *, ranks: int) -> tuple[list[str], list[s
             "saves will fail when it is full"
         ]
     return [], []
+
+
+def memory_objections(config: RunConfig, *, world: World, ranks_on_host: int) -> list[str]:
+    """Says that the host or this rank's GPU cannot hold what the run certainly takes.
+
+    One rank of a host speaks for it. Where memory is only short, ranks on CPUs begin to spare it.
+    All ranks must have looked before any of them takes some.
+
+    Raises:
+        ConfigError: the global batch cannot be cut evenly.
+    """
+    on_gpu = world.device.type == "cuda"
+    sharing = 1 if on_gpu else ranks_on_host
+    available = torch.cuda.mem_get_info(world.device)[0] if on_gpu else available_bytes()
+    problem = memory_problem(
+        config, ranks=world.size, ranks_on_host=sharing, on_gpu=on_gpu, available=available
+    )
+    if problem is not None:
+        return [problem] if on_gpu or world.local_rank == 0 else []
+    needed = sharing * memory_plan(config, ranks=world.size, on_gpu=on_gpu).peak
+    if not on_gpu and needed * KEPT_OVER_ALLOCATED > available:
+        _log.info(
+            "%.1f GiB are free for some %.1f: what is freed goes back to the system at once, which "
+            "takes some time",
+            available / GIB,
+            needed / GIB,
+        )
+        spare_memory()
+    return []
 
 
 def shared_memory_warning(world: World) -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from mamba_dist.checkpoint.background import BackgroundSave, Task
-from mamba_dist.checkpoint.host_copy import HostCopy, available_bytes, copy_bytes
+from mamba_dist.checkpoint.free_memory import available_bytes
+from mamba_dist.checkpoint.host_copy import HostCopy, copy_bytes
 from mamba_dist.checkpoint.ranks import Ranks
 from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.checkpoint.store import Snapshot, save_checkpoint

@@ -12,10 +12,12 @@ MIB = 48
 GIVEN_BACK = ROUNDS * MIB // 2 // 2
 PROGRAM = f"""
 import os, resource, sys, torch
-from mamba_dist.engine.host_memory import keep_freed_memory
+from mamba_dist.engine.host_memory import give_back_freed_memory, keep_freed_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] in ("keep", "spare"):
     keep_freed_memory(os.environ)
+if sys.argv[1] == "spare":
+    give_back_freed_memory(os.environ)
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -45,6 +47,7 @@ def page_faults(choice: str, **variables: str) -> int:
 def test_freed_memory_is_used_again_without_faulting_it_in() -> None:
     assert page_faults("leave") > GIVEN_BACK
     assert page_faults("keep") < GIVEN_BACK / 10
+    assert page_faults("spare") > GIVEN_BACK
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tunes glibc's allocator")

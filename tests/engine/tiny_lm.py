@@ -119,8 +119,10 @@ def build_zero(
     recorded: bool = False,
     small_stay_whole: bool = False,
 ) -> zero.ZeroEngine:
+    # Stage 3 then updates in several groups, and gives up parameters while it gathers others.
+    config = EngineConfig(bucket_elements=2000) if stage == 3 else EngineConfig()
     settings = zero_settings(
-        EngineConfig(), stage=stage, precision=precision, accumulation_steps=MICRO_STEPS
+        config, stage=stage, precision=precision, accumulation_steps=MICRO_STEPS
     )
     if not small_stay_whole:
         # By default parameters this small would stay whole on every rank, and stage 3 would test

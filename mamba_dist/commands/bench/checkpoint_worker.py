@@ -28,8 +28,9 @@ from mamba_dist.config.engine import EngineConfig
 from mamba_dist.config.schema import CheckpointConfig, MambaConfig, RunConfig
 from mamba_dist.engine import zero
 from mamba_dist.engine.base import OptimizerSettings, ParameterGroup
+from mamba_dist.engine.memory import stage_for
 from mamba_dist.engine.world import World, start_world, stop_world
-from mamba_dist.engine.zero_settings import stage_for, zero_settings
+from mamba_dist.engine.zero_settings import zero_settings
 from mamba_dist.errors import CheckpointError
 from mamba_dist.model.init import initialize
 from mamba_dist.model.lm import MambaLM
