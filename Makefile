@@ -43,8 +43,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests that start no ranks and look at no clock share the cores; each of the others has them to itself.
+SHARING := tests/config tests/inference tests/model tests/ops
+
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile $(SHARING)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(SHARING))
 
 test-all: install
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
