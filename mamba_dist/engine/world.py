@@ -113,7 +113,7 @@ class World:
         if self.size > 1:
             dist.all_gather_object(hosts, socket.gethostname())
         self.account = (
-            f"{self.size} ranks on {len(set(hosts))} hosts: {ranks_by_host(hosts)}",
+            f"{_count(self.size, 'rank')} on {_count(len(set(hosts)), 'host')}: {ranks_by_host(hosts)}",
             "environment: " + ", ".join(map(str, settings)),
         )
 
@@ -235,6 +235,10 @@ def launcher_pids() -> tuple[int, ...]:
 def how_launched() -> Launch:
     """See `launch_of`."""
     return launch_of(os.environ)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _device(placement: Placement) -> torch.device:

@@ -37,7 +37,7 @@ def test_a_rank_keeps_freed_memory_and_all_its_groups_have_the_timeout_of_the_co
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     lines = done.stdout.splitlines()
-    [begin] = [n for n, line in enumerate(lines) if line.startswith("1 ranks on 1 hosts: ")]
+    [begin] = [n for n, line in enumerate(lines) if line.startswith("1 rank on 1 host: ")]
     settings, *on_gpu, kept = lines[begin + 1 :]
     assert kept == "[1, 420.0, 420.0, 420.0]", done.stderr
     assert "TRITON_CACHE_DIR=/mine (was set)" in on_gpu

@@ -59,7 +59,7 @@ def one_node(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     result = finish(torchrun_command(config_in(folder, tiny_data)), timeout_s=TIMEOUT_S)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 ranks on 1 hosts: " in result.stderr
+    assert "2 ranks on 1 host: " in result.stderr
     return folder / "run"
 
 

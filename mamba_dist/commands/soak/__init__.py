@@ -10,7 +10,7 @@ before the rounds do. What is left of it then is trained in one last launch that
 Every step, also one that is trained again, must have read the samples that the undisturbed run of
 one rank read, to the same loss; the weights at the end are compared too.
 
-It was written for CPUs, and not run on GPUs; there its launches would need four of them.
+On GPUs its launches need four of them.
 
 Without root no small disk can be mounted, and full disks count as not done; `unshare -rm python
 tools/soak.py …` makes it possible where user namespaces are allowed.
