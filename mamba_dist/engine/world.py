@@ -112,8 +112,9 @@ class World:
         hosts = [socket.gethostname()] * self.size
         if self.size > 1:
             dist.all_gather_object(hosts, socket.gethostname())
+        size, nodes = _count(self.size, "rank"), _count(len(set(hosts)), "host")
         self.account = (
-            f"{_count(self.size, 'rank')} on {_count(len(set(hosts)), 'host')}: {ranks_by_host(hosts)}",
+            f"{size} on {nodes}: {ranks_by_host(hosts)}",
             "environment: " + ", ".join(map(str, settings)),
         )
 
