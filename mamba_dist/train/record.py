@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mamba_dist.engine.world import World, how_launched
 from mamba_dist.errors import DivergedError, MambaDistError
-from mamba_dist.telemetry.log import END, START, RankLog, log_file, logging_to
+from mamba_dist.telemetry.log import END, START, RankLog, log_file, logging_to, shortened
 from mamba_dist.telemetry.starts import Reason, StartsFile
 from mamba_dist.train.build import Run, package_versions
 from mamba_dist.train.loop import Outcome
@@ -56,7 +56,8 @@ class StartRecord:
             self._end("diverged" if broken else "mistake", str(error), exit_code=error.exit_code)
             return
         self._log.say("ERROR", "".join(traceback.format_exception(error)).rstrip())
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        # Also of an error that cannot say what it is.
+        detail = "".join(traceback.format_exception_only(error)).rstrip()
         self._end("crash", detail, exit_code=EXIT_CRASH)
 
     def _hangs(self, stacks: str) -> None:
@@ -74,7 +75,7 @@ class StartRecord:
         at = "" if step is None else f" after step {step}"
         self._log.say(END, f"exit code {exit_code}{at}, {told}")
         if self._starts is not None:
-            self._starts.end(reason, detail=detail, exit_code=exit_code, step=step)
+            self._starts.end(reason, detail=shortened(detail), exit_code=exit_code, step=step)
 
 
 @contextmanager

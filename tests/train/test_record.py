@@ -107,6 +107,24 @@ def test_a_crash_leaves_its_traceback_in_the_log_of_its_rank_and_no_start_but_th
     assert read_starts(tmp_path) == []
 
 
+def test_an_error_that_cannot_say_what_it_is_ends_a_start_too(tmp_path: Path) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    with pytest.raises(Mute), recorded_start(tmp_path, world=Told()):
+        raise Mute
+    [start] = read_starts(tmp_path)
+    assert start.reason == "crash"
+    assert start.detail.endswith("Mute: <exception str() failed>")
+
+
+def test_what_is_kept_of_a_huge_error_is_short(tmp_path: Path) -> None:
+    with pytest.raises(DataError), recorded_start(tmp_path, world=Told()):
+        raise DataError("x" * 10_000_000)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.*")) < 1 << 17
+
+
 def test_the_first_end_is_the_one_that_counts(tmp_path: Path) -> None:
     run = built(step=7)
 
