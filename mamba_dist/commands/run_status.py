@@ -179,7 +179,7 @@ def _state(run_dir: Path, newest: Start | None) -> tuple[State, float | None]:
 
 
 def _faults(run_dir: Path, newest: Start | None, state: State) -> Iterator[Fault]:
-    """What ended the last start on ranks whose logs say other than the first one's."""
+    """What ended the last start, if its ranks tell differently; a few, where each tells its own."""
     if newest is None or newest.ranks < 2 or state == "running":
         return
     if newest.reason in ("finished", "stopped", "interrupted"):
@@ -195,8 +195,12 @@ def _faults(run_dir: Path, newest: Start | None, state: State) -> Iterator[Fault
         ended_at[text] = min(at, ended_at.get(text, at))
     if len(by_text) < 2 and None not in by_text:
         return
-    # The first to end is most likely the cause, and what the others say is that it was gone.
-    for text in sorted(by_text, key=lambda each: ended_at[each])[:_SHOWN_FAULTS]:
+    # The first to end is most likely the cause, and what the others say is that it was gone; so is
+    # one that was killed, of which nobody knows when.
+    shown = sorted(by_text, key=lambda each: ended_at[each])[:_SHOWN_FAULTS]
+    if None in by_text and None not in shown:
+        shown.append(None)
+    for text in shown:
         log = log_file(run_dir, by_text[text][0])
         yield Fault(tuple(by_text[text]), text, str(log))
 

@@ -19,6 +19,8 @@ _FILE = re.compile(r"rank-(\d{5,})(\.old)?\.log")
 _HOST = re.compile(r"rank \d+ of \d+, host ([^,]+), process \d+; ")
 _ALIKE_WITHIN_S = 60.0
 _TAIL_BYTES = 1 << 16
+# The first line of faulthandler's stacks.
+_CRASHED = re.compile(r"^Fatal Python error: .*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,23 @@ def describe(told: Iterable[Told]) -> Iterator[str]:
 
 
 def last_words(run_dir: Path, *, since: float) -> dict[int, Entry | None]:
-    """How each rank's log ends a start, by its END line; None: it has none since then.
+    """How each rank's log ends a start, by its END line or, after a crash in native code, the
+    first line of its stacks; None: it has neither since then.
 
     Only the ends of the files are read.
     """
     found: dict[int, Entry | None] = {}
     for rank, paths in _files(run_dir).items():
-        ends = [
-            entry
-            for entry in entries(paths[-1], tail=True)
-            if entry.kind == END and entry.at >= since
-        ]
-        found[rank] = ends[-1] if ends else None
+        last = None
+        for entry in entries(paths[-1], tail=True):
+            if entry.at < since:
+                continue
+            if entry.kind == END:
+                last = entry
+            elif crash := _CRASHED.search(entry.text):
+                # The stacks have no time of their own: that of the last line before is nearest.
+                last = Entry(entry.at, END, crash[0])
+        found[rank] = last
     return found
 
 

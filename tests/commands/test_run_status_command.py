@@ -153,6 +153,22 @@ def test_the_rank_whose_log_has_the_error_is_named(
     ]
 
 
+def test_a_rank_that_was_killed_is_named_however_many_others_tell_of_it(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """gloo's message to each rank has a port of its own."""
+    begin(run_dir, ranks=8, step=200).end("crash", detail="closed", exit_code=1, step=210)
+    for rank in range(7):
+        RankLog(log_file(run_dir, rank)).say("END", f"crash: closed by [127.0.0.1]:{rank}")
+    assert main([str(run_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == (
+        f"         rank 7: no word of an end: killed, or the node was lost, see "
+        f"{log_file(run_dir, 7)}"
+    )
+    assert sum("closed by" in line for line in lines) == 3
+
+
 def test_a_run_that_ended_well_shows_no_faults(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,12 +112,15 @@ def test_a_crash_in_native_code_leaves_its_stacks(tmp_path: Path) -> None:
         "def the_culprit():\n    ctypes.string_at(0)\n"
         "the_culprit()\n"
     )
-    path = tmp_path / "log"
+    path = log_file(tmp_path, 0)
     done = subprocess.run([sys.executable, "-c", code, str(path)], env=clean_environment())
     assert done.returncode < 0
     [entry] = entries(path)
     assert "Fatal Python error: Segmentation fault" in entry.text
     assert "in the_culprit" in entry.text
+    [word] = last_words(tmp_path, since=0.0).values()
+    assert word is not None
+    assert word.text == "Fatal Python error: Segmentation fault"
     # The next start goes on behind it.
     RankLog(path).say("START", "again")
     assert [entry.kind for entry in entries(path)] == ["INFO", "START"]
