@@ -201,9 +201,7 @@ def _code_digest() -> str:
     package = Path(__file__).parents[1]
     # An editor that has a file open may have a link to nowhere beside it.
     files = sorted(p for p in package.rglob("*") if p.suffix in _SOURCES and p.is_file())
-    return _digest(
-        part for p in files for part in (bytes(p.relative_to(package)), p.read_bytes())
-    )
+    return _digest(part for p in files for part in (bytes(p.relative_to(package)), p.read_bytes()))
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -108,15 +108,15 @@ def test_a_crash_leaves_its_traceback_in_the_log_of_its_rank_and_no_start_but_th
 
 
 def test_an_error_that_cannot_say_what_it_is_ends_a_start_too(tmp_path: Path) -> None:
-    class Mute(Exception):
+    class MuteError(Exception):
         def __str__(self) -> str:
             raise ZeroDivisionError
 
-    with pytest.raises(Mute), recorded_start(tmp_path, world=Told()):
-        raise Mute
+    with pytest.raises(MuteError), recorded_start(tmp_path, world=Told()):
+        raise MuteError
     [start] = read_starts(tmp_path)
     assert start.reason == "crash"
-    assert start.detail.endswith("Mute: <exception str() failed>")
+    assert start.detail.endswith("MuteError: <exception str() failed>")
 
 
 def test_what_is_kept_of_a_huge_error_is_short(tmp_path: Path) -> None:
