@@ -16,7 +16,7 @@ from mamba_dist.telemetry.log import END, START, RankLog, log_file, logging_to, 
 from mamba_dist.telemetry.starts import Reason, StartsFile
 from mamba_dist.train.build import Run, package_versions
 from mamba_dist.train.loop import Outcome
-from mamba_dist.train.stop import EXIT_INTERRUPTED, EXIT_STOPPED
+from mamba_dist.train.stop import EXIT_INTERRUPTED, EXIT_STOPPED, StopRequest
 
 EXIT_CRASH = 1
 """Python's own, after a traceback."""
@@ -32,13 +32,16 @@ class StartRecord:
         self._last_step: Callable[[], int | None] = lambda: None
         self._ended = False
 
+    def heed(self, stop: StopRequest) -> None:
+        """A second SIGINT is told too, from now on."""
+        stop.before_leaving = self._is_interrupted
+
     def train(self, run: Run) -> None:
         """The run is built, and trains from here on; what ends it is told from now on too."""
         if self._starts is not None:
             self._starts.train(first_step=run.start.step, total_steps=run.total_steps)
         self._last_step = lambda: run.watchdog.last_step
         run.watchdog.before_leaving = self._hangs
-        run.stop.before_leaving = self._is_interrupted
 
     def end(self, outcome: Outcome) -> None:
         """Training came to an end of its own, or was stopped after a checkpoint."""
