@@ -82,8 +82,8 @@ def describe(told: Iterable[Told]) -> Iterator[str]:
 
 
 def last_words(run_dir: Path, *, since: float) -> dict[int, Entry | None]:
-    """How each rank's log ends a start, by its END line or, after a crash in native code, the
-    first line of its stacks; None: it has neither since then.
+    """How each rank's log ends its last start, by its END line or, after a crash in native code,
+    the first line of its stacks; None: it has neither since then.
 
     Only the ends of the files are read.
     """
@@ -91,9 +91,9 @@ def last_words(run_dir: Path, *, since: float) -> dict[int, Entry | None]:
     for rank, paths in _files(run_dir).items():
         last = None
         for entry in entries(paths[-1], tail=True):
-            if entry.at < since:
-                continue
-            if entry.kind == END:
+            if entry.kind == START or entry.at < since:
+                last = None
+            elif entry.kind == END:
                 last = entry
             elif crash := _CRASHED.search(entry.text):
                 # The stacks have no time of their own: that of the last line before is nearest.

@@ -169,6 +169,23 @@ def test_a_rank_that_was_killed_is_named_however_many_others_tell_of_it(
     assert sum("closed by" in line for line in lines) == 3
 
 
+def test_a_rank_whose_clock_is_behind_has_its_say(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(run_dir, ranks=2, step=200).end("crash", detail="closed", exit_code=1, step=None)
+    for rank, behind_s in enumerate((0.0, 100.0)):
+        log = RankLog(log_file(run_dir, rank))
+        for kind, text in (("END", "before"), ("START", "again"), ("END", f"error {rank}")):
+            log.say(kind, text, at=time.time() - behind_s)
+    assert main([str(run_dir)]) == 0
+    assert "rank 1: error 1, see" in capsys.readouterr().out
+    # One that was killed after it began is not told by the end of the start before.
+    log.say("START", "again")
+    begin(run_dir, ranks=2, step=200).end("crash", detail="closed", exit_code=1, step=None)
+    assert main([str(run_dir)]) == 0
+    assert "rank 1: no word of an end" in capsys.readouterr().out
+
+
 def test_a_run_that_ended_well_shows_no_faults(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
