@@ -35,6 +35,7 @@ EXIT_USER_ERROR = 2
 _RATE_RECORDS = 20
 _SHOWN_STARTS = 10
 _SHOWN_FAULTS = 3
+_SHOWN_LINES = 20
 # Clocks of nodes may differ by as much where munge lets SLURM in; a start can end sooner than that.
 _CLOCK_SLACK_S = 300.0
 
@@ -260,6 +261,9 @@ def _lines(status: Status, *, now: float) -> Iterator[str]:
         yield f"    {first} older starts: see {STARTS_FILE}"
     for number, start in enumerate(status.starts[first:], first + 1):
         yield f"    {number:>3}  {_start_text(start, status, last=number == len(status.starts))}"
+    # Several problems at a start stand in a line each.
+    for line in status.starts[-1].detail.splitlines()[1:_SHOWN_LINES]:
+        yield f"         {line}"
     for fault in status.faults:
         text = fault.text or "no word of an end: killed, or the node was lost"
         yield f"         {numbered('rank', fault.ranks)}: {_first_line(text)}, see {fault.log}"

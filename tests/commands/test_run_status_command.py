@@ -298,6 +298,20 @@ def test_a_reader_that_leaves_is_no_crash(run_dir: Path) -> None:
     assert (done.stdout, done.stderr) == ("2026-11-27 02:00:48.123 x\n", "")
 
 
+def test_all_problems_of_the_last_start_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detail = "2 problems at the start:\n  1. no data\n  2. no room"
+    for _ in range(2):
+        begin(tmp_path, ranks=1).end("mistake", detail=detail, exit_code=2, step=None)
+        time.sleep(0.002)
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].endswith("mistake: 2 problems at the start: (exit code 2)")
+    assert lines[-2:] == ["           1. no data", "           2. no room"]
+    assert lines[-4].endswith("(exit code 2)"), "of earlier ones the first line is enough"
+
+
 def test_a_run_of_an_older_version_tells_what_it_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
