@@ -107,13 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status_lines(arguments: argparse.Namespace) -> Iterable[str]:
-    status = _status(arguments.run)
+    status = status_of(arguments.run)
     if arguments.json:
         return [json.dumps(asdict(status), indent=2)]
     return _lines(status, now=time.time())
 
 
-def _status(run_dir: Path) -> Status:
+def status_of(run_dir: Path) -> Status:
+    """What the folder of a run tells.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     starts, (records, unreadable) = read_starts(run_dir), readable_metrics(run_dir)
     newest = starts[-1] if starts else None
     done = None if newest is None else newest.last_step
