@@ -11,7 +11,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,15 +28,16 @@ from mamba_dist.telemetry.merged_log import (
     merged,
     numbered,
 )
-from mamba_dist.telemetry.metrics import METRICS_FILE, read_metrics
+from mamba_dist.telemetry.metrics import METRICS_FILE, readable_metrics, standing
 from mamba_dist.telemetry.starts import STARTS_FILE, Start, is_held, read_starts
 
 EXIT_USER_ERROR = 2
 _RATE_RECORDS = 20
 _SHOWN_STARTS = 10
 _SHOWN_FAULTS = 3
-# Clocks of nodes differ a little.
-_CLOCK_SLACK_S = 5.0
+_SHOWN_LINES = 20
+# Clocks of nodes may differ by as much where munge lets SLURM in; a start can end sooner than that.
+_CLOCK_SLACK_S = 300.0
 
 State = Literal["running", "ended", "killed", "unknown"]
 
@@ -83,6 +84,8 @@ class Status:
     faults: tuple[Fault, ...]
     checkpoint: LastCheckpoint | None
     checkpoints: int
+    unreadable_records: int
+    """Lines of metrics.jsonl that are none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,46 +93,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _require_run_folder(arguments.run)
-        if arguments.log:
-            _print_log(arguments.run)
-            return 0
-        status = status_of(arguments.run)
+        told = _log_lines(arguments.run) if arguments.log else _status_lines(arguments)
     except MambaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    if arguments.json:
-        print(json.dumps(asdict(status), indent=2))
-    else:
-        for line in _lines(status, now=time.time()):
-            print(line)
+    except OSError as error:
+        where, why = error.filename or arguments.run, error.strerror
+        print(f"error: {where}: cannot be read ({why}); look as who trains", file=sys.stderr)
+        return EXIT_USER_ERROR
+    for line in told:
+        print(line)
     return 0
+
+
+def _status_lines(arguments: argparse.Namespace) -> Iterable[str]:
+    status = status_of(arguments.run)
+    if arguments.json:
+        return [json.dumps(asdict(status), indent=2)]
+    return _lines(status, now=time.time())
 
 
 def status_of(run_dir: Path) -> Status:
     """What the folder of a run tells.
 
     Raises:
-        TrainingError: it cannot be read.
+        OSError: it cannot be read.
     """
-    try:
-        return _status(run_dir)
-    except OSError as error:
-        raise TrainingError(
-            f"{error.filename or run_dir}: cannot be read ({error.strerror}); look as the user who "
-            "trains"
-        ) from error
-
-
-def _status(run_dir: Path) -> Status:
-    starts, records = read_starts(run_dir), read_metrics(run_dir)
-    trained = [record for record in records if "loss" in record]
-    validated = [record for record in records if "val_loss" in record]
-    last = trained[-1] if trained else {}
+    starts, (records, unreadable) = read_starts(run_dir), readable_metrics(run_dir)
     newest = starts[-1] if starts else None
+    done = None if newest is None else newest.last_step
+    if newest is not None and newest.reason is not None and done is None:
+        # It ended before its first step: what an earlier start did after that is not done.
+        done = newest.first_step
+    lasting = [r for r in standing(records) if done is None or (r["step"] or 0) <= done]
+    trained = [record for record in lasting if "loss" in record]
+    validated = [record for record in lasting if "val_loss" in record]
+    last = trained[-1] if trained else {}
     state, sign = _state(run_dir, newest)
-    step = _whole(last.get("step"))
-    if newest is not None and newest.last_step is not None:
-        step = newest.last_step
+    step = _whole(last.get("step")) if done is None else done
     total = next((start.total_steps for start in reversed(starts) if start.total_steps), None)
     step_s = _recent(trained, "step_s")
     steps = committed_steps(run_dir)
@@ -148,15 +149,13 @@ def _status(run_dir: Path) -> Status:
         remaining_s=None
         if step is None or total is None or step_s is None
         else max(0, total - step) * (step_s + _validation_s_per_step(validated)),
-        # Of a step that was trained twice, the later line counts.
-        skipped_steps=sum(
-            int(count or 0) for count in {r["step"]: r["skipped_steps"] for r in trained}.values()
-        ),
+        skipped_steps=sum(int(record.get("skipped_steps") or 0) for record in trained),
         rollbacks=sum("rolled_back_from" in record for record in records),
         starts=tuple(starts),
         faults=tuple(_faults(run_dir, newest, state)),
         checkpoint=_checkpoint(checkpoint_folder(run_dir, steps[-1])) if steps else None,
         checkpoints=len(steps),
+        unreadable_records=unreadable,
     )
 
 
@@ -179,7 +178,7 @@ def _state(run_dir: Path, newest: Start | None) -> tuple[State, float | None]:
 
 
 def _faults(run_dir: Path, newest: Start | None, state: State) -> Iterator[Fault]:
-    """What ended the last start on ranks whose logs say other than the first one's."""
+    """What ended the last start, if its ranks tell differently; a few, where each tells its own."""
     if newest is None or newest.ranks < 2 or state == "running":
         return
     if newest.reason in ("finished", "stopped", "interrupted"):
@@ -195,18 +194,21 @@ def _faults(run_dir: Path, newest: Start | None, state: State) -> Iterator[Fault
         ended_at[text] = min(at, ended_at.get(text, at))
     if len(by_text) < 2 and None not in by_text:
         return
-    # The first to end is most likely the cause, and what the others say is that it was gone.
-    for text in sorted(by_text, key=lambda each: ended_at[each])[:_SHOWN_FAULTS]:
+    # The first to end is most likely the cause, and what the others say is that it was gone; so is
+    # one that was killed, of which nobody knows when.
+    shown = sorted(by_text, key=lambda each: ended_at[each])[:_SHOWN_FAULTS]
+    if None in by_text and None not in shown:
+        shown.append(None)
+    for text in shown:
         log = log_file(run_dir, by_text[text][0])
         yield Fault(tuple(by_text[text]), text, str(log))
 
 
 def _checkpoint(folder: Path) -> LastCheckpoint:
     files = [path.stat() for path in folder.iterdir()]
-    manifest = folder / MANIFEST
-    saved_at = manifest.stat().st_mtime
+    manifest, saved_at = folder / MANIFEST, folder.stat().st_mtime
     # A copy may have times of its own. Whether the manifest is whole is not this tool's question.
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         saved_at = float(json.loads(manifest.read_bytes())["manifest"]["saved_at"])
     return LastCheckpoint(
         folder=str(folder),
@@ -252,6 +254,8 @@ def _lines(status: Status, *, now: float) -> Iterator[str]:
         yield f"  ETA          {_span(status.remaining_s)}, {end} UTC, without waits for saves"
     if status.skipped_steps or status.rollbacks:
         yield f"  skipped      {status.skipped_steps:,} steps; {status.rollbacks} rollbacks"
+    if status.unreadable_records:
+        yield f"  unreadable   {status.unreadable_records:,} lines of {METRICS_FILE}"
     yield f"  checkpoint   {_checkpoint_text(status, now)}"
     if not status.starts:
         yield f"  starts       not recorded: there is no {STARTS_FILE}"
@@ -262,6 +266,9 @@ def _lines(status: Status, *, now: float) -> Iterator[str]:
         yield f"    {first} older starts: see {STARTS_FILE}"
     for number, start in enumerate(status.starts[first:], first + 1):
         yield f"    {number:>3}  {_start_text(start, status, last=number == len(status.starts))}"
+    # Several problems at a start stand in a line each.
+    for line in status.starts[-1].detail.splitlines()[1:_SHOWN_LINES]:
+        yield f"         {line}"
     for fault in status.faults:
         text = fault.text or "no word of an end: killed, or the node was lost"
         yield f"         {numbered('rank', fault.ranks)}: {_first_line(text)}, see {fault.log}"
@@ -282,6 +289,8 @@ def _state_text(status: Status, now: float) -> str:
         return f"not running: killed, or its node was lost{seen}"
     if status.state == "ended" and newest is not None:
         return f"not running: {newest.reason}{seen}"
+    if newest is None:
+        return f"unknown: no start is recorded{seen}"
     return f"unknown from this host{where}{seen}"
 
 
@@ -319,18 +328,17 @@ def _checkpoint_text(status: Status, now: float) -> str:
     )
 
 
-def _print_log(run_dir: Path) -> None:
+def _log_lines(run_dir: Path) -> Iterable[str]:
     if not (run_dir / LOGS).is_dir():
         raise TrainingError(
             f"{run_dir}: there is no folder {LOGS}; the run is of an older version, whose log is "
             "what its launcher kept"
         )
-    for line in describe(merged(run_dir)):
-        print(line)
+    return describe(merged(run_dir))
 
 
 def _require_run_folder(path: Path) -> None:
-    marks = (STARTS_FILE, METRICS_FILE, CHECKPOINTS, "config.yaml")
+    marks = (STARTS_FILE, METRICS_FILE, CHECKPOINTS, "config.yaml", "submissions")
     if not path.is_dir():
         raise TrainingError(f"{path}: is no folder; name the run's (training.run_dir)")
     if not any((path / mark).exists() for mark in marks):

@@ -25,6 +25,7 @@ _NETWORK_FILE_SYSTEMS = {
     *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "panfs", "wekafs"),
     *("pvfs2", "fuse.glusterfs", "fuse.sshfs", "fuse.ceph-fuse", "fuse.gpfs", "fuse.juicefs"),
 }
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _SHOWN = re.compile(r"(TORCH_)?(NCCL|GLOO)_\w+|TORCH_DISTRIBUTED_DEBUG|CUDA_VISIBLE_DEVICES")
 
 
@@ -44,7 +45,11 @@ def threads_of_rank(environment: Mapping[str, str], placement: Placement, *, cor
     Without a limit each rank would take every core of the node; sharing is several times faster.
     """
     if "OMP_NUM_THREADS" in environment:
-        return Setting("OMP_NUM_THREADS", environment["OMP_NUM_THREADS"], "was set")
+        asked, origin = environment["OMP_NUM_THREADS"], "was set"
+        if "TORCHELASTIC_RUN_ID" in environment and asked == "1" and placement.local_size > 1:
+            # Nobody can tell them apart.
+            origin = "was set, or by torchrun, which takes 1 where nothing is set"
+        return Setting("OMP_NUM_THREADS", asked, origin)
     name, share = "threads", f"{cores} cores for {placement.local_size} ranks of this node"
     of_task = environment.get("SLURM_CPUS_PER_TASK", "")
     if started_by_srun(environment) and of_task.isdigit() and int(of_task) > 0:
@@ -72,6 +77,25 @@ def require_address(address: Setting, *, within_s: float = 20) -> None:
                     "can reach"
                 ) from error
         time.sleep(0.5)
+
+
+def require_interface(environment: Mapping[str, str]) -> None:
+    """Returns if gloo will find the interfaces that it is told to take; its own error names
+    neither the variable nor the node.
+
+    Raises:
+        EngineError: this node has none of such a name.
+    """
+    asked = environment.get(GLOO_INTERFACE, "")
+    there = psutil.net_if_addrs()
+    missing = [name for name in asked.split(",") if name not in there]
+    # torch takes a shorter one for none.
+    if len(asked) > 1 and missing:
+        raise EngineError(
+            f"{GLOO_INTERFACE}={asked}: {socket.gethostname()} has no interface "
+            f"{', '.join(missing)}, it has {', '.join(sorted(there))}; export one of these, or "
+            "unset it for the one that leads to the other nodes"
+        )
 
 
 def interface_to_other_nodes(

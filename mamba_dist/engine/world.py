@@ -24,9 +24,11 @@ from torch.distributed.rendezvous import rendezvous
 from mamba_dist.engine.host_memory import give_back_freed_memory, keep_freed_memory
 from mamba_dist.engine.launcher import Launch, launch_of, processes_to_outlive
 from mamba_dist.engine.node_settings import (
+    GLOO_INTERFACE,
     interface_to_other_nodes,
     ranks_by_host,
     require_address,
+    require_interface,
     shown_variables,
     threads_of_rank,
     triton_cache,
@@ -40,7 +42,6 @@ from mamba_dist.engine.placement import (
 from mamba_dist.errors import EngineError, MambaDistError
 
 _SHM_OP = "deepspeed_shm_comm"
-_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class World:
@@ -131,7 +132,8 @@ def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World
         deterministic: torch, cuBLAS and our kernels add up in a fixed order, or refuse.
 
     Raises:
-        EngineError: the launcher's environment is unusable or the ranks cannot meet.
+        EngineError: the launcher's environment is unusable.
+        torch.distributed.DistError: the ranks did not meet.
     """
     placement = placement_from_environment(os.environ)
     device = _device(placement)
@@ -159,14 +161,23 @@ def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World
     # without a word about their timeout.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
-    if device.type == "cpu" and placement.world_size > placement.local_size:
-        settings += _meet_on_gloo(placement, timeout)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timeout,
-    )
+    try:
+        if device.type == "cpu" and placement.world_size > placement.local_size:
+            settings += _meet_on_gloo(placement, timeout)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        # No mistake of the user's for certain: another try may go well.
+        address, port = settings[:2]
+        error.add_note(
+            f"The ranks did not meet at {address}, {port}: is the address that of the first "
+            "rank's node, and its port free? Where jobs share a node, give each its own."
+        )
+        raise
     world = World(placement, device)
     settings.append(Setting("timeout_minutes", f"{timeout_minutes:g}", "engine.timeout_minutes"))
     world.describe(settings)
@@ -181,6 +192,7 @@ def _prepare_node(placement: Placement, device: torch.device) -> list[Setting]:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(int(threads.value))
     if device.type == "cpu":
+        require_interface(os.environ)
         keep_freed_memory(os.environ)
     else:
         mounts = Path("/proc/self/mountinfo").read_text()
@@ -199,12 +211,12 @@ def _meet_on_gloo(placement: Placement, timeout: timedelta) -> list[Setting]:
     store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=timeout))
     store.set_timeout(timeout)
     settings = []
-    if _GLOO_INTERFACE not in os.environ:
+    if GLOO_INTERFACE not in os.environ:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         name = interface_to_other_nodes(store, placement, address=address, port=port)
         if name is not None:
-            os.environ[_GLOO_INTERFACE] = name
-            settings.append(Setting(_GLOO_INTERFACE, name, "ours: leads to the other nodes"))
+            os.environ[GLOO_INTERFACE] = name
+            settings.append(Setting(GLOO_INTERFACE, name, "ours: leads to the other nodes"))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     return settings
 

@@ -32,6 +32,8 @@ START: Final = "START"
 END: Final = "END"
 
 _MOST_BYTES = 8 << 20
+# Of one message: compilers' errors have megabytes; run_status looks for ends in the last 64 KiB.
+_MOST_CHARACTERS: Final = 16 << 10
 _PACKAGE: Final = "mamba_dist"
 _KEEPS_ITS_LINES: Final = "DeepSpeed"
 
@@ -88,10 +90,13 @@ class RankLog(logging.Handler):
         self.say(record.levelname, text, at=record.created)
 
     def say(self, kind: str, text: str, *, at: float | None = None) -> None:
-        """Appends one line, or several of one moment: those after the first are indented."""
+        """Appends one line, or several of one moment: those after the first are indented.
+
+        Of a long text the middle is left out.
+        """
         moment = datetime.now(UTC) if at is None else datetime.fromtimestamp(at, UTC)
         stamp = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = f"{stamp} {kind} {text}".replace("\n", "\n  ") + "\n"
+        line = f"{stamp} {kind} {shortened(text)}".replace("\n", "\n  ") + "\n"
         self.acquire()
         try:
             self._append(line.encode(errors="replace"))
@@ -204,6 +209,14 @@ class _FromWarningsOn(logging.Handler):
                 return True
             logger = logger.parent if logger.propagate else None
         return False
+
+
+def shortened(text: str) -> str:
+    """The text, of a long one its beginning and its end."""
+    half = _MOST_CHARACTERS // 2
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
 
 
 def _traceback_of(error: BaseException) -> str:

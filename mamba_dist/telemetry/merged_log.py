@@ -19,6 +19,8 @@ _FILE = re.compile(r"rank-(\d{5,})(\.old)?\.log")
 _HOST = re.compile(r"rank \d+ of \d+, host ([^,]+), process \d+; ")
 _ALIKE_WITHIN_S = 60.0
 _TAIL_BYTES = 1 << 16
+# The first line of faulthandler's stacks.
+_CRASHED = re.compile(r"^Fatal Python error: .*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,19 @@ def merged(run_dir: Path) -> list[Told]:
     by_text: dict[tuple[str, str], list[Told]] = {}
     for rank, paths in _files(run_dir).items():
         host = ""
+        # Behind what this rank has said alike already: a warning may stand there 100,000 times.
+        behind: dict[tuple[str, str], tuple[int, float]] = {}
         for path in paths:
             for entry in entries(path):
                 if entry.kind == START and (found := _HOST.match(entry.text)):
                     # Who it is, is told in front of the line.
                     host, entry = found[1], replace(entry, text=entry.text[found.end() :])
-                _fold(by_text.setdefault((entry.kind, entry.text), []), entry, rank, host)
+                key = entry.kind, entry.text
+                place, at = behind.get(key, (0, entry.at))
+                # A clock that was set back leads to places before.
+                begin = place if entry.at >= at else 0
+                place = _fold(by_text.setdefault(key, []), entry, begin, speaker=(rank, host))
+                behind[key] = place, entry.at
     return sorted((one for told in by_text.values() for one in told), key=lambda one: one.at)
 
 
@@ -73,18 +82,23 @@ def describe(told: Iterable[Told]) -> Iterator[str]:
 
 
 def last_words(run_dir: Path, *, since: float) -> dict[int, Entry | None]:
-    """How each rank's log ends a start, by its END line; None: it has none since then.
+    """How each rank's log ends its last start, by its END line or, after a crash in native code,
+    the first line of its stacks; None: it has neither since then.
 
     Only the ends of the files are read.
     """
     found: dict[int, Entry | None] = {}
     for rank, paths in _files(run_dir).items():
-        ends = [
-            entry
-            for entry in entries(paths[-1], tail=True)
-            if entry.kind == END and entry.at >= since
-        ]
-        found[rank] = ends[-1] if ends else None
+        last = None
+        for entry in entries(paths[-1], tail=True):
+            if entry.kind == START or entry.at < since:
+                last = None
+            elif entry.kind == END:
+                last = entry
+            elif crash := _CRASHED.search(entry.text):
+                # The stacks have no time of their own: that of the last line before is nearest.
+                last = Entry(entry.at, END, crash[0])
+        found[rank] = last
     return found
 
 
@@ -122,16 +136,20 @@ def numbered(noun: str, numbers: Iterable[int]) -> str:
     return f"{noun} {shown}" if shown.isdigit() else f"{noun}s {shown}"
 
 
-def _fold(told: list[Told], entry: Entry, rank: int, host: str) -> None:
-    first = bisect_left(told, entry.at - _ALIKE_WITHIN_S, key=lambda one: one.at)
-    for one in told[first:]:
-        if one.at > entry.at + _ALIKE_WITHIN_S:
-            break
-        if rank not in one.speakers:
-            one.speakers[rank] = host
-            return
+def _fold(told: list[Told], entry: Entry, begin: int, *, speaker: tuple[int, str]) -> int:
+    """Joins the first of `told`, from `begin` on, to which the entry belongs, or becomes one of
+    its own; the place after it."""
+    rank, host = speaker
+    place = max(begin, bisect_left(told, entry.at - _ALIKE_WITHIN_S, key=lambda one: one.at))
+    while place < len(told) and told[place].at <= entry.at + _ALIKE_WITHIN_S:
+        if rank not in told[place].speakers:
+            told[place].speakers[rank] = host
+            return place + 1
+        place += 1
     place = bisect_left(told, entry.at, key=lambda one: one.at)
     told.insert(place, Told(entry.at, entry.kind, entry.text, {rank: host}))
+    # All before `begin` has moved by one if it came in between.
+    return max(place, begin) + 1
 
 
 def _files(run_dir: Path) -> dict[int, list[Path]]:

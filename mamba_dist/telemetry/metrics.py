@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -210,3 +210,39 @@ def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def readable_metrics(run_dir: Path) -> tuple[list[dict[str, float | None]], int]:
+    """All records that can be read, oldest first, and how many whole lines are none: what a power
+    failure made of them, or a hand. For who only looks; values that JSON cannot say are None."""
+    path = run_dir / METRICS_FILE
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    found = [record for line in whole if (record := _parsed(line)) is not None]
+    return found, len(whole) - len(found)
+
+
+def standing(records: Iterable[dict[str, float | None]]) -> list[dict[str, float | None]]:
+    """The records of losses that count, by step: without those of steps that a rollback took back,
+    or that a run which resumed trained again."""
+    kept: list[dict[str, float | None]] = []
+    for record in records:
+        while kept and _is_undone(kept[-1], record):
+            kept.pop()
+        if "rolled_back_from" not in record:
+            kept.append(record)
+    return kept
+
+
+def _is_undone(earlier: dict[str, float | None], later: dict[str, float | None]) -> bool:
+    one, other = earlier["step"] or 0, later["step"] or 0
+    alike = any(name in earlier and name in later for name in ("loss", "val_loss"))
+    return one > other or (one == other and alike)
+
+
+def _parsed(line: bytes) -> dict[str, float | None] | None:
+    try:
+        record = json.loads(line, parse_constant=lambda name: None)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -5,9 +5,9 @@
     {"event": "end", "of": …, "reason": "stopped", "detail": "SIGUSR1", "exit_code": 75, …}
 
 `of` is the time of the start, since a folder that was deleted may be another run's when the first
-one ends. Only rank 0 writes. Each line is one write at the end of the file; one that a kill cut is
-passed over by readers. A start without an end was killed, or its node was lost: only the logs know
-more.
+one ends. Only rank 0 writes. Each line is one write at the end of the file; one that a kill cut, or
+that is none of these, is passed over by readers. A start without an end was killed, or its node was
+lost: only the logs know more.
 """
 
 import fcntl
@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -115,20 +116,8 @@ def read_starts(run_dir: Path) -> list[Start]:
         return []
     found: dict[float, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines():
-        event = _parsed(line)
-        kind, own = event.get("event"), found.get(event.get("of", 0.0))
-        if kind == "start":
-            found[event["at"]] = _fields_of_start(event)
-        elif own is not None and kind == "training":
-            own |= {"first_step": event["step"], "total_steps": event["total_steps"]}
-        elif own is not None and kind == "end" and event["reason"] in get_args(Reason):
-            own |= {
-                "ended_at": event["at"],
-                "reason": event["reason"],
-                "detail": event["detail"],
-                "exit_code": event["exit_code"],
-                "last_step": event["step"],
-            }
+        with suppress(KeyError, TypeError):
+            _take(_parsed(line), found)
     return [Start(**fields) for fields in found.values()]
 
 
@@ -148,6 +137,22 @@ def is_held(run_dir: Path) -> bool | None:
     except OSError:
         return None
     return False
+
+
+def _take(event: Mapping[str, Any], found: dict[float, dict[str, Any]]) -> None:
+    kind, own = event.get("event"), found.get(event.get("of", 0.0))
+    if kind == "start":
+        found[event["at"]] = _fields_of_start(event)
+    elif own is not None and kind == "training":
+        own |= {"first_step": event["step"], "total_steps": event["total_steps"]}
+    elif own is not None and kind == "end" and event["reason"] in get_args(Reason):
+        own |= {
+            "ended_at": event["at"],
+            "reason": event["reason"],
+            "detail": event["detail"],
+            "exit_code": event["exit_code"],
+            "last_step": event["step"],
+        }
 
 
 def _fields_of_start(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import logging
 import platform
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +22,13 @@ from typing import Final
 
 import torch
 
+from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import RunConfig
+from mamba_dist.data.dataset import open_dataset
 from mamba_dist.engine.world import World
 from mamba_dist.errors import BackendError, ConfigError, MambaDistError, StartError
 from mamba_dist.telemetry.merged_log import numbered
-from mamba_dist.train.build import Prepared, prepare
+from mamba_dist.train.build import Prepared, open_matching_sources, prepare
 from mamba_dist.train.engines import ops_backend
 from mamba_dist.train.room import disk_objections, memory_objections, shared_memory_warning
 from mamba_dist.train.run_folder import HeldFolder, run_folder
@@ -128,7 +131,7 @@ def _look_around(
         prepared = prepare(config, ranks=world.size)
         facts["the data"] = _described(prepared)
     except MambaDistError as error:
-        problems.append(str(error))
+        problems += _why_not_prepared(config, error, ranks=world.size)
     # What it may object to besides is a problem already.
     with suppress(ConfigError):
         problems += memory_objections(config, world=world, ranks_on_host=ranks_on_host)
@@ -148,6 +151,22 @@ def _look_around(
         warnings += little
     host = socket.gethostname()
     return Findings(world.rank, host, clock_s, facts, problems, warnings), prepared
+
+
+def _why_not_prepared(config: RunConfig, first: MambaDistError, *, ranks: int) -> list[str]:
+    """What else stands in the way behind the first error."""
+    found = [str(first)]
+    looks: list[Callable[[], object]] = [
+        partial(batch_plan, config, ranks),
+        *(partial(open_dataset, source.path) for source in config.data.all_sources),
+        partial(open_matching_sources, config),
+    ]
+    for look in looks:
+        try:
+            look()
+        except MambaDistError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def _described(prepared: Prepared) -> str:
@@ -187,8 +206,9 @@ def unsupported(name: str, capability: tuple[int, int], built_for: Sequence[str]
 
 def _code_digest() -> str:
     package = Path(__file__).parents[1]
-    files = sorted(path for path in package.rglob("*") if path.suffix in _SOURCES)
-    return _digest(part for p in files for part in (p.name.encode(), p.read_bytes()))
+    # An editor that has a file open may have a link to nowhere beside it.
+    files = sorted(p for p in package.rglob("*") if p.suffix in _SOURCES and p.is_file())
+    return _digest(part for p in files for part in (bytes(p.relative_to(package)), p.read_bytes()))
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from mamba_dist.engine.world import World, how_launched
 from mamba_dist.errors import DivergedError, MambaDistError
-from mamba_dist.telemetry.log import END, START, RankLog, log_file, logging_to
+from mamba_dist.telemetry.log import END, START, RankLog, log_file, logging_to, shortened
 from mamba_dist.telemetry.starts import Reason, StartsFile
 from mamba_dist.train.build import Run, package_versions
 from mamba_dist.train.loop import Outcome
-from mamba_dist.train.stop import EXIT_INTERRUPTED, EXIT_STOPPED
+from mamba_dist.train.stop import EXIT_INTERRUPTED, EXIT_STOPPED, StopRequest
 
 EXIT_CRASH = 1
 """Python's own, after a traceback."""
@@ -32,13 +32,16 @@ class StartRecord:
         self._last_step: Callable[[], int | None] = lambda: None
         self._ended = False
 
+    def heed(self, stop: StopRequest) -> None:
+        """A second SIGINT is told too, from now on."""
+        stop.before_leaving = self._is_interrupted
+
     def train(self, run: Run) -> None:
         """The run is built, and trains from here on; what ends it is told from now on too."""
         if self._starts is not None:
             self._starts.train(first_step=run.start.step, total_steps=run.total_steps)
         self._last_step = lambda: run.watchdog.last_step
         run.watchdog.before_leaving = self._hangs
-        run.stop.before_leaving = self._is_interrupted
 
     def end(self, outcome: Outcome) -> None:
         """Training came to an end of its own, or was stopped after a checkpoint."""
@@ -56,7 +59,8 @@ class StartRecord:
             self._end("diverged" if broken else "mistake", str(error), exit_code=error.exit_code)
             return
         self._log.say("ERROR", "".join(traceback.format_exception(error)).rstrip())
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        # Also of an error that cannot say what it is.
+        detail = "".join(traceback.format_exception_only(error)).rstrip()
         self._end("crash", detail, exit_code=EXIT_CRASH)
 
     def _hangs(self, stacks: str) -> None:
@@ -74,7 +78,7 @@ class StartRecord:
         at = "" if step is None else f" after step {step}"
         self._log.say(END, f"exit code {exit_code}{at}, {told}")
         if self._starts is not None:
-            self._starts.end(reason, detail=detail, exit_code=exit_code, step=step)
+            self._starts.end(reason, detail=shortened(detail), exit_code=exit_code, step=step)
 
 
 @contextmanager

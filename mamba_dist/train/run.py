@@ -37,6 +37,7 @@ def run_training(config: RunConfig) -> int:
             held_run_folder(config, world=world) as folder,
             recorded_start(run_folder(config), world=world) as record,
         ):
+            record.heed(stop)
             for line in world.account:
                 _log.info("%s", line)
             outcome = _train(config, folder, record, world=world, stop=stop)

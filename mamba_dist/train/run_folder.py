@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class HeldFolder:
         self._run_dir = run_dir
         self._world = world
         self._lock: TextIO | None = None
+        self._mark = ""
 
     def take(self) -> None:
         """Makes the folder and holds it, cleaned of what a kill left in it.
@@ -48,9 +50,11 @@ class HeldFolder:
             TrainingError: on all ranks, if another run holds the folder or it cannot be written.
         """
         problem = ""
+        [number] = self._world.from_first([secrets.randbits(48)])
+        self._mark = f"{number:012x}\n"
         if self._world.rank == 0:
             try:
-                self._hold()
+                _write(self._hold(), self._mark)
                 for name in remove_left_behind(self._run_dir):
                     _log.warning("removed %s, which an interrupted save left behind", name)
             except BlockingIOError:
@@ -60,8 +64,11 @@ class HeldFolder:
         self._agree(problem)
 
     def is_seen(self) -> bool:
-        """Whether this rank sees what rank 0 wrote there, which may take a minute to appear."""
-        return _appears(self._run_dir / LOCK)
+        """Whether this rank sees what rank 0 wrote there, which may take a minute to appear.
+
+        A folder of the same name on a disk of this node may hold the lock of another run.
+        """
+        return _appears(self._run_dir / LOCK, self._mark)
 
     def require(self) -> None:
         """Returns while nobody else can write there; a folder that was deleted is held again.
@@ -86,9 +93,10 @@ class HeldFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def _hold(self) -> None:
+    def _hold(self) -> TextIO:
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (self._run_dir / LOCK).open("w", encoding="utf-8")
+        # What stands there may be another run's, and is then not to be touched.
+        lock = (self._run_dir / LOCK).open("a", encoding="utf-8")
         try:
             _lock(lock)
         except OSError:
@@ -96,6 +104,7 @@ class HeldFolder:
             raise
         self.release()
         self._lock = lock
+        return lock
 
     def _is_held(self) -> bool:
         try:
@@ -141,9 +150,17 @@ def _lock(file: TextIO) -> None:
         time.sleep(0.05)
 
 
-def _appears(path: Path) -> bool:
+def _write(file: TextIO, text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+    # Else a network file system may keep it to this node.
+    os.fsync(file.fileno())
+
+
+def _appears(path: Path, text: str) -> bool:
     deadline = time.monotonic() + _APPEARS_WITHIN_S
-    while not path.exists():
+    while not (path.exists() and path.read_bytes() == text.encode()):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

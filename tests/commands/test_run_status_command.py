@@ -18,7 +18,7 @@ from processes import ROOT, run_script
 from mamba_dist.commands.run_status import main
 from mamba_dist.telemetry.log import RankLog, log_file
 from mamba_dist.telemetry.metrics import METRICS_FILE
-from mamba_dist.telemetry.starts import LOCK, StartsFile
+from mamba_dist.telemetry.starts import LOCK, STARTS_FILE, StartsFile
 
 HERE = socket.gethostname()
 
@@ -153,6 +153,39 @@ def test_the_rank_whose_log_has_the_error_is_named(
     ]
 
 
+def test_a_rank_that_was_killed_is_named_however_many_others_tell_of_it(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """gloo's message to each rank has a port of its own."""
+    begin(run_dir, ranks=8, step=200).end("crash", detail="closed", exit_code=1, step=210)
+    for rank in range(7):
+        RankLog(log_file(run_dir, rank)).say("END", f"crash: closed by [127.0.0.1]:{rank}")
+    assert main([str(run_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == (
+        f"         rank 7: no word of an end: killed, or the node was lost, see "
+        f"{log_file(run_dir, 7)}"
+    )
+    assert sum("closed by" in line for line in lines) == 3
+
+
+def test_a_rank_whose_clock_is_behind_has_its_say(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(run_dir, ranks=2, step=200).end("crash", detail="closed", exit_code=1, step=None)
+    for rank, behind_s in enumerate((0.0, 100.0)):
+        log = RankLog(log_file(run_dir, rank))
+        for kind, text in (("END", "before"), ("START", "again"), ("END", f"error {rank}")):
+            log.say(kind, text, at=time.time() - behind_s)
+    assert main([str(run_dir)]) == 0
+    assert "rank 1: error 1, see" in capsys.readouterr().out
+    # One that was killed after it began is not told by the end of the start before.
+    log.say("START", "again")
+    begin(run_dir, ranks=2, step=200).end("crash", detail="closed", exit_code=1, step=None)
+    assert main([str(run_dir)]) == 0
+    assert "rank 1: no word of an end" in capsys.readouterr().out
+
+
 def test_a_run_that_ended_well_shows_no_faults(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +216,100 @@ def test_a_copy_that_cannot_be_written_tells_the_same_in_json(
     assert [start["reason"] for start in status["starts"]] == ["stopped", None]
     assert status["checkpoint"]["step"] == 200
     assert abs(status["checkpoint"]["saved_at"] - (time.time() - 3900)) < 60
+
+
+def test_what_a_rollback_took_back_is_not_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path)
+    back = {"step": 100, "rolled_back_from": 180}
+    write_metrics(tmp_path, record(100), record(180, skipped_steps=9), back)
+    found = told(capsys, tmp_path)
+    assert found["step"] == "100 of 1,000 (10.0 %)"
+    assert found["tokens"] == "10,000 trained on"
+    assert found["loss"] == "0.1000"
+    assert found["skipped"] == "0 steps; 1 rollbacks"
+
+
+def test_steps_that_are_trained_again_count_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where they are logged at other steps than before."""
+    begin(tmp_path)
+    begin(tmp_path, step=100)
+    lost = {"step": 190, "val_loss": 0.5, "val_tokens": 9, "seconds": 10.0}
+    before = [record(step, skipped_steps=1) for step in (100, 150, 200)]
+    write_metrics(tmp_path, *before, lost, record(120), record(140))
+    found = told(capsys, tmp_path)
+    assert found["step"] == "140 of 1,000 (14.0 %)"
+    assert found["loss"] == f"{10 / 140:.4f}"
+    assert found["skipped"] == "1 steps; 0 rollbacks"
+
+
+def test_a_start_that_ended_before_its_first_step_is_where_it_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path)
+    begin(tmp_path, step=150).end("crash", detail="x", exit_code=1, step=None)
+    write_metrics(tmp_path, record(150), record(180))
+    found = told(capsys, tmp_path)
+    assert (found["step"], found["tokens"]) == ("150 of 1,000 (15.0 %)", "15,000 trained on")
+
+
+def test_what_cannot_be_read_hides_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path, ranks=1).end("finished", detail="", exit_code=0, step=7)
+    with (tmp_path / STARTS_FILE).open("ab") as starts:
+        starts.write(b'\0\xff\n{"event": "start"}\n{"event": "end", "of": [1]}\n7\n')
+    write_metrics(tmp_path, record(7, tokens_per_s=float("nan"), loss=float("inf")))
+    with (tmp_path / METRICS_FILE).open("ab") as metrics:
+        metrics.write(b'\0\xff\n3\n{"step": 1, "lo{"step": 2}\n{"loss": 1}\n{"step": 8, "cut')
+    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
+    found = told(capsys, tmp_path)
+    assert (found["step"], found["loss"]) == ("7 of 1,000 (0.7 %)", "not finite")
+    assert found["unreadable"] == "4 lines of metrics.jsonl"
+    assert found["checkpoint"].startswith("step 5, 0 s old")
+    assert main([str(tmp_path), "--json"]) == 0
+    assert "NaN" not in capsys.readouterr().out
+
+
+def test_a_folder_of_a_job_that_waits_says_that_nothing_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "submissions/0001").mkdir(parents=True)
+    assert told(capsys, tmp_path)["state"] == "unknown: no start is recorded"
+
+
+def test_logs_that_cannot_be_read_are_a_mistake(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_file(run_dir, 0).mkdir(parents=True)
+    assert main([str(run_dir), "--log"]) == 2
+    assert "rank-00000.log: cannot be read (Is a directory)" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_crash(run_dir: Path) -> None:
+    log = log_file(run_dir, 0)
+    log.parent.mkdir()
+    log.write_text("2026-11-27T02:00:48.123Z INFO x\n" * 20_000)
+    command = f"{sys.executable} tools/run_status.py {run_dir} --log | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("2026-11-27 02:00:48.123 x\n", "")
+
+
+def test_all_problems_of_the_last_start_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detail = "2 problems at the start:\n  1. no data\n  2. no room"
+    for _ in range(2):
+        begin(tmp_path, ranks=1).end("mistake", detail=detail, exit_code=2, step=None)
+        time.sleep(0.002)
+    assert main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].endswith("mistake: 2 problems at the start: (exit code 2)")
+    assert lines[-2:] == ["           1. no data", "           2. no room"]
+    assert lines[-4].endswith("(exit code 2)"), "of earlier ones the first line is enough"
 
 
 def test_a_run_of_an_older_version_tells_what_it_has(

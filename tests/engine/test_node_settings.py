@@ -12,6 +12,7 @@ from mamba_dist.engine.node_settings import (
     interface_to_other_nodes,
     ranks_by_host,
     require_address,
+    require_interface,
     shown_variables,
     threads_of_rank,
     triton_cache,
@@ -58,6 +59,19 @@ def test_a_meeting_point_without_an_address_is_named(monkeypatch: pytest.MonkeyP
     assert not answers
     with pytest.raises(EngineError, match=r"^MASTER_ADDR=n1 \(ours: from the SLURM step\) has no"):
         require_address(wanted, within_s=0)
+
+
+def test_one_thread_that_torchrun_chose_is_not_told_as_the_users_choice() -> None:
+    environment = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
+    assert "torchrun" in threads_of_rank(environment, FOUR, cores=16).origin
+    assert threads_of_rank({"OMP_NUM_THREADS": "1"}, FOUR, cores=16).origin == "was set"
+
+
+def test_an_interface_that_is_not_there_is_named_with_those_that_are() -> None:
+    require_interface({})
+    require_interface({"GLOO_SOCKET_IFNAME": "lo"})
+    with pytest.raises(EngineError, match=r"^GLOO_SOCKET_IFNAME=lo,eth77: .* no interface eth77, "):
+        require_interface({"GLOO_SOCKET_IFNAME": "lo,eth77"})
 
 
 class RanksBefore:

@@ -1,5 +1,6 @@
 """Real worlds of one rank, and the processes that start ranks."""
 
+import socket
 import subprocess
 import sys
 
@@ -10,6 +11,32 @@ from mamba_dist.engine.world import launcher_pids
 
 def test_a_process_that_no_deepspeed_launcher_started_has_none_to_outlive() -> None:
     assert launcher_pids() == ()
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    program = (
+        "import traceback\n"
+        "from mamba_dist.engine.world import start_world\n"
+        "try:\n"
+        "    start_world(timeout_minutes=0.1)\n"
+        "except Exception as error:\n"
+        "    print(*traceback.format_exception_only(error), flush=True)\n"
+    )
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        of_two = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**clean_environment(), **of_two, **meeting},
+            capture_output=True,
+            text=True,
+        )
+    assert "EADDRINUSE" in done.stdout, done.stderr
+    where = f"MASTER_ADDR=127.0.0.1 (was set), MASTER_PORT={port} (was set)"
+    assert f"The ranks did not meet at {where}" in done.stdout
 
 
 def test_a_rank_keeps_freed_memory_and_all_its_groups_have_the_timeout_of_the_config() -> None:

@@ -15,7 +15,7 @@ from processes import clean_environment
 
 from mamba_dist.telemetry import log as log_module
 from mamba_dist.telemetry.log import RankLog, log_file, logging_to, setup_logging
-from mamba_dist.telemetry.merged_log import Entry, entries
+from mamba_dist.telemetry.merged_log import Entry, entries, last_words
 
 PACKAGE = logging.getLogger("mamba_dist")
 
@@ -112,12 +112,15 @@ def test_a_crash_in_native_code_leaves_its_stacks(tmp_path: Path) -> None:
         "def the_culprit():\n    ctypes.string_at(0)\n"
         "the_culprit()\n"
     )
-    path = tmp_path / "log"
+    path = log_file(tmp_path, 0)
     done = subprocess.run([sys.executable, "-c", code, str(path)], env=clean_environment())
     assert done.returncode < 0
     [entry] = entries(path)
     assert "Fatal Python error: Segmentation fault" in entry.text
     assert "in the_culprit" in entry.text
+    [word] = last_words(tmp_path, since=0.0).values()
+    assert word is not None
+    assert word.text == "Fatal Python error: Segmentation fault"
     # The next start goes on behind it.
     RankLog(path).say("START", "again")
     assert [entry.kind for entry in entries(path)] == ["INFO", "START"]
@@ -146,6 +149,19 @@ def test_a_log_that_grows_keeps_its_end_in_two_bounded_files(
     assert all(path.stat().st_size < 1100 for path in files)
     numbers = [int(text.split()[1]) for path in files[::-1] for _, text in said(path)]
     assert numbers == list(range(numbers[0], 200))
+
+
+def test_of_a_huge_message_the_beginning_and_the_end_are_kept(tmp_path: Path) -> None:
+    log = RankLog(log_file(tmp_path, 0))
+    log.say("END", "crash: " + "x\n" * 10_000_000 + "the last word")
+    [(_, text)] = said(log_file(tmp_path, 0))
+    assert text.startswith("crash: x\n")
+    assert text.endswith("x\n  the last word")
+    assert "characters are left out" in text
+    # Where run_status looks for an end.
+    [word] = last_words(tmp_path, since=0.0).values()
+    assert word is not None
+    assert len(word.text) < 1 << 16
 
 
 def test_a_folder_that_was_renamed_keeps_what_was_said_before(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The logs of all ranks as one."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,30 @@ def test_a_rank_that_repeats_itself_is_not_folded_with_itself(tmp_path: Path) ->
     assert [(one.at, sorted(one.speakers)) for one in merged(tmp_path) if one.text == "x"] == [
         (1.0, [0, 1]),
         (2.0, [0, 1]),
+    ]
+
+
+def test_a_warning_in_a_loop_costs_no_more_than_its_lines(tmp_path: Path) -> None:
+    """8 MiB of one line took minutes: each was compared to all before it."""
+    count = 20_000
+    for rank in range(2):
+        path = log_file(tmp_path, rank)
+        path.parent.mkdir(exist_ok=True)
+        lines = (f"2026-11-27T02:00:{n % 60:02d}.000Z WARNING late\n" for n in range(count))
+        path.write_text("".join(sorted(lines)))
+    began = time.process_time()
+    told = merged(tmp_path)
+    assert time.process_time() - began < 5
+    assert [sorted(one.speakers) for one in told] == [[0, 1]] * count
+
+
+def test_a_clock_that_was_set_back_keeps_no_lines_apart(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, rank, (100.0, "INFO", "x"), (9.0, "INFO", "x"), (101.0, "INFO", "x"))
+    assert [(one.at, sorted(one.speakers)) for one in merged(tmp_path)] == [
+        (9.0, [0, 1]),
+        (100.0, [0, 1]),
+        (101.0, [0, 1]),
     ]
 
 

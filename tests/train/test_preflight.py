@@ -159,6 +159,39 @@ def test_all_problems_of_a_start_come_in_one_error(
     assert "little" in caplog.text
 
 
+def test_an_error_of_the_batch_hides_none_of_the_data_sets(tmp_path: Path) -> None:
+    folder = taken(tmp_path)
+    told = config(tmp_path)
+    sources = [{"path": str(tmp_path / name), "weight": 1} for name in ("one", "other")]
+    asked = {
+        **told.model_dump(),
+        "data": {"sources": sources},
+        "training": {**told.training.model_dump(), "micro_batch_size": 64},
+    }
+    with pytest.raises(StartError) as raised:
+        prepare_and_check(RunConfig.model_validate(asked), folder, world=Others())
+    folder.release()
+    head, *lines = str(raised.value).splitlines()
+    assert head == "3 problems at the start of the run:"
+    assert "cannot share evenly" in lines[0]
+    assert str(tmp_path / "one") in lines[1]
+    assert str(tmp_path / "other") in lines[2]
+
+
+def test_a_link_to_nowhere_beside_the_code_ends_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Emacs makes one for a file with changes."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/preflight.py").touch()
+    monkeypatch.setattr(preflight, "__file__", str(tmp_path / "train/preflight.py"))
+    before = preflight._code_digest()
+    (tmp_path / "train/.#preflight.py").symlink_to("user@host.4711")
+    assert preflight._code_digest() == before
+    (tmp_path / "train/preflight.py").rename(tmp_path / "preflight.py")
+    assert preflight._code_digest() != before
+
+
 def test_a_single_problem_is_told_as_it_is(tmp_path: Path) -> None:
     folder = taken(tmp_path)
     with pytest.raises(StartError, match=rf"^{tmp_path}/nowhere"):

@@ -15,6 +15,7 @@ from mamba_dist.telemetry.merged_log import entries
 from mamba_dist.telemetry.starts import read_starts
 from mamba_dist.train.loop import Outcome
 from mamba_dist.train.record import StartRecord, recorded_start
+from mamba_dist.train.stop import StopRequest
 
 
 class Told(OneRank):
@@ -32,7 +33,6 @@ def built(step: int) -> Any:
         start=SimpleNamespace(step=5),
         total_steps=10,
         watchdog=SimpleNamespace(last_step=step, before_leaving=None),
-        stop=SimpleNamespace(before_leaving=None),
     )
 
 
@@ -45,6 +45,13 @@ def outcome(step: int, stopped_by: str | None) -> Outcome:
 
 def ends(run_dir: Path, rank: int = 0) -> list[str]:
     return [entry.text for entry in entries(log_file(run_dir, rank)) if entry.kind == "END"]
+
+
+def interrupt(record: StartRecord) -> None:
+    stop = StopRequest()
+    record.heed(stop)
+    assert stop.before_leaving is not None
+    stop.before_leaving()
 
 
 def fail(error: BaseException) -> Any:
@@ -60,7 +67,7 @@ def fail(error: BaseException) -> Any:
         (lambda r, _: r.end(outcome(10, None)), "finished", "", 0, 10),
         (lambda r, _: r.end(outcome(8, "SIGUSR1")), "stopped", "SIGUSR1", 75, 8),
         (lambda _, run: run.watchdog.before_leaving("stacks in x"), "hang", "stacks in x", 75, 7),
-        (lambda _, run: run.stop.before_leaving(), "interrupted", "a second SIGINT", 130, 7),
+        (lambda r, _: interrupt(r), "interrupted", "a second SIGINT", 130, 7),
         (fail(DataError("shard 7")), "mistake", "shard 7", 2, 7),
         (fail(DivergedError("skipped")), "diverged", "skipped", 65, 7),
         (fail(ZeroDivisionError("by 0")), "crash", "ZeroDivisionError: by 0", 1, 7),
@@ -86,6 +93,14 @@ def test_every_end_has_a_reason_a_code_and_a_step(
     assert ends(tmp_path) == [f"exit code {code} after step {step}, {told}"]
 
 
+def test_an_interrupt_before_training_is_told(tmp_path: Path) -> None:
+    """Building a large run takes minutes."""
+    with recorded_start(tmp_path, world=Told()) as record:
+        interrupt(record)
+    [start] = read_starts(tmp_path)
+    assert (start.reason, start.exit_code, start.first_step) == ("interrupted", 130, None)
+
+
 def test_what_failed_before_training_has_no_step(tmp_path: Path) -> None:
     with pytest.raises(DataError), recorded_start(tmp_path, world=Told()):
         raise DataError("no data")
@@ -105,6 +120,24 @@ def test_a_crash_leaves_its_traceback_in_the_log_of_its_rank_and_no_start_but_th
     assert "test_record.py" in error.text
     assert error.text.endswith("ZeroDivisionError: division by zero")
     assert read_starts(tmp_path) == []
+
+
+def test_an_error_that_cannot_say_what_it_is_ends_a_start_too(tmp_path: Path) -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    with pytest.raises(MuteError), recorded_start(tmp_path, world=Told()):
+        raise MuteError
+    [start] = read_starts(tmp_path)
+    assert start.reason == "crash"
+    assert start.detail.endswith("MuteError: <exception str() failed>")
+
+
+def test_what_is_kept_of_a_huge_error_is_short(tmp_path: Path) -> None:
+    with pytest.raises(DataError), recorded_start(tmp_path, world=Told()):
+        raise DataError("x" * 10_000_000)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.*")) < 1 << 17
 
 
 def test_the_first_end_is_the_one_that_counts(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One run holds its folder, also after somebody deleted it."""
 
 import fcntl
+import secrets
 import shutil
 import threading
 from pathlib import Path
@@ -73,12 +74,19 @@ def test_a_folder_that_cannot_be_made_again_is_no_reason_to_end(tmp_path: Path) 
 def test_a_rank_knows_whether_it_sees_what_the_first_one_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not by the lock of an earlier run, in a folder of the same name on its own disk."""
     monkeypatch.setattr(run_folder, "_APPEARS_WITHIN_S", 0.0)
+    taken(tmp_path / "run").release()
+    monkeypatch.setattr(secrets, "randbits", lambda _: 7)
     other = HeldFolder(tmp_path / "run", RankOf(1, 2))
     other.take()
     assert not other.is_seen()
     first = taken(tmp_path / "run")
     assert other.is_seen()
+    monkeypatch.setattr(secrets, "randbits", lambda _: 8)
+    with pytest.raises(TrainingError):
+        taken(tmp_path / "run")
+    assert other.is_seen(), "a start that is refused changes nothing"
     first.release()
 
 
