@@ -61,8 +61,17 @@ class OtherVersionError(CheckpointError):
     know."""
 
 
+class SchedulerError(MambaDistError):
+    """SLURM is absent, refuses a job or does not answer."""
+
+
 class TrainingError(MambaDistError):
     """Training cannot go on: for example another run holds the run folder."""
+
+
+class StartError(TrainingError):
+    """A run cannot start where it was started; the same on all ranks, so the first one prints it
+    for all."""
 
 
 class DivergedError(TrainingError):

@@ -34,6 +34,7 @@ OWNERS = {
     "fastokens": {"data"},
     "orjson": {"data"},
     "platformdirs": {"ops"},
+    "psutil": {"engine"},
     "triton": {"ops"},
     "mamba_ssm": {"ops"},
     "causal_conv1d": {"ops"},
@@ -67,6 +68,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "common", "misc"}
 LATE_IMPORTS = {
     # A config error must be printed before torch is imported.
     "commands/train.py": {"mamba_dist.train.run"},
+    "commands/submit.py": {"mamba_dist.train.build", "mamba_dist.train.plan"},
     # Drawing needs an optional package, and only a picture that was asked for may need it.
     "commands/inspect_data.py": {"mamba_dist.telemetry.length_plot"},
     # A peer may be absent, and only the process that measures it may pay for importing it.

@@ -14,14 +14,14 @@ from importlib.metadata import version
 
 from mamba_dist.commands.arguments import positive_int
 from mamba_dist.config.load import LoadedConfig, load_config
-from mamba_dist.errors import MambaDistError
+from mamba_dist.errors import MambaDistError, StartError
 
 _LET_FIRST_RANK_SPEAK_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
     """The exit code of the command line `argv`; every rank of a launch calls it."""
-    arguments = _parser().parse_args(argv)
+    arguments = arguments_parser().parse_args(argv)
     try:
         loaded = load_config(arguments.config, arguments.overrides)
         if first_rank:
@@ -43,11 +43,13 @@ def main(argv: Sequence[str] | None = None, *, first_rank: bool = True) -> int:
             # The launcher ends all ranks once one has failed; if the first rank has nothing to say
             # within this time, the error is this rank's own.
             time.sleep(_LET_FIRST_RANK_SPEAK_S)
-        print(f"error: {error}", file=sys.stderr)
+        if first_rank or not isinstance(error, StartError):
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments_parser() -> argparse.ArgumentParser:
+    """What launch/train.py takes."""
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
         description="Train a Mamba language model; continues where the run folder left off.",

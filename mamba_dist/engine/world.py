@@ -1,39 +1,46 @@
 """The ranks of a run: start, agree on small facts, stop.
 
-This is the only module of the package that reads the launcher's environment. A plain `python`
-start is a world of one; `deepspeed`, `torchrun` and `srun` set the variables below.
+This is the only module of the package that reads and sets the process's environment. A plain
+`python` start is a world of one; what `deepspeed`, `torchrun` and `srun` say is read by
+placement.py, and what else a node needs is chosen by node_settings.py.
 """
 
 import hashlib
 import logging
 import os
 import socket
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from mamba_dist.engine.host_memory import give_back_freed_memory, keep_freed_memory
+from mamba_dist.engine.launcher import Launch, launch_of, processes_to_outlive
+from mamba_dist.engine.node_settings import (
+    interface_to_other_nodes,
+    ranks_by_host,
+    require_address,
+    shown_variables,
+    threads_of_rank,
+    triton_cache,
+)
+from mamba_dist.engine.placement import (
+    Placement,
+    Setting,
+    meeting_point,
+    placement_from_environment,
+)
 from mamba_dist.errors import EngineError, MambaDistError
 
 _SHM_OP = "deepspeed_shm_comm"
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which rank this process is: of all, and on its node."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int = 1
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class World:
@@ -45,6 +52,8 @@ class World:
         self.local_rank = placement.local_rank
         self.local_size = placement.local_size
         self.device = device
+        self.account: tuple[str, ...] = ()
+        """How the run was started, as lines for its log."""
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise float64 sums over all ranks; integers below 2**53 stay exact."""
@@ -63,6 +72,14 @@ class World:
         own = list(values) if self.rank == 0 else []
         [count] = self.sum_over_ranks([len(own)])
         return [int(v) for v in self.sum_over_ranks(own or [0] * int(count))]
+
+    def texts_of_all_ranks(self, text: str) -> list[str]:
+        """The text of each rank, by rank; short ones, since every rank receives all."""
+        if self.size == 1:
+            return [text]
+        found: list[str | None] = [None] * self.size
+        dist.all_gather_object(found, text)
+        return [str(each) for each in found]
 
     def on_this_host(self) -> list[int]:
         """The ranks that share this rank's host and see its process ids, this one included."""
@@ -90,39 +107,19 @@ class World:
         """Whether the flag is set on at least one rank; the same answer on every rank."""
         return self.sum_over_ranks([1.0 if flag else 0.0])[0] > 0
 
+    def describe(self, settings: Sequence[Setting]) -> None:
+        """Keeps the lines that say who takes part, and what is set by whom; all ranks call it."""
+        hosts = [socket.gethostname()] * self.size
+        if self.size > 1:
+            dist.all_gather_object(hosts, socket.gethostname())
+        self.account = (
+            f"{self.size} ranks on {len(set(hosts))} hosts: {ranks_by_host(hosts)}",
+            "environment: " + ", ".join(map(str, settings)),
+        )
+
     def barrier(self) -> None:
         """Returns once every rank has called it."""
         self.any_rank(False)
-
-
-def placement_from_environment(environment: Mapping[str, str]) -> Placement:
-    """Rank, world size and local rank as the launcher set them.
-
-    Knows the variables of torchrun and the DeepSpeed launcher (RANK, WORLD_SIZE, LOCAL_RANK), and
-    those of srun (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID).
-
-    Raises:
-        EngineError: variables are missing, not integers, or contradict each other.
-    """
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    else:
-        return Placement(rank=0, world_size=1, local_rank=0)
-    found = {name: environment.get(name) for name in names}
-    if not all(value is not None and value.isdigit() for value in found.values()):
-        raise EngineError(
-            f"the launcher's variables are incomplete: found {found}, expected a number in each; "
-            "start with deepspeed, torchrun, srun or plain python"
-        )
-    rank, size, local = (int(environment[name]) for name in names)
-    if rank >= size:
-        raise EngineError(f"{names[0]}={rank} must be below {names[1]}={size}")
-    # torchrun, the DeepSpeed launcher and srun each have a name of their own for it.
-    on_node = [environment.get(name, "") for name in _LOCAL_SIZES]
-    local_size = next((int(value) for value in on_node if value.isdigit()), 1)
-    return Placement(rank=rank, world_size=size, local_rank=local, local_size=local_size)
 
 
 def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World:
@@ -137,11 +134,7 @@ def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World
     """
     placement = placement_from_environment(os.environ)
     device = _device(placement)
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Each rank would take every core of the node; sharing them is several times faster.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // placement.local_size))
-    if device.type == "cpu":
-        keep_freed_memory(os.environ)
+    settings = _prepare_node(placement, device)
     if deterministic:
         _fix_orders()
     for name, value in {
@@ -150,15 +143,6 @@ def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World
         "LOCAL_RANK": placement.local_rank,
     }.items():
         os.environ[name] = str(value)
-    if placement.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    if missing:
-        raise EngineError(
-            f"{' and '.join(missing)} not set, and {placement.world_size} ranks must meet; "
-            "export the first node's address and a free port"
-        )
     # What DeepSpeed 0.19 logs below this level is its own set-up, and "OVERFLOW" for every step
     # that we drop; newer torch warns on each collective of the names that it calls.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -169,13 +153,59 @@ def start_world(*, timeout_minutes: float, deterministic: bool = False) -> World
     # during that build leaves a lock on which every later start hangs, and each rank leaves 69 MB
     # in /dev/shm.
     deepspeed.ops.__compatible_ops__[_SHM_OP] = False
+    timeout = timedelta(minutes=timeout_minutes)
+    # ZeRO's collectives run in a copy of the world's group, FSDP2's in one of a mesh; both are made
+    # without a word about their timeout.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    if device.type == "cpu" and placement.world_size > placement.local_size:
+        settings += _meet_on_gloo(placement, timeout)
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timeout,
     )
-    return World(placement, device)
+    world = World(placement, device)
+    settings.append(Setting("timeout_minutes", f"{timeout_minutes:g}", "engine.timeout_minutes"))
+    world.describe(settings)
+    return world
+
+
+def _prepare_node(placement: Placement, device: torch.device) -> list[Setting]:
+    """Sets what must stand before the ranks meet, and says what is in force."""
+    settings = [*meeting_point(os.environ, placement, free_port=_free_port())]
+    require_address(settings[0])
+    threads = threads_of_rank(os.environ, placement, cores=len(os.sched_getaffinity(0)))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(int(threads.value))
+    if device.type == "cpu":
+        keep_freed_memory(os.environ)
+    else:
+        mounts = Path("/proc/self/mountinfo").read_text()
+        local = Path(tempfile.gettempdir())
+        cache = triton_cache(os.environ, home=Path.home(), local=local, mounts=mounts)
+        settings += [cache] if cache is not None else []
+    for setting in settings:
+        os.environ[setting.name] = setting.value
+    settings.append(threads)
+    return settings + shown_variables(os.environ, settings)
+
+
+def _meet_on_gloo(placement: Placement, timeout: timedelta) -> list[Setting]:
+    """Connects ranks on several nodes by the network that leads from one to the other."""
+    rank, size = placement.rank, placement.world_size
+    store, _, _ = next(rendezvous("env://", rank=rank, world_size=size, timeout=timeout))
+    store.set_timeout(timeout)
+    settings = []
+    if _GLOO_INTERFACE not in os.environ:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        name = interface_to_other_nodes(store, placement, address=address, port=port)
+        if name is not None:
+            os.environ[_GLOO_INTERFACE] = name
+            settings.append(Setting(_GLOO_INTERFACE, name, "ours: leads to the other nodes"))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    return settings
 
 
 def spare_memory() -> None:
@@ -198,35 +228,13 @@ def stop_world() -> None:
 
 
 def launcher_pids() -> tuple[int, ...]:
-    """Processes without which this rank is an orphan: the launcher's, outermost last.
-
-    torchrun starts the ranks itself; the `deepspeed` command starts one launch.py per node, which
-    starts them, and a SIGTERM to the command reaches neither. A rank that anything else started
-    has no launcher to outlive.
-    """
-    parent = os.getppid()
-    command = _command_line(parent)
-    if "torchrun" in command or "torch.distributed.run" in command:
-        return (parent,)
-    if "deepspeed.launcher.launch" not in command:
-        return ()
-    outer = _parent_of(parent)
-    return (parent, outer) if "deepspeed" in _command_line(outer) else (parent,)
+    """See `processes_to_outlive`."""
+    return processes_to_outlive(os.environ)
 
 
-def _command_line(pid: int) -> str:
-    with suppress(OSError):
-        return (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        )
-    return ""
-
-
-def _parent_of(pid: int) -> int:
-    with suppress(OSError):
-        # The command name, in brackets, may hold spaces; the fields after it do not.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+def how_launched() -> Launch:
+    """See `launch_of`."""
+    return launch_of(os.environ)
 
 
 def _device(placement: Placement) -> torch.device:

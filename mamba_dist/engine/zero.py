@@ -198,6 +198,8 @@ class ZeroEngine:
             self._optimizer.update_lp_params()
         elif self._stage == 3 and self._optimizer.persistent_parameters:
             persistent = self._optimizer.persistent_parameters
+            # Gathering leaves those alone that are whole, from an earlier load or a skipped step.
+            persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
     def gather(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:

@@ -79,21 +79,21 @@ _RECORDS: Final = MappingProxyType[Backend, _BackendRecord](
 _AUTO_ORDER: Final[tuple[Backend, ...]] = ("gpu", "cuda", "cpu", "torch")
 
 
-def resolve_backend(requested: str, *, device_type: str) -> Backend:
+def resolve_backend(requested: str, *, device_type: str, log: bool = True) -> Backend:
     """Name of the backend to hand to every op; `auto` becomes the fastest one on `device_type`.
 
-    Logs the choice in one line, so call it once per run; the line gives the reason if `auto` had to
-    take a slower one. Compiles or imports what the backend needs. `device_type` is
-    `torch.device.type`.
+    Logs the choice in one line; the line gives the reason if `auto` had to take a slower one.
+    Compiles or imports what the backend needs. `device_type` is `torch.device.type`.
 
     Raises:
         BackendError: the backend is unknown, not for this device, or cannot work on this machine.
     """
     if requested == "auto":
-        return _fastest(device_type)
+        return _fastest(device_type, log=log)
     chosen = _known(requested)
     _prepare(chosen, device_type)
-    _log_choice(chosen, requested, device_type)
+    if log:
+        _log_choice(chosen, requested, device_type)
     return chosen
 
 
@@ -117,7 +117,7 @@ def implementation(table: Mapping[str, _Implementation], backend: str) -> _Imple
     )
 
 
-def _fastest(device_type: str) -> Backend:
+def _fastest(device_type: str, *, log: bool) -> Backend:
     failures = []
     for name in _AUTO_ORDER:
         if not _runs_on(name, device_type):
@@ -128,7 +128,8 @@ def _fastest(device_type: str) -> Backend:
             # A compiler's log follows its first line; asked for by name, the backend shows it all.
             failures.append(str(error).partition("\n")[0])
         else:
-            _log_choice(name, "auto", device_type, instead_of=failures)
+            if log:
+                _log_choice(name, "auto", device_type, instead_of=failures)
             return name
     raise BackendError(f"no ops backend runs on device type {device_type!r}")
 

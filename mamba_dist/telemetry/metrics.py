@@ -3,25 +3,22 @@
 Records are already reduced over ranks when they come here; only rank 0 writes. A run that resumes,
 or goes back to a checkpoint, appends to metrics.jsonl, so a step that was trained twice stands
 there twice, the later line being the one that counts. Going back has a line of its own in between.
+
+Reads without torch what it wrote (tools/run_status.py).
 """
 
 import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from mamba_dist.telemetry.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
-
-_EVENTS_ROOM_BYTES = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -131,40 +128,6 @@ class JsonlSink:
         except FileNotFoundError:
             return False
         return os.path.samestat(named, os.fstat(self._file.fileno()))
-
-
-class TensorBoardSink:
-    """Scalars under train/ and validation/ in the folder tensorboard/, which does not show those of
-    steps that a rollback took back."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._folder = str(run_dir / "tensorboard")
-        self._writer: SummaryWriter | None = SummaryWriter(self._folder)
-
-    def write(self, record: Record) -> None:
-        if isinstance(record, RollbackRecord):
-            self.close()
-            self._writer = SummaryWriter(self._folder, purge_step=record.step + 1)
-            return
-        group = "train" if isinstance(record, TrainRecord) else "validation"
-        if self._writer is None:
-            Path(self._folder).mkdir(exist_ok=True)
-            # A writer without room leaves an empty file, and a traceback of its thread.
-            with tempfile.TemporaryFile(dir=self._folder, buffering=0) as probe:
-                probe.write(bytes(_EVENTS_ROOM_BYTES))
-            self._writer = SummaryWriter(self._folder)
-        try:
-            for name, value in asdict(record).items():
-                if name != "step":
-                    self._writer.add_scalar(f"{group}/{name}", value, record.step)
-        except OSError:
-            # Its thread has ended and it would raise this for ever; another begins another file.
-            self._writer = None
-            raise
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 class ConsoleSink:

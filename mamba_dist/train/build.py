@@ -29,8 +29,9 @@ from mamba_dist.engine.world import World
 from mamba_dist.errors import ConfigError, DataError
 from mamba_dist.model.flops import flops_per_token
 from mamba_dist.model.param_groups import ParamClass, format_table
-from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink, TensorBoardSink
+from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink
 from mamba_dist.telemetry.progress import progress as progress_bar
+from mamba_dist.telemetry.tensorboard_sink import TensorBoardSink
 from mamba_dist.train.engines import build_engine, engine_name
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
@@ -45,6 +46,16 @@ from mamba_dist.train.watchdog import Peer, Watchdog, started
 _log = logging.getLogger(__name__)
 
 _RECORDED_PACKAGES = ("mamba-dist", "torch", "deepspeed", "pyarrow", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a config comes to with its data, before anything large is built."""
+
+    plan: BatchPlan
+    sources: tuple[TrainingSource, ...]
+    fresh: RunOrder
+    """The order of samples that the run would begin with."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +80,31 @@ class Run:
     stop: StopRequest
 
 
-def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
-    """The run as configured, resumed from its newest whole checkpoint if it has one.
+def prepare(config: RunConfig, *, ranks: int) -> Prepared:
+    """The data and the batches of a run on so many ranks.
 
     Raises:
         ConfigError: the config contradicts the data or the number of ranks.
-        DataError, CheckpointError, EngineError, ModelError: a part cannot be built as configured.
+        DataError: a data set cannot be opened, or does not fit the config.
     """
-    plan = batch_plan(config, world.size)
+    plan = batch_plan(config, ranks)
     sources = open_matching_sources(config)
     fresh = new_run(sources, config.data, global_batch_size=plan.global_batch_size)
-    start = starting_point(config, world=world, fresh=fresh.order)
+    return Prepared(plan, sources, fresh.order)
+
+
+def build_run(config: RunConfig, prepared: Prepared, *, world: World, stop: StopRequest) -> Run:
+    """The run as configured, resumed from its newest whole checkpoint if it has one.
+
+    Raises:
+        ConfigError: the config contradicts the checkpoint, or the run is longer than its data.
+        DataError, CheckpointError, EngineError, ModelError: a part cannot be built as configured.
+    """
+    plan, sources, fresh = prepared.plan, prepared.sources, prepared.fresh
+    start = starting_point(config, world=world, fresh=fresh)
     planned_steps(config, start.order)
     engine, classes = build_engine(config, plan=plan, world=world)
-    start = load(start, engine, config, world=world, fresh=fresh.order)
+    start = load(start, engine, config, world=world, fresh=fresh)
     data = RunData(start.order, sources)
     steps = planned_steps(config, data.order)
     if world.rank == 0:
@@ -96,7 +118,7 @@ def build_run(config: RunConfig, *, world: World, stop: StopRequest) -> Run:
         engine=engine,
         engine_name=engine_name(config.engine, ranks=world.size),
         tokenizer=TokenizerRecord(sha256=tokenizer.sha256, eos_token=tokenizer.eos_token),
-        versions=_versions(),
+        versions=package_versions(),
         start=start.progress,
         total_steps=steps,
         steps=_build_steps(
@@ -263,7 +285,7 @@ def _describe_run(config: RunConfig, classes: list[ParamClass]) -> None:
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
         "gpus": torch.cuda.device_count(),
-        **_versions(),
+        **package_versions(),
     }
     (run_dir / "environment.json").write_text(
         json.dumps(environment, indent=2) + "\n", encoding="utf-8"
@@ -275,5 +297,6 @@ def _elements(classes: list[ParamClass]) -> int:
     return sum(math.prod(c.shape) for c in classes)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """What a run's results depend on."""
     return {name: version(name) for name in _RECORDED_PACKAGES}

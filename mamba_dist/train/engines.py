@@ -160,13 +160,13 @@ def decay_groups(classes: Iterable[ParamClass], weight_decay: float) -> list[Par
     ]
 
 
-def ops_backend(config: RunConfig, *, device_type: str) -> str:
+def ops_backend(config: RunConfig, *, device_type: str, log: bool = True) -> str:
     """The backend of a run's ops on devices of this type.
 
     Raises:
         BackendError: it cannot work there, or not in a fixed order that is asked for.
     """
-    backend = resolve_backend(config.engine.ops_backend, device_type=device_type)
+    backend = resolve_backend(config.engine.ops_backend, device_type=device_type, log=log)
     if config.training.deterministic and backend == "cuda":
         raise BackendError(
             "training.deterministic: mamba-ssm adds up gradients in any order; set "

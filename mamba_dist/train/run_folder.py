@@ -3,7 +3,6 @@
 import fcntl
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from mamba_dist.checkpoint.layout import remove_left_behind
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.world import World
 from mamba_dist.errors import TrainingError
+from mamba_dist.telemetry.starts import LOCK
 
 _log = logging.getLogger(__name__)
 
-LOCK = "lock"
-
 # Other nodes remember for so long what was not there (acdirmax of NFS).
 _APPEARS_WITHIN_S = 60.0
+# Somebody who only asks whether the lock is held has it for a moment.
+_ASKED_WITHIN_S = 1.0
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -45,8 +45,7 @@ class HeldFolder:
         """Makes the folder and holds it, cleaned of what a kill left in it.
 
         Raises:
-            TrainingError: on all ranks, if another run holds the folder, it cannot be written, or
-                not all ranks see it.
+            TrainingError: on all ranks, if another run holds the folder or it cannot be written.
         """
         problem = ""
         if self._world.rank == 0:
@@ -59,12 +58,10 @@ class HeldFolder:
             except OSError as error:
                 problem = f"cannot be written or locked ({error.strerror}); set training.run_dir=…"
         self._agree(problem)
-        if not _appears(self._run_dir / LOCK):
-            problem = (
-                f"rank {self._world.rank} on {socket.gethostname()} does not see what rank 0 wrote "
-                "there; put it on a file system that all nodes share (training.run_dir=…)"
-            )
-        self._agree(problem)
+
+    def is_seen(self) -> bool:
+        """Whether this rank sees what rank 0 wrote there, which may take a minute to appear."""
+        return _appears(self._run_dir / LOCK)
 
     def require(self) -> None:
         """Returns while nobody else can write there; a folder that was deleted is held again.
@@ -93,7 +90,7 @@ class HeldFolder:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         lock = (self._run_dir / LOCK).open("w", encoding="utf-8")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except OSError:
             lock.close()
             raise
@@ -131,6 +128,17 @@ def held_run_folder(config: RunConfig, *, world: World) -> Iterator[HeldFolder]:
 
 def _taken() -> str:
     return "another run is training in it; wait for its end, or set training.run_dir=…"
+
+
+def _lock(file: TextIO) -> None:
+    deadline = time.monotonic() + _ASKED_WITHIN_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def _appears(path: Path) -> bool:

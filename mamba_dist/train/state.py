@@ -22,7 +22,7 @@ from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import RunOrder, Segment, mixture_fingerprint
 from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
-from mamba_dist.errors import CheckpointError, DataError
+from mamba_dist.errors import CheckpointError
 from mamba_dist.train.continuation import continued_order
 from mamba_dist.train.run_folder import run_folder
 
@@ -64,13 +64,11 @@ def starting_point(
     are known to be damaged.
 
     Raises:
-        DataError: ranks found different data sets, such as copies on their nodes that differ.
         CheckpointError: the checkpoints are damaged, belong to another model, to other data or
             another batch size (and the config accepts no such change), the config's
             checkpoint.resume contradicts what the run folder holds, or ranks see different ones.
     """
     run_dir = run_folder(config)
-    _require_same_data_everywhere(fresh, world)
     _require_same_checkpoints_everywhere(run_dir, world)
     start = StartingPoint(beginning(fresh), fresh, None)
     if config.checkpoint.resume == "never":
@@ -161,19 +159,6 @@ def saved_progress(reader: CheckpointReader, order: RunOrder) -> Progress:
 
 def _stretch(segment: Segment) -> tuple[int, int]:
     return segment.mixture_position, segment.global_batch_size
-
-
-def _require_same_data_everywhere(fresh: RunOrder, world: World) -> None:
-    sources = fresh.segments[0].sources
-    found = [[source.fingerprint, source.samples] for source in sources]
-    if not _same_everywhere(found, world):
-        error = DataError(
-            f"the ranks read different data: rank {world.rank} found "
-            + ", ".join(f"{s.path} (fingerprint {s.fingerprint[:12]})" for s in sources)
-            + "; give every node the same data sets"
-        )
-        error.of_one_rank = True
-        raise error
 
 
 def _require_same_checkpoints_everywhere(run_dir: Path, world: World) -> None:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,7 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 """Exit code of a rank that a second SIGINT ended at once, as shells name that."""
 
+_LAST_WORDS_S = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -27,6 +28,8 @@ class StopRequest:
     def __init__(self) -> None:
         self._reason: str | None = None
         self._arrivals: socket.socket | None = None
+        self.before_leaving: Callable[[], None] | None = None
+        """Called when a second SIGINT ends the process; it has a second."""
 
     @property
     def reason(self) -> str | None:
@@ -67,9 +70,16 @@ class StopRequest:
                 # Only they count: a launcher adds a SIGTERM of its own to a first Ctrl-C.
                 interrupts += number == signal.SIGINT
                 if interrupts == 2:
-                    os._exit(EXIT_INTERRUPTED)
+                    self._leave()
                 if number in _SIGNALS:
                     self.ask(signal.Signals(number).name)
+
+    def _leave(self) -> None:
+        if self.before_leaving is not None:
+            last = threading.Thread(target=self.before_leaving, name="leaving", daemon=True)
+            last.start()
+            last.join(_LAST_WORDS_S)
+        os._exit(EXIT_INTERRUPTED)
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

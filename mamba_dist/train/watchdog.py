@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,6 +72,8 @@ class Watchdog:
         self._folder = folder
         self._rank = rank
         self._peers = tuple(peers)
+        self.before_leaving: Callable[[str], None] | None = None
+        """Told that the run hangs, and where its stacks are, when this ends the process."""
         self._timeout_s = timeout_s
         self._tick_s = min(_LONGEST_TICK_S, max(_SHORTEST_TICK_S, (timeout_s or 0) / _TICKS))
         self._grace_s = max(_LEAST_GRACE_S, _GRACE_TICKS * self._tick_s)
@@ -80,6 +82,11 @@ class Watchdog:
         self._was_there: set[str] = set()
         self._ended = threading.Event()
         self._leaving = threading.Lock()
+
+    @property
+    def last_step(self) -> int | None:
+        """The last one that `step_done` was told of."""
+        return self._steps or None
 
     def beat(self) -> None:
         """A sign of life."""
@@ -174,6 +181,8 @@ class Watchdog:
                 EXIT_STOPPED,
             )
         self._write_stacks()
+        if self.before_leaving is not None:
+            self.before_leaving(f"the stacks of all ranks are in {self._folder}")
         for peer in self._peers:
             peer.send(signal.SIGCONT)
         # Nobody leaves before all have written: a launcher kills the rest once one is gone.

@@ -24,9 +24,16 @@ from mamba_dist.engine.world import World, start_world, stop_world
 KINDS = (0, 1, 2, 3, "fsdp2")
 
 
-def new_engine(kind: int | str, world: World):
+class Damaged:
+    """A checkpoint of which nothing can be read."""
+
+    def read(self, name: str, kind: str, *, start: int, numel: int) -> torch.Tensor:
+        return torch.zeros(numel)
+
+
+def new_engine(kind: int | str, world: World, **choices: bool):
     # Its one head leaves a rank without a part of some parameters.
-    return tiny.build_engine(kind, layer="mamba2", precision="fp32", world=world)
+    return tiny.build_engine(kind, layer="mamba2", precision="fp32", world=world, **choices)
 
 
 def train(engine, steps: range, world: World) -> list[float]:
@@ -84,6 +91,10 @@ def write(folder: Path, world: World) -> list[dict]:
         # What it has gathered of its first weights must not outlive the loading.
         second.evaluate(tiny.batch(0, 0, world.rank))
         load(second, folder / str(kind), world)
+        again = new_engine(kind, world, **({} if kind == "fsdp2" else {"small_stay_whole": True}))
+        # As at a start whose newest checkpoint turns out to be damaged while it is read.
+        again.load_fragments(Damaged(), adam_steps=9)
+        load(again, folder / str(kind), world)
         evaluated = [e.evaluate(tiny.batch(9, 0, world.rank)) for e in (first, second)]
         resumed = train(second, range(2, 4), world)
         wanted, got = tiny.whole_weights(whole), tiny.whole_weights(second)
@@ -92,6 +103,7 @@ def write(folder: Path, world: World) -> list[dict]:
                 "case": "resume",
                 "kind": kind,
                 "same_evaluation": torch.equal(*evaluated),
+                "same_after_damage": train(again, range(2, 4), world) == losses[2:],
                 "same_losses": resumed == losses[2:],
                 "same_weights": all(torch.equal(got[n], wanted[n]) for n in wanted),
             }

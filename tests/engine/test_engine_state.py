@@ -18,6 +18,7 @@ def test_state_survives_a_checkpoint_with_every_engine_and_between_engines_and_w
     assert [r["kind"] for r in resumed] == [0, 1, 2, 3, "fsdp2"]
     for result in resumed:
         assert result["same_evaluation"], result
+        assert result["same_after_damage"], result
         assert result["same_losses"], result
         assert result["same_weights"], result
     loads = [r for r in written if r["case"] == "load"]

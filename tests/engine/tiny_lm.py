@@ -117,15 +117,17 @@ def build_zero(
     world: World,
     checkpointing: ActivationCheckpointing = "none",
     recorded: bool = False,
+    small_stay_whole: bool = False,
 ) -> zero.ZeroEngine:
     # Stage 3 then updates in several groups, and gives up parameters while it gathers others.
     config = EngineConfig(bucket_elements=2000) if stage == 3 else EngineConfig()
     settings = zero_settings(
         config, stage=stage, precision=precision, accumulation_steps=MICRO_STEPS
     )
-    # By default parameters this small would stay whole on every rank, and stage 3 would test
-    # nothing.
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if not small_stay_whole:
+        # By default parameters this small would stay whole on every rank, and stage 3 would test
+        # nothing.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     with zero.construction(settings):
         lm = build(layer, checkpointing=checkpointing)
     initialize(lm, tiny_config(layer), seed=3, gather=zero.gather)

@@ -5,49 +5,72 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import yaml
 from processes import ROOT, clean_environment, free_port
+from tiny_run import write_config as write_config
 
 BIN = Path(sys.executable).parent
 _BEGUN: list[tuple[subprocess.Popen[bytes], Path]] = []
 TRAIN = str(ROOT / "launch" / "train.py")
+# All that DeepSpeed could build at a start, as a kill in the middle of a build leaves it: torch
+# waits for ever at such a lock.
+EXTENSIONS = (
+    *(
+        "async_io",
+        "cpu_adagrad",
+        "cpu_adam",
+        "cpu_lion",
+        "deepspeed_ccl_comm",
+        "deepspeed_shm_comm",
+    ),
+    *("deepspeed_not_implemented", "fused_adam", "fused_lamb", "fused_lion", "pin_memory", "utils"),
+)
+# Where the launches of the test that runs keep what is not of the run itself.
+_SURROUNDINGS: list[Path] = []
 
 
-def write_config(folder: Path, made: Path, /, **changes: dict[str, Any]) -> Path:
-    """A small run of ten steps with a checkpoint in the middle; `changes` are merged by section."""
-    config: dict[str, dict[str, Any]] = {
-        "model": {"d_model": 64, "n_layers": 2, "vocab_size": 304},
-        "training": {
-            "run_dir": str(folder / "run"),
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-            "learning_rate": 1e-3,
-            "warmup_steps": 2,
-            "max_steps": 10,
-            "eval_steps": 5,
-            "eval_sequences": 4,
-            "precision": "fp32",
-        },
-        "data": {
-            "dataset_path": str(made / "shards"),
-            "tokenizer_path": str(made / "tokenizer.json"),
-            "sequence_length": 128,
-            "num_workers": 0,
-        },
-        "engine": {"zero_stage": 1},
-        "checkpoint": {"save_steps": 5},
-        "telemetry": {"log_steps": 1, "tensorboard": False, "progress_bar": False},
+@contextmanager
+def surroundings(folder: Path) -> Iterator[None]:
+    """Gives launches stale locks to stumble over, and looks at what they leave outside of their run
+    folders: nothing, in /dev/shm, in TMPDIR and where extensions are built."""
+    for name in EXTENSIONS:
+        (folder / "extensions" / name).mkdir(parents=True)
+        (folder / "extensions" / name / "lock").touch()
+    (folder / "tmp").mkdir()
+    before = [*_contents(folder), *_shared_memory()]
+    _SURROUNDINGS.append(folder)
+    try:
+        yield
+    finally:
+        _SURROUNDINGS.pop()
+    left = sorted({*_contents(folder), *_shared_memory()} - set(before))
+    assert not left, f"left behind: {left}"
+
+
+def _contents(folder: Path) -> list[str]:
+    # Folders do not count: torch's compiler makes its cache's when it is imported, one for a user,
+    # and torchrun leaves those of its log. Both are empty.
+    return [str(path) for path in folder.rglob("*") if not path.is_dir()]
+
+
+def _shared_memory() -> list[str]:
+    return [str(path) for path in Path("/dev/shm").iterdir()]
+
+
+def environment() -> dict[str, str]:
+    """A clean one, with the surroundings of the test that runs, if it has any."""
+    if not _SURROUNDINGS:
+        return clean_environment()
+    folder = _SURROUNDINGS[-1]
+    # Not the extensions of a user's other work, nor theirs of ours.
+    return {
+        **clean_environment(),
+        "TMPDIR": str(folder / "tmp"),
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
     }
-    for section, fields in changes.items():
-        config[section].update(fields)
-    path = folder / "config.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({"schema_version": 2, **config}))
-    return path
 
 
 def deepspeed_command(config: Path, *overrides: str, ranks: int = 2) -> list[str]:
@@ -75,7 +98,7 @@ def python_command(config: Path, *overrides: str) -> list[str]:
 def finish(command: Sequence[str], *, timeout_s: float = 150) -> subprocess.CompletedProcess[str]:
     """Runs a launch to its end."""
     return subprocess.run(
-        command, env=clean_environment(), capture_output=True, text=True, timeout=timeout_s
+        command, env=environment(), capture_output=True, text=True, timeout=timeout_s
     )
 
 
@@ -84,7 +107,7 @@ def begin(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            env=clean_environment(),
+            env=environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -11,6 +11,7 @@ from launching import begin, finish, ranks_of, wait_until, write_config
 
 from mamba_dist.checkpoint.layout import committed_steps
 from mamba_dist.telemetry.metrics import read_metrics
+from mamba_dist.telemetry.starts import read_starts
 from mamba_dist.train.stop import EXIT_STOPPED
 
 START_S = 90
@@ -53,6 +54,7 @@ def test_a_stopped_rank_ends_the_launch_with_the_stacks_of_all_and_start_me_agai
     lines = (tmp_path / "log").read_text().splitlines()
     [said] = [line for line in lines if "the run hangs" in line]
     assert "is stopped by a signal" in said
+    assert [start.reason for start in read_starts(tmp_path / "run")] == ["hang"]
     stacks = sorted((tmp_path / "run/hangs").glob("*/*"))
     assert [path.name for path in stacks] == ["rank-00000.txt", "rank-00001.txt"]
     for path in stacks:

@@ -1,26 +1,20 @@
-"""The SLURM job script: its directives, its shell, and what it does with each exit code.
+"""The SLURM job script: its directives, its shell, and what it starts with which words.
 
-There is no cluster here: `srun` and `scontrol` are stand-ins on PATH. Whether a real scheduler
-accepts the directives is tried in tests/slurm.
+There is no cluster here: what it calls are stand-ins on PATH. With a real scheduler:
+tests/slurm/test_slurm_training.py; what becomes of a job: tests/commands/test_restarts.py.
 """
 
 import os
 import re
 import shutil
-import signal
+import socket
 import subprocess
-import sys
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import wait_until, write_config
 from processes import ROOT, clean_environment
 
-from mamba_dist.checkpoint.layout import committed_steps
-from mamba_dist.telemetry.metrics import read_metrics
-from mamba_dist.train.stop import EXIT_STOPPED
+from mamba_dist.commands.job_script import limit_seconds
 
 SCRIPT = ROOT / "launch/slurm/train.sbatch"
 SCRIPTS = (SCRIPT, ROOT / "launch/slurm/tokenize.sbatch")
@@ -29,9 +23,8 @@ JOB_ID = 4711
 FAKE_SCONTROL = """#!/bin/bash
 if [[ "$1 $2" == "show hostnames" ]]; then
     printf 'node-a\\nnode-b\\n'
-else
-    echo "$@" >> "$FAKE/scontrol"
-    exit "${FAKE_REQUEUE_STATUS:-0}"
+elif [[ "$1 $2 $3" == "show node node-a" ]]; then
+    echo "NodeName=node-a Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=node-a"
 fi
 """
 
@@ -42,23 +35,11 @@ env > "$FAKE/environment"
 exit "$FAKE_STATUS"
 """
 
-# Starts two ranks with srun's variables, and ends like srun with the largest of their codes.
-RANKS_SRUN = """#!/bin/bash
-while [[ "$1" == --* ]]; do shift; done
-export MASTER_ADDR=127.0.0.1 SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2
-status=0
-for rank in 0 1; do
-    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" &
-    pids[rank]=$!
-done
-echo "${pids[@]}" > "$FAKE/pids.new"
-mv "$FAKE/pids.new" "$FAKE/pids"
-for pid in "${pids[@]}"; do
-    code=0
-    wait "$pid" || code=$?
-    (( code > status )) && status=$code
-done
-exit "$status"
+# Stands for the module that notes starts.
+FAKE_PYTHON = """#!/bin/bash
+echo "$@" >> "$FAKE/python"
+[[ " $* " == *" began "* ]] && exit "${FAKE_BEGAN:-0}"
+exit "$FAKE_STATUS"
 """
 
 
@@ -79,46 +60,46 @@ def code_lines(script: Path) -> list[str]:
 
 
 class Cluster:
-    """A folder with a stand-in for SLURM's commands, and the job script started in it."""
+    """A folder with stand-ins for what the job script calls."""
 
-    def __init__(self, folder: Path, srun: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        commands = folder / "bin"
-        commands.mkdir(parents=True)
-        for name, text in (("srun", srun), ("scontrol", FAKE_SCONTROL)):
-            (commands / name).write_text(text)
-            (commands / name).chmod(0o755)
+        folder.mkdir(parents=True)
+        stand_ins = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "python-there": FAKE_PYTHON}
+        for name, text in stand_ins.items():
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        # Noted calls are files of the same names.
+        self.noted = folder / "noted"
+        self.noted.mkdir()
 
-    def environment(self, **variables: str) -> dict[str, str]:
-        return {
+    def run(
+        self, *words: str, cwd: Path = ROOT, **variables: str
+    ) -> "subprocess.CompletedProcess[str]":
+        given = {
             **clean_environment(),
-            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
-            "FAKE": str(self.folder),
-            "MAMBA_DIST_PYTHON": sys.executable,
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "FAKE": str(self.noted),
+            "FAKE_STATUS": "0",
+            "MAMBA_DIST_PYTHON": "python-there",
             "SLURM_JOB_ID": str(JOB_ID),
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_CPUS_PER_TASK": "3",
             **variables,
         }
-
-    def run(self, *words: str, cwd: Path = ROOT, **variables: str):
         return subprocess.run(
             ["bash", str(SCRIPT), *words],
             cwd=cwd,
-            env=self.environment(**variables),
+            env=given,
             capture_output=True,
             text=True,
             timeout=120,
         )
 
-    def requeued(self) -> list[str]:
-        path = self.folder / "scontrol"
-        return path.read_text().splitlines() if path.exists() else []
-
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
-    return Cluster(tmp_path / "cluster", FAKE_SRUN)
+    return Cluster(tmp_path / "cluster")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -145,7 +126,7 @@ def test_directives_ask_for_what_a_run_needs_to_go_on_by_itself() -> None:
     match = re.fullmatch(r"USR1@(\d+)", given["signal"])
     assert match, "the ranks listen for SIGUSR1; with B: only the shell would get it"
     assert int(match[1]) >= 120
-    assert re.fullmatch(r"\d+:\d\d:\d\d", given["time"])
+    assert limit_seconds(given["time"])
     assert given["ntasks-per-node"] == given["gpus-per-node"]
     assert "gpus-per-task" not in given
     # A site's own; they come by the command line.
@@ -158,7 +139,7 @@ def test_the_shell_is_strict_and_names_no_path_of_a_site(script: Path) -> None:
     assert code[0] == "set -euo pipefail"
     for line in code:
         assert "`" not in line, line
-        assert not re.search(r"(?<![\w.}*\"])/[a-z]+/", line), f"an absolute path: {line}"
+        assert not re.search(r"(?<![\w.}*\"])/(?!dev/)[a-z]+/", line), f"an absolute path: {line}"
         assert not re.search(r"(?<!\")\$@", line), f"$@ without quotes: {line}"
         # A quoted command with quoted words of its own is quoted as a whole.
         whole = re.sub(r'"\$\([^()]*\)"', "", line)
@@ -174,61 +155,45 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 137, 143])
-def test_every_other_exit_code_is_passed_on_without_requeue(cluster: Cluster, status: int) -> None:
-    result = cluster.run("--config", "a.yaml", FAKE_STATUS=str(status))
-    assert result.returncode == status
-    assert cluster.requeued() == []
-
-
-def test_a_stopped_run_is_requeued(cluster: Cluster) -> None:
-    result = cluster.run("--config", "a.yaml", FAKE_STATUS=str(EXIT_STOPPED))
-    assert cluster.requeued() == [f"requeue {JOB_ID}"]
-    assert result.returncode == EXIT_STOPPED
-
-
-def test_a_run_that_is_stopped_again_and_again_is_not_requeued_for_ever(cluster: Cluster) -> None:
-    limit = {"MAMBA_DIST_MAX_RESTARTS": "3", "FAKE_STATUS": str(EXIT_STOPPED)}
-    cluster.run("--config", "a.yaml", **limit, SLURM_RESTART_COUNT="2")
-    assert len(cluster.requeued()) == 1
-    result = cluster.run("--config", "a.yaml", **limit, SLURM_RESTART_COUNT="3")
-    assert len(cluster.requeued()) == 1
-    assert result.returncode == EXIT_STOPPED
-    assert "restarted 3 times" in result.stderr
-
-
-def test_a_requeue_that_fails_is_said(cluster: Cluster) -> None:
-    refused = {"FAKE_STATUS": str(EXIT_STOPPED), "FAKE_REQUEUE_STATUS": "1"}
-    result = cluster.run("--config", "a.yaml", **refused)
-    assert result.returncode == EXIT_STOPPED
-    assert "could not be requeued" in result.stderr
-
-
 def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Cluster) -> None:
-    result = cluster.run("--config", "my runs/a.yaml", "training.seed=3", FAKE_STATUS="0")
-    assert "start 1 of job 4711 on node-a node-b" in result.stdout
-    words = (cluster.folder / "srun").read_text().splitlines()
-    start = words.index(sys.executable)
-    assert words[start + 1 :] == [
-        "launch/train.py",
-        "--config",
-        "my runs/a.yaml",
-        "training.seed=3",
-    ]
-    assert all(word.startswith("--") for word in words[:start])
-    lines = (cluster.folder / "environment").read_text().splitlines()
+    words = ("--config", "my runs/a.yaml", "training.seed=3")
+    result = cluster.run(*words, FAKE_STATUS="75", SLURM_RESTART_COUNT="2")
+    assert "start 3 of job 4711 on node-a node-b" in result.stdout
+    # Not the name, which need not resolve.
+    assert "ranks meet at 127.0.0.1:" in result.stdout
+    called = (cluster.noted / "srun").read_text().splitlines()
+    start = called.index("python-there")
+    assert called[start + 1 :] == [f"{ROOT}/launch/train.py", *words]
+    assert all(word.startswith("--") for word in called[:start])
+    lines = (cluster.noted / "environment").read_text().splitlines()
     given = dict(line.split("=", 1) for line in lines if "=" in line)
-    assert given["MASTER_ADDR"] == "node-a"
-    assert 1024 <= int(given["MASTER_PORT"]) < 32768
+    assert given["MASTER_ADDR"] == "127.0.0.1"
     assert given["OMP_NUM_THREADS"] == given["SRUN_CPUS_PER_TASK"] == "3"
+    assert given["PYTHONPATH"].split(":")[0] == str(ROOT)
+    # What becomes of the job is decided in Python, which is told all of it.
+    began, ended = (cluster.noted / "python").read_text().splitlines()
+    counts = "--job 4711 --restarts 2 --max-restarts 100 --max-in-vain 3"
+    assert began.endswith(f"{counts} began {' '.join(words)}")
+    assert ended.endswith(f"{counts} --code 75 ended {' '.join(words)}")
+    assert result.returncode == 75
 
 
-def test_jobs_that_follow_each_other_meet_at_different_ports(cluster: Cluster) -> None:
-    ports = set()
-    for job in (4711, 4712):
-        result = cluster.run("--config", "a.yaml", FAKE_STATUS="0", SLURM_JOB_ID=str(job))
-        ports.add(result.stdout.strip().rpartition(":")[2])
-    assert len(ports) == 2
+def test_nothing_starts_if_the_start_is_refused(cluster: Cluster) -> None:
+    result = cluster.run("--config", "a.yaml", FAKE_BEGAN="2")
+    assert result.returncode == 2
+    assert not (cluster.noted / "srun").exists()
+
+
+def test_jobs_meet_at_ports_of_their_own_that_no_program_has(cluster: Cluster) -> None:
+    ports = []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 15000 + 4712))
+        other.listen()
+        for job in (4711, 4712, 15000 + 4711):
+            result = cluster.run("--config", "a.yaml", SLURM_JOB_ID=str(job))
+            ports.append(int(result.stdout.splitlines()[0].rpartition(":")[2]))
+    assert ports == [15000 + 4711, 15000 + 4713, 15000 + 4711]
+    assert max(ports) < 32768
 
 
 @pytest.mark.parametrize(
@@ -242,67 +207,13 @@ def test_jobs_that_follow_each_other_meet_at_different_ports(cluster: Cluster) -
 def test_a_wrong_start_is_explained(
     cluster: Cluster, words: list[str], change: dict[str, str], said: str
 ) -> None:
-    result = cluster.run(*words, FAKE_STATUS="0", **change)
+    result = cluster.run(*words, **change)
     assert result.returncode == 2
     assert said in result.stderr
-    assert not (cluster.folder / "srun").exists()
+    assert not (cluster.noted / "srun").exists()
 
 
 def test_a_start_outside_of_the_repository_is_explained(cluster: Cluster, tmp_path: Path) -> None:
-    result = cluster.run("--config", "a.yaml", cwd=tmp_path, FAKE_STATUS="0")
+    result = cluster.run("--config", "a.yaml", cwd=tmp_path)
     assert result.returncode == 2
     assert "repository root" in result.stderr
-
-
-def start_job(cluster: Cluster, config: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    with (cluster.folder / "log").open("ab") as log:
-        return subprocess.Popen(
-            ["bash", str(SCRIPT), "--config", str(config), *overrides],
-            cwd=ROOT,
-            env=cluster.environment(SLURM_CPUS_PER_TASK="1"),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def end_job(job: subprocess.Popen[bytes]) -> None:
-    """Leaves no rank behind, whatever the test found."""
-    with suppress(ProcessLookupError):
-        os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-
-
-def has_trained(run_dir: Path) -> Callable[[], bool]:
-    return lambda: len(read_metrics(run_dir)) >= 2
-
-
-def test_a_job_of_two_ranks_is_warned_requeued_and_finishes(
-    tiny_data: Path, tmp_path: Path
-) -> None:
-    # Stand-in: two ranks on this machine with srun's variables, and the warning sent by the test.
-    cluster = Cluster(tmp_path / "cluster", RANKS_SRUN)
-    config = write_config(
-        tmp_path / "job", tiny_data, training={"max_steps": 100_000, "eval_steps": None}
-    )
-    run_dir = tmp_path / "job/run"
-    job = start_job(cluster, config, "checkpoint.save_steps=50000")
-    try:
-        wait_until(has_trained(run_dir), timeout_s=90, what="two steps")
-        for pid in map(int, (cluster.folder / "pids").read_text().split()):
-            os.kill(pid, signal.SIGUSR1)
-        code = job.wait(timeout=60)
-    finally:
-        end_job(job)
-    log = (cluster.folder / "log").read_text()
-    assert code == EXIT_STOPPED, log[-3000:]
-    assert cluster.requeued() == [f"requeue {JOB_ID}"]
-    [step] = committed_steps(run_dir)
-    again = start_job(cluster, config, f"training.max_steps={step + 1}")
-    try:
-        code = again.wait(timeout=90)
-    finally:
-        end_job(again)
-    assert code == 0, (cluster.folder / "log").read_text()[-3000:]
-    assert committed_steps(run_dir) == [step, step + 1]
-    assert len(cluster.requeued()) == 1

@@ -17,12 +17,14 @@ from processes import run_script
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.checkpoint.manifest import read_manifest
 from mamba_dist.commands.plan_packing import main as plan_packing
+from mamba_dist.commands.run_status import status_of
 from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import Packing
 from mamba_dist.data.batch import IGNORED_LABEL, SampleId, pack
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.data.order import SampleOrder
 from mamba_dist.data.samples import training_samples
+from mamba_dist.telemetry.merged_log import describe, merged
 from mamba_dist.telemetry.metrics import read_metrics
 from mamba_dist.train.plan import describe_plan
 from mamba_dist.train.stop import EXIT_STOPPED
@@ -84,6 +86,9 @@ def test_five_steps_kill_nine_and_five_more_are_ten_steps_bit_for_bit(
     launching.kill_all(broken)
     process.wait(timeout=60)
     assert committed_steps(run_dir) == [5]
+    killed = status_of(run_dir)
+    assert (killed.state, killed.total_steps, killed.starts[0].reason) == ("killed", 10, None)
+    assert [(fault.ranks, fault.text) for fault in killed.faults] == [((0, 1), None)]
 
     result = finish(launching.ranks_command(broken))
     require_success(result)
@@ -92,6 +97,14 @@ def test_five_steps_kill_nine_and_five_more_are_ten_steps_bit_for_bit(
     assert losses(run_dir) == losses(tmp_path / "whole/run")
     progress = read_manifest(checkpoint_folder(run_dir, 10)).progress
     assert progress == read_manifest(checkpoint_folder(tmp_path / "whole/run", 10)).progress
+    ended = status_of(run_dir)
+    assert [(s.first_step, s.reason, s.last_step) for s in ended.starts] == [
+        (0, None, None),
+        (5, "finished", 10),
+    ]
+    log = list(describe(merged(run_dir)))
+    assert sum("resumed after step 5" in line for line in log) == 1
+    assert log[-1].endswith("[ranks 0-1] END exit code 0 after step 10, finished")
 
 
 def test_deepspeed_torchrun_and_python_give_the_same_run(tiny_data: Path, tmp_path: Path) -> None:
@@ -255,12 +268,16 @@ def test_a_signal_to_a_rank_ends_in_a_checkpoint_and_says_continue(
     config = long_run(tmp_path, tiny_data)
     process = begin(launching.python_command(config), tmp_path / "log")
     wait_for_steps(tmp_path / "long/run")
+    assert status_of(tmp_path / "long/run").state == "running"
     process.send_signal(number)
     assert process.wait(timeout=60) == EXIT_STOPPED
     log = (tmp_path / "log").read_text()
     assert f"stopped by {number.name} after step" in log
     [step] = committed_steps(tmp_path / "long/run")
     assert read_manifest(checkpoint_folder(tmp_path / "long/run", step)).progress.step == step
+    [start] = status_of(tmp_path / "long/run").starts
+    assert (start.reason, start.detail, start.exit_code) == ("stopped", number.name, 75)
+    assert start.last_step == step
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
@@ -273,6 +290,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
     assert second.returncode == 2
     assert "another run is training in it" in second.stderr
     assert first.poll() is None
+    assert len(status_of(tmp_path / "long/run").starts) == 1, "what never held it leaves no trace"
     first.send_signal(signal.SIGTERM)
     assert first.wait(timeout=60) == EXIT_STOPPED
 
@@ -286,14 +304,20 @@ def test_the_run_folder_holds_what_the_readme_draws(tiny_data: Path, tmp_path: P
         "config.yaml",
         "environment.json",
         "lock",
+        "logs",
         "metrics.jsonl",
         "parameters.txt",
+        "starts.jsonl",
         "tensorboard",
     ]
     assert "mixer.A_log" in (run_dir / "parameters.txt").read_text()
     assert {"torch", "deepspeed"} <= json.loads((run_dir / "environment.json").read_text()).keys()
     validations = [r for r in read_metrics(run_dir) if "val_loss" in r]
     assert [r["step"] for r in validations] == [5, 10]
+    status = status_of(run_dir)
+    assert (status.state, status.step, status.total_steps) == ("ended", 10, 10)
+    assert [(start.reason, start.launcher) for start in status.starts] == [("finished", "python")]
+    assert (status.checkpoint and status.checkpoint.step, status.remaining_s) == (10, 0)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_its_steps_are_trained_again(
@@ -336,6 +360,10 @@ def test_a_loader_that_dies_on_one_rank_ends_the_run_with_its_reason(
     assert process.wait(timeout=60) != 0
     assert "a loader process died" in (tmp_path / "log").read_text()
     wait_until(lambda: not ranks_of(config), timeout_s=20, what="the end of all ranks")
+    # Whichever rank it was: what it said is found, also if the launcher killed the other at once.
+    status = status_of(tmp_path / "long/run")
+    told = [fault.text for fault in status.faults if fault.text]
+    assert any("mistake: a loader process died" in text for text in told)
 
 
 def test_evaluation_writes_the_summary_beside_the_baselines(

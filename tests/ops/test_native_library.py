@@ -4,8 +4,10 @@ import ctypes
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +235,44 @@ def test_what_a_killed_build_left_is_swept_up(cache: Path, source: Path) -> None
     built.unlink()
     load_kernel.__wrapped__(source)
     assert not left.exists()
+
+
+def test_a_build_killed_in_the_middle_holds_up_nobody_after_it(
+    cache: Path, source: Path, tmp_path: Path
+) -> None:
+    """The compiler outlives the kill, and the lock must not."""
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho $$ > $0.pid\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    code = (
+        "import pathlib, sys\n"
+        "from mamba_dist.ops.native.library import load_kernel\n"
+        "load_kernel(pathlib.Path(sys.argv[1]))\n"
+    )
+    environment = {
+        **clean_environment(),
+        "XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"],
+        "PATH": f"{compiler.parent}:{os.environ['PATH']}",
+    }
+    building = subprocess.Popen([sys.executable, "-c", code, str(source)], env=environment)
+    pid = compiler.with_suffix(".pid")
+    try:
+        deadline = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert list(cache.glob(".building-*"))
+        building.kill()
+        building.wait()
+        began = time.monotonic()
+        assert load_kernel.__wrapped__(source).answer() == 1
+        assert time.monotonic() - began < 30
+        assert not list(cache.glob(".building-*"))
+    finally:
+        building.kill()
+        if pid.exists():
+            os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 def test_a_file_system_without_locks_will_do(

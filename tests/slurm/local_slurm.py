@@ -1,7 +1,8 @@
 """A real SLURM of one machine, in a folder of its own: two nodes, no accounting, no cgroups.
 
-It needs root and the programs of Debian's packages slurm-wlm and munge; nothing of an installed
-SLURM is read or changed.
+Where the kernel lets it, each node has a network, a host name and process ids of its own
+(namespaces.py); elsewhere both are this machine on two ports. It needs root and the programs of
+Debian's packages slurm-wlm and munge; nothing of an installed SLURM is read or changed.
 """
 
 import getpass
@@ -10,14 +11,19 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from namespaces import Node, two_nodes, why_no_nodes
 from processes import ROOT, clean_environment, free_port
 
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scontrol", "squeue", "scancel")
+_DAEMONS = ("munged", "slurmctld", "slurmd")
+_COMMANDS = ("sbatch", "srun", "sinfo", "scontrol", "squeue", "scancel", "setpriv")
+_NODES = ("n1", "n2")
 _START_S = 30
+# States of a job that has not ended.
+GOING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
 _MUNGE_FILES = (
     ("socket", "socket"),
     ("key-file", "key"),
@@ -30,12 +36,13 @@ _MUNGE_FILES = (
 # set-up; the intervals, so that a job that may start does so within a second or two.
 _CONFIG = """
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -56,12 +63,15 @@ SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000
 ReturnToService=2
 SlurmdParameters=config_overrides
 MinJobAge=300
-KillWait=5
+KillWait=30
 {nodes}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=tests Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 _NODE = (
-    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Boards=1 "
+    "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus} Boards=1 "
     "SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=4000 "
     "Gres=gpu:2 State=UNKNOWN"
 )
@@ -69,7 +79,7 @@ _NODE = (
 
 def why_not() -> str | None:
     """Why a cluster cannot be started here, None if it can."""
-    absent = [name for name in _PROGRAMS if _program(name) is None]
+    absent = [name for name in (*_DAEMONS, *_COMMANDS) if _program(name) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: slurm-wlm, munge)"
     if os.geteuid() != 0:
@@ -78,10 +88,14 @@ def why_not() -> str | None:
 
 
 class LocalSlurm:
-    """A running cluster; commands go to it by `environment`."""
+    """A running cluster; commands go to it by `environment`.
 
-    def __init__(self, folder: Path) -> None:
+    `nodes` are its n1 and n2, none where both are this machine.
+    """
+
+    def __init__(self, folder: Path, nodes: Sequence[Node]) -> None:
         self.folder = folder
+        self.nodes = tuple(nodes)
         self.environment = {**clean_environment(), "SLURM_CONF": str(folder / "slurm.conf")}
 
     def call(self, *command: str | Path) -> str:
@@ -107,11 +121,10 @@ class LocalSlurm:
 
     def wait(self, *jobs: str, timeout_s: float = 100) -> dict[str, set[str]]:
         """The last states of jobs, once all have ended."""
-        going = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             states = {job: self.states(job) for job in jobs}
-            if not any(found & going for found in states.values()):
+            if not any(found & GOING for found in states.values()):
                 return states
             time.sleep(0.2)
         raise AssertionError(f"jobs still wait or run: {states}\n{self.call('squeue')}")
@@ -127,17 +140,43 @@ class LocalSlurm:
 @contextmanager
 def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
     """A cluster that runs while the block lasts; `folder` is new, its path short (a socket's)."""
+    with ExitStack() as stack:
+        own, nodes = "127.0.0.1", list[Node]()
+        if why_no_nodes() is None:
+            own, nodes = stack.enter_context(two_nodes(folder))
+        _configure(folder, own, nodes)
+        cluster = LocalSlurm(folder, nodes)
+        munge = [f"--{name}={folder}/munge.{end}" for name, end in _MUNGE_FILES]
+        stack.enter_context(_daemon(cluster, "munged", "--foreground", "--force", *munge))
+        _wait_until(lambda: (folder / "munge.socket").exists(), cluster)
+        stack.enter_context(_daemon(cluster, "slurmctld", "-D"))
+        for name, node in zip(_NODES, nodes or (None, None), strict=True):
+            stack.enter_context(_daemon(cluster, "slurmd", "-D", "-N", name, node=node))
+        _wait_until(lambda: _idle_nodes(cluster) == 2, cluster)
+        yield cluster
+        # What a failed test left running would outlive the daemons.
+        cluster.call("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
+        cluster.call("scancel", "--user", getpass.getuser())
+
+
+def _configure(folder: Path, own: str, nodes: Sequence[Node]) -> None:
+    """Writes the files of a cluster whose controller has the address `own`."""
     (folder / "state").mkdir()
     host, cpus = socket.gethostname().split(".")[0], len(os.sched_getaffinity(0))
-    nodes = [
-        _NODE.format(name=name, host=host, port=free_port(), cpus=cpus) for name in ("n1", "n2")
+    places = [(node.name, node.address) for node in nodes] or [(host, own)] * 2
+    lines = [
+        _NODE.format(name=name, host=host, address=address, port=free_port(), cpus=cpus)
+        for name, (host, address) in zip(_NODES, places, strict=True)
     ]
     config = _CONFIG.format(
         folder=folder,
         host=host,
+        address=own,
         user=getpass.getuser(),
         controller_port=free_port(),
-        nodes="\n".join(nodes),
+        # Ports of jobs follow from their ids: those of two clusters on one machine must differ.
+        first_job=1000 + os.getpid() % 13000,
+        nodes="\n".join(lines),
     )
     (folder / "slurm.conf").write_text(config)
     # GPUs that are counted and given out; a device file must stand behind each, any.
@@ -146,37 +185,28 @@ def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
-    cluster = LocalSlurm(folder)
-    munge = [f"--{name}={folder}/munge.{end}" for name, end in _MUNGE_FILES]
-    daemons: list[subprocess.Popen[bytes]] = []
-    try:
-        daemons.append(_start(cluster, "munged", "--foreground", "--force", *munge))
-        _wait_until(lambda: (folder / "munge.socket").exists(), cluster)
-        daemons.append(_start(cluster, "slurmctld", "-D"))
-        daemons += [_start(cluster, "slurmd", "-D", "-N", name) for name in ("n1", "n2")]
-        _wait_until(lambda: _idle_nodes(cluster) == 2, cluster)
-        yield cluster
-        # What a failed test left running would outlive the daemons.
-        cluster.call("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
-        cluster.call("scancel", "--user", getpass.getuser())
-    finally:
-        for daemon in reversed(daemons):
-            daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(20)
 
 
 def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
-def _start(cluster: LocalSlurm, name: str, *words: str) -> "subprocess.Popen[bytes]":
+@contextmanager
+def _daemon(
+    cluster: LocalSlurm, name: str, *words: str, node: Node | None = None
+) -> Iterator[None]:
     program = _program(name)
     assert program is not None
+    # It ends with this process, whatever ends that.
+    bound = ["setpriv", "--pdeathsig", "TERM", program, *words]
+    command = bound if node is None else node.inside(program, *words)
     with (cluster.folder / f"{name}.out").open("ab") as output:
-        return subprocess.Popen(
-            [program, *words], env=cluster.environment, stdout=output, stderr=output
-        )
+        daemon = subprocess.Popen(command, env=cluster.environment, stdout=output, stderr=output)
+    try:
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait(20)
 
 
 def _idle_nodes(cluster: LocalSlurm) -> int:

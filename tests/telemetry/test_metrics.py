@@ -18,12 +18,12 @@ from mamba_dist.telemetry.metrics import (
     JsonlSink,
     Metrics,
     RollbackRecord,
-    TensorBoardSink,
     TrainRecord,
     ValidationRecord,
     read_metrics,
 )
 from mamba_dist.telemetry.progress import Progress
+from mamba_dist.telemetry.tensorboard_sink import TensorBoardSink
 
 TRAINED = TrainRecord(
     step=10,

@@ -22,7 +22,7 @@ from mamba_dist.config.load import load_config
 from mamba_dist.data.segments import RunOrder
 from mamba_dist.engine.world import World, start_world, stop_world
 from mamba_dist.errors import MambaDistError
-from mamba_dist.train.build import Run, build_run
+from mamba_dist.train.build import Run, build_run, prepare
 from mamba_dist.train.loop import train
 from mamba_dist.train.run_folder import held_run_folder
 from mamba_dist.train.stop import StopRequest
@@ -142,7 +142,8 @@ def observe(name: str, config: str, folder: Path, world: World) -> tuple[Run, di
         )
     world.barrier()
     with held_run_folder(loaded, world=world) as held:
-        run = build_run(loaded, world=world, stop=StopRequest())
+        prepared = prepare(loaded, ranks=world.size)
+        run = build_run(loaded, prepared, world=world, stop=StopRequest())
         if world.rank == 1:
             put_into(run, case)
         if case.passed_over is not None:

@@ -312,8 +312,11 @@ def test_ranks_that_find_different_data_or_checkpoints_do_not_begin(
     outputs = run_ranks(WORKER, str(tmp_path / "run"), world_size=2)
     seen = ["rank 0 sees none", "rank 1 sees 1, the newest of step 4"]
     for rank, output in enumerate(outputs):
-        of_data, of_checkpoints = output.strip().splitlines()[-2:]
-        assert f"rank {rank} found data/copy (fingerprint {rank}{rank}{rank}" in of_data
+        at_start, of_checkpoints = output.strip().splitlines()[-2:]
+        # The folders are part of the config, and the copies of data of what it leads to.
+        assert at_start.startswith("3 problems at the start of the run:  1. the config differs: ")
+        for other in range(2):
+            assert f"data/copy (fingerprint {12 * str(other)}, 100 samples) on " in at_start
+        assert f"(rank 1): {tmp_path / 'run-1'} is not seen as rank 0 wrote it" in at_start
         assert f"the ranks see different checkpoints, {seen[rank]}" in of_checkpoints
-        assert of_data.endswith("True")
         assert of_checkpoints.endswith("True")

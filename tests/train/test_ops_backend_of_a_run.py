@@ -18,7 +18,7 @@ def test_a_fixed_order_is_refused_where_the_packages_have_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # As on a GPU where `auto` finds nothing better.
-    monkeypatch.setattr(engines, "resolve_backend", lambda requested, *, device_type: "cuda")
+    monkeypatch.setattr(engines, "resolve_backend", lambda requested, **_: "cuda")
     assert engines.ops_backend(config(deterministic=False), device_type="cuda") == "cuda"
     with pytest.raises(BackendError, match=r"training.deterministic: .*ops_backend: gpu or torch"):
         engines.ops_backend(config(deterministic=True), device_type="cuda")

@@ -1,6 +1,8 @@
 """One run holds its folder, also after somebody deleted it."""
 
+import fcntl
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from written_checkpoint import OneRank, RankOf
 
 from mamba_dist.checkpoint.layout import staging_folder
 from mamba_dist.errors import TrainingError
+from mamba_dist.telemetry.starts import LOCK
 from mamba_dist.train import run_folder
 from mamba_dist.train.run_folder import HeldFolder
 
@@ -67,12 +70,21 @@ def test_a_folder_that_cannot_be_made_again_is_no_reason_to_end(tmp_path: Path) 
     first.release()
 
 
-def test_a_rank_that_does_not_see_the_folder_ends_the_start(
+def test_a_rank_knows_whether_it_sees_what_the_first_one_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_folder, "_APPEARS_WITHIN_S", 0.0)
-    with pytest.raises(TrainingError, match=r"rank 1 on .* does not see what rank 0 wrote"):
-        HeldFolder(tmp_path / "run", RankOf(1, 2)).take()
+    other = HeldFolder(tmp_path / "run", RankOf(1, 2))
+    other.take()
+    assert not other.is_seen()
     first = taken(tmp_path / "run")
-    HeldFolder(tmp_path / "run", RankOf(1, 2)).take()
+    assert other.is_seen()
     first.release()
+
+
+def test_somebody_who_asks_for_the_state_of_the_lock_stops_no_start(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    with (tmp_path / LOCK).open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.2, lambda: fcntl.flock(asking, fcntl.LOCK_UN)).start()
+        taken(tmp_path).release()

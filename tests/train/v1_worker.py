@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mamba_dist.config.load import load_config
 from mamba_dist.engine.world import World, start_world, stop_world
 from mamba_dist.telemetry.metrics import Metrics, Record, TrainRecord
-from mamba_dist.train.build import Run, build_run, open_matching_sources
+from mamba_dist.train.build import Run, build_run, open_matching_sources, prepare
 from mamba_dist.train.loop import train
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.run_folder import HeldFolder, held_run_folder
@@ -101,7 +101,8 @@ def observe(folder: Path, name: str, world: World) -> Run:
     run_dir = folder / "worker-runs" / name
     config = load_config(folder / f"{name}.json", [f"training.run_dir={run_dir}"]).config
     with held_run_folder(config, world=world) as held:
-        run = build_run(config, world=world, stop=StopRequest())
+        prepared = prepare(config, ranks=world.size)
+        run = build_run(config, prepared, world=world, stop=StopRequest())
         before = weights_of(run)
         seen = {"name": name, "padded_ids": padded_ids(run), **one_step(run, held)}
         after = weights_of(run)

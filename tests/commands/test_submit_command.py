@@ -1,0 +1,185 @@
+"""launch/submit.py: what it checks, writes and freezes; SLURM's commands are stand-ins.
+
+With a real SLURM: tests/slurm/test_slurm_training.py.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import ROOT
+from tiny_run import write_config
+
+from mamba_dist.commands.job_script import directives_of, limit_seconds
+from mamba_dist.commands.submission import changed_versions, code_digest
+from mamba_dist.commands.submit import TEMPLATE, main
+
+CPUS = ("--gpus-per-node", "0", "--ranks-per-node", "2")
+
+FAKES = {
+    # A job of the id 4711, unless it is only tried or refused.
+    "sbatch": """#!/bin/bash
+echo "$@" >> "$FAKE/sbatch"
+if [[ "$1" == --test-only ]]; then echo "sbatch: Job 1 to start soon" >&2
+elif [[ -e "$FAKE/refuse" ]]; then echo "sbatch: error: no such account" >&2; exit 1
+else echo "4711"
+fi
+""",
+    "squeue": '#!/bin/bash\ncat "$FAKE/queue"\n',
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins for SLURM, and what they note."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    (folder / "bin").mkdir()
+    for name, text in FAKES.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "queue").touch()
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(folder))
+    monkeypatch.chdir(ROOT)
+    return folder
+
+
+def submissions(run_dir: Path) -> list[str]:
+    folder = run_dir / "submissions"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_job_is_frozen_with_all_it_needs(
+    cluster: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "my job", tiny_data)
+    run_dir = tmp_path / "my job/run"
+    words = ("--config", str(config), *CPUS, "--time", "08:00:00", "--account", "science")
+    assert main([*words, "--requeue", "training.learning_rate=0.002"]) == 0
+    told = capsys.readouterr()
+    assert told.out == "4711\n"
+    assert "2 ranks" in told.err
+    kept = run_dir / "submissions/0001"
+    assert (cluster / "sbatch").read_text().splitlines()[-1] == f"--parsable {kept}/train.sbatch"
+    assert yaml.safe_load((kept / "config.yaml").read_text())["training"]["learning_rate"] == 0.002
+    account = json.loads((kept / "submit.json").read_text())
+    assert (account["job"], account["ranks"]) == ("4711", 2)
+    assert account["command"][-1] == "training.learning_rate=0.002"
+    # All that a rank runs, as it is here, and nothing beside it.
+    assert account["code_sha256"] == code_digest(ROOT) == code_digest(kept / "code")
+    assert not list(kept.rglob("__pycache__"))
+    script = (kept / "train.sbatch").read_text()
+    given = directives_of(script)
+    assert (given["nodes"], given["ntasks-per-node"], given["account"]) == ("1", "2", "science")
+    assert given["output"] == f'"{kept}/slurm-%j.log"'
+    assert "gpus-per-node" not in given
+    assert "requeue" in given
+    assert f"set -- --config '{kept}/config.yaml'" in script
+    subprocess.run(["bash", "-n", kept / "train.sbatch"], check=True)
+    # A job of the run that waits or runs.
+    (cluster / "queue").write_text("12\n4711\n")
+    assert main([*words]) == 2
+    assert "job 4711 of" in capsys.readouterr().err
+    assert main([*words, "--sbatch-option=--dependency=afterany:4711"]) == 0
+    second = directives_of((run_dir / "submissions/0002/train.sbatch").read_text())
+    assert second["dependency"] == "afterany:4711"
+    assert "no-requeue" in second
+    assert "requeue" not in second
+
+
+def test_all_mistakes_are_told_at_once_and_leave_nothing(
+    cluster: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, tiny_data, data={"dataset_path": str(tmp_path / "absent")})
+    asked = ("--nodes", "3", "--gpus-per-node", "8", "--ranks-per-node", "2", "--time", "4")
+    further = [f"--sbatch-option={word}" for word in ("--time=99", "exclusive", "--array=0-3")]
+    assert main(["--config", str(config), *asked, *further]) == 2
+    error = capsys.readouterr().err
+    for part in (
+        "7 problems",
+        "24 ranks cannot share evenly",
+        "--ranks-per-node 2 with --gpus-per-node 8",
+        "--time 4 is 240 s",
+        "give --time to launch/submit.py itself",
+        "'exclusive' is no option of sbatch",
+        "cannot have --array",
+        str(tmp_path / "absent"),
+    ):
+        assert part in error
+    assert not (cluster / "sbatch").exists()
+    assert submissions(tmp_path / "run") == []
+
+
+def test_a_batch_that_cannot_be_shared_names_the_numbers_that_can(
+    cluster: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    assert main(["--config", str(config), "--nodes", "3", *CPUS, "--time", "60"]) == 2
+    assert "6 ranks cannot share evenly; numbers of ranks that can: 1, 2, 4" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_slurm_refuses_leaves_nothing(
+    cluster: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    (cluster / "refuse").touch()
+    assert main(["--config", str(config), *CPUS, "--time", "60"]) == 2
+    assert "no such account" in capsys.readouterr().err
+    assert submissions(tmp_path / "run") == []
+
+
+def test_a_dry_run_shows_plan_and_script_and_needs_no_slurm(
+    cluster: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    words = ["--config", str(config), "--gpus-per-node", "4", "--time", "1-0"]
+    monkeypatch.setattr("mamba_dist.commands.scheduler.shutil.which", lambda name: None)
+    assert main(words) == 2
+    assert "sbatch is not installed here" in capsys.readouterr().err
+    assert main([*words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 ranks" in shown
+    assert directives_of(shown)["gpus-per-node"] == "4"
+    # The default of --stop-before is what the script says by itself.
+    assert directives_of(shown)["signal"] == directives_of(TEMPLATE.read_text())["signal"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("02:00:10", 7210),
+        ("2-12", 216000),
+        ("1-00:30", 88200),
+        ("1-01:01:01", 90061),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, seconds: int | None) -> None:
+    assert limit_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-5", "2-", "1.5"])
+def test_other_texts_are_no_time_limit(text: str) -> None:
+    with pytest.raises(ValueError, match="no time limit"):
+        limit_seconds(text)
+
+
+def test_packages_that_changed_since_the_submission_are_named(tmp_path: Path) -> None:
+    assert changed_versions(tmp_path) == []
+    (tmp_path / "submit.json").write_text(json.dumps({"versions": {"torch": "1.0", "gone": "2"}}))
+    lines = changed_versions(tmp_path)
+    assert any(line.startswith("torch is ") and "it was 1.0" in line for line in lines)
+    assert "gone is not installed, at submission it was 2" in lines
