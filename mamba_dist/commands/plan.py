@@ -169,7 +169,7 @@ def _parts(plan: MemoryPlan) -> dict[str, int]:
         "parameters": state.parameters,
         "gradients": max(state.gradients, state.carried_gradients),
         "optimizer": state.optimizer,
-        "buffers": state.buffers + state.reduction,
+        "buffers": state.buffers + max(0, state.reduction),
         "activations": plan.activations.total,
         "peak": plan.peak,
     }

@@ -43,7 +43,8 @@ class StateBytes:
     buffers: int
     """What is gathered or reduced at once, all through forward and backward pass."""
     reduction: int
-    """What the reduction of gradients takes at the end of the backward pass only."""
+    """What there is beyond `gradients` and `buffers` while gradients are reduced at the end of the
+    backward pass; below 0 where there is less of them than the update has."""
 
     @property
     def before_backward(self) -> int:
@@ -53,7 +54,7 @@ class StateBytes:
     @property
     def after_backward(self) -> int:
         """When all gradients are there, or are given to AdamW."""
-        return self.certain + self.buffers + self.reduction
+        return self.certain + max(0, self.buffers + self.reduction)
 
     @property
     def certain(self) -> int:
@@ -89,8 +90,10 @@ def state_bytes(
         return StateBytes(whole, whole + part, whole * accumulates, 2 * part, buckets, 0)
     if stage == 2:
         in_flight = _FP32 * _LAYERS_IN_STAGE_2 * size.layer
-        # The part is summed up anew in each micro-batch, beside the sums before.
-        return StateBytes(whole, 2 * part, part * accumulates, 2 * part, buckets, in_flight)
+        # The part is summed up anew in each micro-batch, beside the sums before; for the update it
+        # is flattened.
+        reduction = in_flight - (0 if accumulates else part)
+        return StateBytes(whole, 2 * part, part * accumulates, 2 * part, buckets, reduction)
     live = min(size.parameters, 2 * config.bucket_elements + size.layer)
     # The gradients' part is one tensor for the whole run; AdamW has a copy of the parameters.
     gathered = _FP32 * (config.bucket_elements + live)

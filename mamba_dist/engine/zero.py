@@ -148,7 +148,8 @@ class ZeroEngine:
     def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the module returns for `inputs`, without gradients."""
         self._engine.eval()
-        output: Tensor = self._engine(**self._to_device(inputs))
+        with _rounding_anew():
+            output: Tensor = self._engine(**self._to_device(inputs))
         return output
 
     def step(

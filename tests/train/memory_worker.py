@@ -32,28 +32,35 @@ def measured(config: RunConfig, world: World) -> dict[str, int]:
     rows, steps = plan.micro_batch_size, plan.accumulation_steps
     before = COUNTER.counted_bytes()
     engine, _ = build_engine(config, plan=plan, world=world)
-    found: dict[str, int] = {}
-    engine.module.register_forward_hook(
-        lambda *_: found.update(forward=COUNTER.counted_bytes() - before)
-    )
+    found: dict[str, int] = {"caches": 0}
+
+    def look(*_: object) -> None:
+        found["forward"] = COUNTER.counted_bytes() - before
+        found["caches"] += torch.is_autocast_cache_enabled()
+
+    engine.module.register_forward_hook(look)
     for step in range(2):
         if step == 1:
             found["at_rest"] = COUNTER.counted_bytes() - before
             COUNTER.counted_peak()
         for micro in range(steps):
             tokens = torch.randint(0, config.model.vocab_size, (rows, length + 1))
+            inputs = {
+                "input_ids": tokens[:, :-1].contiguous(),
+                "labels": tokens[:, 1:].contiguous(),
+                "seq_idx": torch.zeros(rows, length, dtype=torch.int32),
+            }
             engine.forward_backward(
-                {
-                    "input_ids": tokens[:, :-1].contiguous(),
-                    "labels": tokens[:, 1:].contiguous(),
-                    "seq_idx": torch.zeros(rows, length, dtype=torch.int32),
-                },
+                inputs,
                 step_tokens=rows * length * steps * world.size,
                 last=micro == steps - 1,
             )
         found["passes"] = COUNTER.counted_peak() - before
         engine.step(1e-3, max_grad_norm=1.0, skip_above=None)
         found["update"] = COUNTER.counted_peak() - before
+    forward = found["forward"]
+    engine.evaluate(inputs)
+    found["forward"] = forward
     _KEPT.append(engine)
     return found
 

@@ -61,6 +61,8 @@ def agree(case: Case, found: dict[str, int], *, world_size: int) -> None:
         # Stage 3 holds its part of the gradients at rest, too.
         at_rest = plan.state.parameters + plan.state.optimizer
         assert at_rest == pytest.approx(found["at_rest"], rel=0.03), (case, plan, found)
+    # Copies of all weights in bf16, until the end of a forward pass: training or evaluation.
+    assert case[2]["precision"] != "bf16" or not found["caches"], case
     if plan.engine != "zero-1":
         # No activations are left then. Stage 1 has given up the whole gradients by now.
         update = plan.state.certain + (plan.state.buffers if plan.engine == "zero-3" else 0)
