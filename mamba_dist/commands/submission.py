@@ -112,6 +112,11 @@ def freeze(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
+        if folder.exists():
+            raise TrainingError(
+                f"{folder}: another submission of this run was made at the same time; nothing was "
+                "submitted"
+            ) from error
         raise TrainingError(
             f"{folder} cannot be written ({error.strerror}); nothing was submitted"
         ) from error
