@@ -158,7 +158,9 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
 
 def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Cluster) -> None:
     words = ("--config", "my runs/a.yaml", "training.seed=3")
-    result = cluster.run(*words, FAKE_STATUS="75", SLURM_RESTART_COUNT="2")
+    # What a shell inside of torchrun's rank leaves to its job.
+    others = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    result = cluster.run(*words, FAKE_STATUS="75", SLURM_RESTART_COUNT="2", **others)
     assert "start 3 of job 4711 on node-a node-b" in result.stdout
     # Not the name, which need not resolve.
     assert "ranks meet at 127.0.0.1:" in result.stdout
@@ -168,6 +170,7 @@ def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Clus
     assert all(word.startswith("--") for word in called[:start])
     lines = (cluster.noted / "environment").read_text().splitlines()
     given = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert not given.keys() & others.keys()
     assert given["MASTER_ADDR"] == "127.0.0.1"
     assert given["OMP_NUM_THREADS"] == given["SRUN_CPUS_PER_TASK"] == "3"
     assert given["PYTHONPATH"].split(":")[0] == str(ROOT)
