@@ -118,7 +118,7 @@ def freeze(
                 "submitted"
             ) from error
         raise TrainingError(
-            f"{folder} cannot be written ({error.strerror}); nothing was submitted"
+            f"{folder} cannot be written ({error.strerror or error}); nothing was submitted"
         ) from error
 
 

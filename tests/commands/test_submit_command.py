@@ -15,8 +15,10 @@ from processes import ROOT
 from tiny_run import write_config
 
 from mamba_dist.commands.job_script import directives_of, limit_seconds
-from mamba_dist.commands.submission import changed_versions, code_digest
+from mamba_dist.commands.submission import changed_versions, code_digest, describe, freeze
 from mamba_dist.commands.submit import TEMPLATE, main
+from mamba_dist.config.load import load_config
+from mamba_dist.errors import TrainingError
 
 CPUS = ("--gpus-per-node", "0", "--ranks-per-node", "2")
 
@@ -154,6 +156,17 @@ def test_of_two_submissions_at_once_one_is_refused(
     assert main([*words]) == 2
     assert "another submission of this run was made at the same time" in capsys.readouterr().err
     assert submissions(tmp_path / "run") == ["0001"]
+
+
+def test_code_that_cannot_be_copied_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    for name in ("mamba_dist", "launch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "launch/gone.py").symlink_to(tmp_path / "nowhere")
+    config = load_config(write_config(tmp_path, tiny_data)).config
+    kept, submission = tmp_path / "kept", describe(tmp_path, command=[], ranks=1)
+    with pytest.raises(TrainingError, match="gone.py"):
+        freeze(kept, submission, config=config, script="", repository=tmp_path)
+    assert not list(tmp_path.glob("*kept*"))
 
 
 @pytest.mark.parametrize("name", ["at 12:30", "back\\slash", "two\nlines"])
