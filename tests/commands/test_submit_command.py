@@ -164,7 +164,7 @@ def test_code_that_cannot_be_copied_is_named(tiny_data: Path, tmp_path: Path) ->
     (tmp_path / "launch/gone.py").symlink_to(tmp_path / "nowhere")
     config = load_config(write_config(tmp_path, tiny_data)).config
     kept, submission = tmp_path / "kept", describe(tmp_path, command=[], ranks=1)
-    with pytest.raises(TrainingError, match="gone.py"):
+    with pytest.raises(TrainingError, match=r"gone\.py"):
         freeze(kept, submission, config=config, script="", repository=tmp_path)
     assert not list(tmp_path.glob("*kept*"))
 
