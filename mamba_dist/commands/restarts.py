@@ -195,8 +195,12 @@ class _Job:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             event = self._event(what, code, decision)
-            with (self._run_dir / RECORD).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(event)) + "\n")
+            with (self._run_dir / RECORD).open("ab+") as file:
+                # Behind a line that a kill cut, this one would be lost with it.
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                is_cut = file.read(1) not in (b"", b"\n")
+                file.write(b"\n" * is_cut + json.dumps(asdict(event)).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -208,16 +212,29 @@ class _Job:
 
 
 def read_events(run_dir: Path, job: str) -> list[Event]:
-    """What was noted of a job, oldest first; a line that a kill cut is left out."""
+    """What was noted of a job, oldest first; a line that a kill or a disk spoilt is left out.
+
+    Raises:
+        TrainingError: the file is there and cannot be read.
+    """
     path = run_dir / RECORD
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    events = []
-    for line in lines:
-        try:
-            events.append(Event(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return [event for event in events if event.job == job]
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be read ({error.strerror}), so starts cannot be counted, and the job "
+            "does not start again"
+        ) from error
+    found = map(_event_of, lines)
+    return [event for event in found if event is not None and event.job == job]
+
+
+def _event_of(line: bytes) -> Event | None:
+    try:
+        event = Event(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return event if isinstance(event.checkpoint, int | None) else None
 
 
 def _in_words(code: int) -> str:

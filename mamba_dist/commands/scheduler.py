@@ -52,17 +52,21 @@ def submit(script: Path) -> str:
     return words[-1].partition(";")[0]
 
 
-def waiting_or_running(jobs: Sequence[str]) -> list[str]:
-    """Those of the jobs that have not ended.
+def waiting_or_running(jobs: Sequence[str], *, scripts_in: Path) -> list[str]:
+    """Jobs of this user that have not ended: those of the ids, and those of scripts in a folder.
 
     Raises:
         SchedulerError: SLURM cannot be asked.
     """
-    if not jobs:
-        return []
-    # All ids of this user, since a single one that SLURM has forgotten is an error to it.
-    listed = set(_call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A").split())
-    return [job for job in jobs if job in listed]
+    # All of this user, since a single id that SLURM has forgotten is an error to it. A script tells
+    # of jobs whose submission was broken off, and of those that were submitted by hand.
+    lines = _call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %o").splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines if " " in line.strip())
+    return [
+        job
+        for job, command in listed.items()
+        if job in jobs or Path(command).is_relative_to(scripts_in)
+    ]
 
 
 def job_state(job: str) -> JobState:

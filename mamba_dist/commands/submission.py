@@ -112,8 +112,13 @@ def freeze(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
+        if folder.exists():
+            raise TrainingError(
+                f"{folder}: another submission of this run was made at the same time; nothing was "
+                "submitted"
+            ) from error
         raise TrainingError(
-            f"{folder} cannot be written ({error.strerror}); nothing was submitted"
+            f"{folder} cannot be written ({error.strerror or error}); nothing was submitted"
         ) from error
 
 

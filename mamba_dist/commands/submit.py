@@ -23,6 +23,7 @@ from mamba_dist.commands.submission import (
     CODE,
     CONFIG,
     SCRIPT,
+    SUBMISSIONS,
     describe,
     freeze,
     next_folder,
@@ -48,7 +49,10 @@ _OWN_OPTIONS = {
     "ntasks-per-node": "ranks-per-node",
     "signal": "stop-before",
 }
-_IMPOSSIBLE_OPTIONS = ("array", "chdir", "ntasks")
+_IMPOSSIBLE_OPTIONS = ("array", "chdir", "ntasks", "test-only", "wait", "wrap")
+
+# Python cuts PYTHONPATH at the first; with the second sbatch takes %j in the log's name literally.
+_CUT = ":\\"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,12 +84,13 @@ class _Submitter:
             )
         loaded = self._load()
         if loaded is not None:
+            # Before the checks, which take seconds: of two submissions at once one gets the name.
+            folder = next_folder(_run_dir(loaded.config)).absolute()
             self._check_run(loaded.config)
         if not has_slurm() and not self._asked.dry_run:
             self._problems.append("sbatch is not installed here; submit from a login node")
         if loaded is None or self._problems:
             raise self._all_problems()
-        folder = next_folder(_run_dir(loaded.config)).absolute()
         script = self._script(folder)
         answer = self._try(script)
         if self._asked.dry_run:
@@ -188,6 +193,12 @@ class _Submitter:
         run_dir = _run_dir(config)
         if not _can_be_written(run_dir):
             self._problems.append(f"{run_dir} cannot be written; set training.run_dir=…")
+        wrong = {letter for letter in str(run_dir.absolute()) if _is_wrong(letter)}
+        if wrong:
+            self._problems.append(
+                f"{str(run_dir)!r} has {', '.join(map(repr, sorted(wrong)))}, at which Python or "
+                "SLURM would misread the path; set training.run_dir=…"
+            )
         self._check_others(run_dir)
         cut = True
         try:
@@ -215,7 +226,9 @@ class _Submitter:
         if waits or not has_slurm():
             return
         try:
-            others = waiting_or_running(submitted_jobs(run_dir))
+            others = waiting_or_running(
+                submitted_jobs(run_dir), scripts_in=(run_dir / SUBMISSIONS).absolute()
+            )
         except SchedulerError as error:
             self._problems.append(str(error))
             return
@@ -274,6 +287,10 @@ class _Submitter:
 def _run_dir(config: RunConfig) -> Path:
     assert config.training.run_dir is not None, "set by loading a file"
     return Path(config.training.run_dir)
+
+
+def _is_wrong(letter: str) -> bool:
+    return letter in _CUT or not letter.isprintable()
 
 
 def _can_be_written(folder: Path) -> bool:

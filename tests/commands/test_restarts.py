@@ -8,7 +8,14 @@ import pytest
 import yaml
 
 from mamba_dist.commands import scheduler
-from mamba_dist.commands.restarts import Bounds, Event, main, starts_in_vain, why_not_again
+from mamba_dist.commands.restarts import (
+    Bounds,
+    Event,
+    main,
+    read_events,
+    starts_in_vain,
+    why_not_again,
+)
 from mamba_dist.commands.scheduler import JobState
 from mamba_dist.train.stop import EXIT_STOPPED
 
@@ -181,6 +188,18 @@ def test_starts_that_cannot_be_counted_are_not_repeated(
     assert cluster.main("ended", code=137) == 137
     assert cluster.requeues() == 0
     assert "starts cannot be counted" in capsys.readouterr().err
+
+
+def test_lines_that_a_crash_spoilt_cost_no_other_line(cluster: Cluster) -> None:
+    record = cluster.run_dir / "restarts.jsonl"
+    for restarts in range(3):
+        cluster.main("began", restarts=restarts)
+        assert cluster.main("ended", code=137, restarts=restarts) == 137
+        with record.open("ab") as file:
+            # A block that was never written, and a line cut short.
+            file.write(b'\xff\0\n{"job": "7", "st')
+    assert cluster.requeues() == 2
+    assert len(read_events(cluster.run_dir, "7")) == 6
 
 
 def test_slurm_itself_does_not_start_a_job_for_ever(

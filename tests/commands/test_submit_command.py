@@ -6,6 +6,7 @@ With a real SLURM: tests/slurm/test_slurm_training.py.
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from processes import ROOT
 from tiny_run import write_config
 
 from mamba_dist.commands.job_script import directives_of, limit_seconds
-from mamba_dist.commands.submission import changed_versions, code_digest
+from mamba_dist.commands.submission import changed_versions, code_digest, describe, freeze
 from mamba_dist.commands.submit import TEMPLATE, main
+from mamba_dist.config.load import load_config
+from mamba_dist.errors import TrainingError
 
 CPUS = ("--gpus-per-node", "0", "--ranks-per-node", "2")
 
@@ -81,9 +84,14 @@ def test_a_job_is_frozen_with_all_it_needs(
     assert f"set -- --config '{kept}/config.yaml'" in script
     subprocess.run(["bash", "-n", kept / "train.sbatch"], check=True)
     # A job of the run that waits or runs.
-    (cluster / "queue").write_text("12\n4711\n")
+    (cluster / "queue").write_text(f"12 /a/script\n4711 {kept}/train.sbatch\n")
     assert main([*words]) == 2
     assert "job 4711 of" in capsys.readouterr().err
+    # One that was submitted by hand, or by a submit.py that was killed.
+    (cluster / "queue").write_text(f"12 /a/script\n4712 {kept}/train.sbatch --words\n")
+    assert main([*words]) == 2
+    assert "job 4712 of" in capsys.readouterr().err
+    (cluster / "queue").write_text(f"4711 {kept}/train.sbatch\n")
     assert main([*words, "--sbatch-option=--dependency=afterany:4711"]) == 0
     second = directives_of((run_dir / "submissions/0002/train.sbatch").read_text())
     assert second["dependency"] == "afterany:4711"
@@ -96,17 +104,20 @@ def test_all_mistakes_are_told_at_once_and_leave_nothing(
 ) -> None:
     config = write_config(tmp_path, tiny_data, data={"dataset_path": str(tmp_path / "absent")})
     asked = ("--nodes", "3", "--gpus-per-node", "8", "--ranks-per-node", "2", "--time", "4")
-    further = [f"--sbatch-option={word}" for word in ("--time=99", "exclusive", "--array=0-3")]
+    further = [
+        f"--sbatch-option={word}" for word in ("--time=99", "exclusive", "--array=0-3", "--wait")
+    ]
     assert main(["--config", str(config), *asked, *further]) == 2
     error = capsys.readouterr().err
     for part in (
-        "7 problems",
+        "8 problems",
         "24 ranks cannot share evenly",
         "--ranks-per-node 2 with --gpus-per-node 8",
         "--time 4 is 240 s",
         "give --time to launch/submit.py itself",
         "'exclusive' is no option of sbatch",
         "cannot have --array",
+        "cannot have --wait",
         str(tmp_path / "absent"),
     ):
         assert part in error
@@ -122,6 +133,54 @@ def test_a_batch_that_cannot_be_shared_names_the_numbers_that_can(
     assert "6 ranks cannot share evenly; numbers of ranks that can: 1, 2, 4" in (
         capsys.readouterr().err
     )
+
+
+def test_of_two_submissions_at_once_one_is_refused(
+    cluster: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("--config", str(write_config(tmp_path, tiny_data)), *CPUS, "--time", "60")
+    asked: list[int] = []
+
+    def and_meanwhile(jobs: Sequence[str], *, scripts_in: Path) -> list[str]:
+        """While the first one makes its checks, another begins and ends."""
+        asked.append(1)
+        if len(asked) == 1:
+            assert main([*words]) == 0
+        return []
+
+    monkeypatch.setattr("mamba_dist.commands.submit.waiting_or_running", and_meanwhile)
+    assert main([*words]) == 2
+    assert "another submission of this run was made at the same time" in capsys.readouterr().err
+    assert submissions(tmp_path / "run") == ["0001"]
+
+
+def test_code_that_cannot_be_copied_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    for name in ("mamba_dist", "launch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "launch/gone.py").symlink_to(tmp_path / "nowhere")
+    config = load_config(write_config(tmp_path, tiny_data)).config
+    kept, submission = tmp_path / "kept", describe(tmp_path, command=[], ranks=1)
+    with pytest.raises(TrainingError, match=r"gone\.py"):
+        freeze(kept, submission, config=config, script="", repository=tmp_path)
+    assert not list(tmp_path.glob("*kept*"))
+
+
+@pytest.mark.parametrize("name", ["at 12:30", "back\\slash", "two\nlines"])
+def test_a_folder_that_python_or_slurm_would_misread_is_refused(
+    cluster: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    config = write_config(tmp_path, tiny_data, training={"run_dir": str(tmp_path / name)})
+    assert main(["--config", str(config), *CPUS, "--time", "60"]) == 2
+    assert "would misread the path" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
 
 
 def test_what_slurm_refuses_leaves_nothing(

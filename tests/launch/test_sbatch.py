@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,9 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
 
 def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Cluster) -> None:
     words = ("--config", "my runs/a.yaml", "training.seed=3")
-    result = cluster.run(*words, FAKE_STATUS="75", SLURM_RESTART_COUNT="2")
+    # What a shell inside of torchrun's rank leaves to its job.
+    others = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    result = cluster.run(*words, FAKE_STATUS="75", SLURM_RESTART_COUNT="2", **others)
     assert "start 3 of job 4711 on node-a node-b" in result.stdout
     # Not the name, which need not resolve.
     assert "ranks meet at 127.0.0.1:" in result.stdout
@@ -167,6 +170,7 @@ def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Clus
     assert all(word.startswith("--") for word in called[:start])
     lines = (cluster.noted / "environment").read_text().splitlines()
     given = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert not given.keys() & others.keys()
     assert given["MASTER_ADDR"] == "127.0.0.1"
     assert given["OMP_NUM_THREADS"] == given["SRUN_CPUS_PER_TASK"] == "3"
     assert given["PYTHONPATH"].split(":")[0] == str(ROOT)
@@ -176,6 +180,41 @@ def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Clus
     assert began.endswith(f"{counts} began {' '.join(words)}")
     assert ended.endswith(f"{counts} --code 75 ended {' '.join(words)}")
     assert result.returncode == 75
+
+
+def frozen(folder: Path) -> Path:
+    """A copy of the code as submit.py makes it, of which a start says that it was this one."""
+    (folder / "launch").mkdir(parents=True)
+    (folder / "launch/train.py").touch()
+    commands = folder / "mamba_dist/commands"
+    commands.mkdir(parents=True)
+    for package in (commands, commands.parent):
+        (package / "__init__.py").touch()
+    (commands / "restarts.py").write_text("print('restarts of', __file__)")
+    return folder
+
+
+def test_the_job_runs_the_copy_of_the_code_and_not_what_lies_in_its_working_directory(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    repository, code = frozen(tmp_path / "edited since"), frozen(tmp_path / "frozen")
+    chosen = {"MAMBA_DIST_CODE": str(code), "MAMBA_DIST_PYTHON": sys.executable}
+    result = cluster.run("--config", "a.yaml", cwd=repository, **chosen)
+    assert result.returncode == 0, result.stderr
+    # Before and after the ranks.
+    assert result.stdout.count(f"restarts of {code}/mamba_dist/") == 2
+    assert (cluster.noted / "srun").read_text().splitlines()[-3] == f"{code}/launch/train.py"
+
+
+def test_a_copy_of_the_code_that_python_would_not_find_is_refused(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    # The ranks would train with an installed mamba_dist.
+    code = frozen(tmp_path / "at 12:30")
+    result = cluster.run("--config", "a.yaml", MAMBA_DIST_CODE=str(code))
+    assert result.returncode == 2
+    assert "rename the folder" in result.stderr
+    assert not (cluster.noted / "srun").exists()
 
 
 def test_nothing_starts_if_the_start_is_refused(cluster: Cluster) -> None:
