@@ -167,9 +167,9 @@ def _parts(plan: MemoryPlan) -> dict[str, int]:
     state = plan.state
     return {
         "parameters": state.parameters,
-        "gradients": max(state.gradients, state.carried_gradients),
+        "gradients": max(state.gradients + state.flattened, state.carried_gradients),
         "optimizer": state.optimizer,
-        "buffers": state.buffers + max(0, state.reduction),
+        "buffers": state.buffers + max(state.reduction, state.whole_layers),
         "activations": plan.activations.total,
         "peak": plan.peak,
     }

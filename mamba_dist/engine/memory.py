@@ -36,25 +36,29 @@ class StateBytes:
 
     parameters: int
     gradients: int
-    """At the end of a step's last backward pass, with what is flattened of them for the update."""
+    """At the end of a step's last backward pass."""
     carried_gradients: int
     """While a forward pass runs: those of the micro-batches before."""
     optimizer: int
     buffers: int
     """What is gathered or reduced at once, all through forward and backward pass."""
     reduction: int
-    """What there is beyond `gradients` and `buffers` while gradients are reduced at the end of the
-    backward pass; below 0 where there is less of them than the update has."""
+    """What the reduction of gradients takes at the end of the backward pass only."""
+    flattened: int = 0
+    """What the update adds to `gradients`, at most: it copies one group of parameters at a time."""
+    whole_layers: int = 0
+    """Parameters that are whole from their layer's forward pass to its backward pass."""
 
     @property
     def before_backward(self) -> int:
         """When all activations of a step's last micro-batch are there."""
-        return self.parameters + self.optimizer + self.carried_gradients + self.buffers
+        held = self.parameters + self.optimizer + self.carried_gradients
+        return held + self.buffers + self.whole_layers
 
     @property
     def after_backward(self) -> int:
         """When all gradients are there, or are given to AdamW."""
-        return self.certain + max(0, self.buffers + self.reduction)
+        return self.certain + max(self.flattened, self.buffers + self.reduction)
 
     @property
     def certain(self) -> int:
@@ -90,10 +94,16 @@ def state_bytes(
         return StateBytes(whole, whole + part, whole * accumulates, 2 * part, buckets, 0)
     if stage == 2:
         in_flight = _FP32 * _LAYERS_IN_STAGE_2 * size.layer
-        # The part is summed up anew in each micro-batch, beside the sums before; for the update it
-        # is flattened.
-        reduction = in_flight - (0 if accumulates else part)
-        return StateBytes(whole, 2 * part, part * accumulates, 2 * part, buckets, reduction)
+        # The part is summed up anew in each micro-batch, beside the sums before.
+        return StateBytes(
+            parameters=whole,
+            gradients=2 * part if accumulates else part,
+            carried_gradients=part * accumulates,
+            optimizer=2 * part,
+            buffers=buckets,
+            reduction=in_flight,
+            flattened=0 if accumulates else part,
+        )
     live = min(size.parameters, 2 * config.bucket_elements + size.layer)
     # The gradients' part is one tensor for the whole run; AdamW has a copy of the parameters.
     gathered = _FP32 * (config.bucket_elements + live)
@@ -104,8 +114,8 @@ def _fsdp2(size: ModelSize, config: EngineConfig, *, ranks: int, accumulates: bo
     whole = _FP32 * size.parameters
     part = -(-whole // ranks)
     # The rest of the module is gathered before the first layer, and given up after the last.
-    kept = _FP32 * (size.rest if config.reshard_after_forward else size.parameters)
-    units = _FP32 * min(size.parameters, _LAYERS_IN_FSDP2 * size.layer)
+    units = _FP32 * (size.rest + min(size.parameters, _LAYERS_IN_FSDP2 * size.layer))
+    layers = 0 if config.reshard_after_forward else _FP32 * (size.parameters - size.rest)
     shared = ranks > 1
     return StateBytes(
         parameters=part,
@@ -113,6 +123,7 @@ def _fsdp2(size: ModelSize, config: EngineConfig, *, ranks: int, accumulates: bo
         # Whole until the last backward pass reduces them, layer by layer.
         carried_gradients=whole if accumulates else 0,
         optimizer=2 * part,
-        buffers=kept + units if shared else 0,
+        buffers=units if shared else 0,
         reduction=0,
+        whole_layers=layers if shared else 0,
     )

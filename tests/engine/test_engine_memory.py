@@ -31,7 +31,8 @@ def test_the_state_of_a_rank_is_what_the_stage_leaves_to_it(
 ) -> None:
     """fp32 parameter, gradient and two moments; the part's gradients once more while they are given
     to AdamW at stages 1 and 2, and a master copy at stage 3."""
-    assert state(ranks, zero_stage=stage).certain == 1000 * bytes_per_parameter
+    found = state(ranks, zero_stage=stage)
+    assert found.certain + found.flattened == 1000 * bytes_per_parameter
 
 
 @pytest.mark.parametrize(
@@ -49,4 +50,4 @@ def test_fsdp2_keeps_a_share_and_what_stays_whole(
     assert found.certain == 16000 // ranks
     assert found.carried_gradients == carried
     # Besides, the five layers that are gathered and reduced at once.
-    assert found.buffers == (4 * (whole + 50) if ranks > 1 else 0)
+    assert found.buffers + found.whole_layers == (4 * (whole + 50) if ranks > 1 else 0)

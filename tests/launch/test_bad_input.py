@@ -47,16 +47,19 @@ def test_a_missing_data_set_says_how_to_make_one(tiny_data: Path, tmp_path: Path
     assert "tokenize" in message
 
 
-def test_a_model_that_no_host_can_hold_is_refused_before_anything_is_looked_at(
+def test_a_model_that_no_host_can_hold_is_refused_beside_what_else_is_wrong(
     tiny_data: Path, tmp_path: Path
 ) -> None:
     nowhere = {"dataset_path": str(tmp_path / "nowhere")}
     huge = {"d_model": 16384, "n_layers": 1024}
     config = write_config(tmp_path, tiny_data, data=nowhere, model=huge)
-    message = error_of(finish(launching.python_command(config)))
-    assert "x 16 bytes" in message
-    assert "GiB free" in message
-    assert not (tmp_path / "run").exists()
+    result = finish(launching.python_command(config))
+    assert "problems at the start" in error_of(result)
+    [line] = [line for line in result.stderr.splitlines() if "does not fit" in line]
+    assert "x 16 bytes" in line
+    assert "GiB free" in line
+    assert "nowhere" in result.stderr
+    assert not (tmp_path / "run/config.yaml").exists()
 
 
 @pytest.mark.parametrize(
