@@ -67,6 +67,8 @@ class Findings:
     facts: Mapping[str, str]
     problems: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    crash: str = ""
+    """What this rank will end with once it has told."""
 
 
 def prepare_and_check(config: RunConfig, folder: HeldFolder, *, world: World) -> Prepared:
@@ -74,14 +76,26 @@ def prepare_and_check(config: RunConfig, folder: HeldFolder, *, world: World) ->
 
     Raises:
         StartError: the objections of all ranks.
+        RuntimeError: a rank could not look; that one raises what stopped it.
     """
     world.barrier()
     clock_s = time.time()
     ranks_on_host = len(world.on_this_host())
-    own, prepared = _look_around(
-        config, folder, world=world, clock_s=clock_s, ranks_on_host=ranks_on_host
-    )
+    prepared, failure = None, None
+    try:
+        own, prepared = _look_around(
+            config, folder, world=world, clock_s=clock_s, ranks_on_host=ranks_on_host
+        )
+    # A rank that left now would leave the others to the timeout of what follows.
+    except Exception as error:
+        failure, crash = error, f"{type(error).__name__}: {error}"
+        own = Findings(world.rank, socket.gethostname(), clock_s, {}, crash=crash)
     told = [Findings(**json.loads(t)) for t in world.texts_of_all_ranks(json.dumps(asdict(own)))]
+    if failure is not None:
+        raise failure
+    crashed = [one for one in told if one.crash]
+    if crashed:
+        raise RuntimeError(f"{_named(crashed)} crashed at the start: {crashed[0].crash}")
     if world.rank == 0:
         for line in warnings_of(told):
             _log.warning("%s", line)

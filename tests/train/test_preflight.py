@@ -195,6 +195,29 @@ def test_a_link_to_nowhere_beside_the_code_ends_no_start(
     assert preflight._code_digest() != before
 
 
+def test_a_rank_that_cannot_look_ends_all_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = taken(tmp_path)
+    with pytest.raises(RuntimeError, match=r"^b \(rank 1\) crashed at the start: OSError: stale$"):
+        prepare_and_check(config(tmp_path), folder, world=Others(crash="OSError: stale"))
+    told: list[str] = []
+
+    def note(self: Others, text: str) -> list[str]:
+        told.append(json.loads(text)["crash"])
+        return [text]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr(Others, "texts_of_all_ranks", note)
+    monkeypatch.setattr(preflight, "prepare", refuse)
+    with pytest.raises(PermissionError):
+        prepare_and_check(config(tmp_path), folder, world=Others())
+    folder.release()
+    assert told == ["PermissionError: not for you"]
+
+
 def test_a_single_problem_is_told_as_it_is(tmp_path: Path) -> None:
     folder = taken(tmp_path)
     with pytest.raises(StartError, match=rf"^{tmp_path}/nowhere"):
