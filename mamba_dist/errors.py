@@ -74,6 +74,15 @@ class StartError(TrainingError):
     for all."""
 
 
+class ShortageError(StartError):
+    """A run cannot start now, for want of what somebody else has just then.
+
+    Its exit code is sysexits' EX_TEMPFAIL, as after a stop: start again.
+    """
+
+    exit_code = 75
+
+
 class DivergedError(TrainingError):
     """Training is broken, and would be again: too many skipped steps, or a loss that is not finite.
 

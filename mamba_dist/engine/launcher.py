@@ -14,8 +14,10 @@ from typing import Final
 # torchrun's and launch.py's own, by which a rank knows them when they are gone.
 _TORCHRUN_VARIABLE: Final = "TORCHELASTIC_RUN_ID"
 _DEEPSPEED_VARIABLE: Final = "CROSS_RANK"
+_VARIABLES: Final = (_TORCHRUN_VARIABLE, _DEEPSPEED_VARIABLE)
 _TORCHRUN_WORDS: Final = ("torchrun", "torch.distributed.run")
 _DEEPSPEED_WORD: Final = "deepspeed.launcher.launch"
+_DEEPSPEED_COMMANDS: Final = ("deepspeed", "deepspeed.launcher.runner")
 GONE: Final = 0
 """Stands for a process that is no more; no process has it."""
 
@@ -46,29 +48,51 @@ def processes_to_outlive(environment: Mapping[str, str]) -> tuple[int, ...]:
     """Processes without which this rank is an orphan: the launcher's, outermost last.
 
     GONE is among them if one has died before this was asked. A rank that anything else started has
-    no launcher to outlive.
+    no launcher to outlive, nor one whose launcher is outside of its container.
     """
-    if _TORCHRUN_VARIABLE in environment:
-        # Other programs start ranks by torchrun's library; they are Python too, and no init is.
-        return (_nearest(*_TORCHRUN_WORDS) or _nearest("python"),)
-    if _DEEPSPEED_VARIABLE not in environment:
+    variable = next((v for v in _VARIABLES if v in environment), None)
+    if "RANK" not in environment or variable is None or _is_in_outermost(variable):
         return ()
+    if _TORCHRUN_VARIABLE in environment:
+        # Other programs start ranks by torchrun's library; they are Python too.
+        return (_nearest(*_TORCHRUN_WORDS) or _nearest("python"),)
     inner = _nearest(_DEEPSPEED_WORD)
     if inner == GONE:
         return (GONE,)
     outer = _parent_of(inner)
-    if "deepspeed" in _command_line(outer):
+    if any(Path(word).name in _DEEPSPEED_COMMANDS for word in _words(outer)):
         return (inner, outer)
-    # Somebody may have started launch.py by hand, or by ssh: then it has a group of processes of
-    # its own, or that of its parent. The `deepspeed` command leaves it in its own group.
-    group = _group_of(inner)
-    left_behind = group not in (inner, _group_of(outer))
-    return (inner, GONE) if left_behind else (inner,)
+    return (inner, GONE) if _is_left_behind(inner, outer) else (inner,)
+
+
+def _is_left_behind(inner: int, outer: int) -> bool:
+    """Whether the `deepspeed` command started launch.py, and `outer` took it over.
+
+    The command leaves launch.py in its own group of processes. Who starts it by hand, or by ssh for
+    one of several nodes, gives it a group or is there, in the same session.
+    """
+    if any(word.startswith("--node_rank") for word in _words(inner)):
+        return False
+    with suppress(OSError):
+        in_other_group = os.getpgid(inner) not in (inner, os.getpgid(outer))
+        return in_other_group and os.getsid(inner) != os.getsid(outer)
+    return False
+
+
+def _is_in_outermost(variable: str) -> bool:
+    """Whether the process around all others here has it: a launcher outside started that one."""
+    *_, outermost = (os.getpid(), *_ancestors())
+    with suppress(OSError):
+        start = f"{variable}=".encode()
+        words = Path(f"/proc/{outermost}/environ").read_bytes().split(b"\0")
+        return any(word.startswith(start) for word in words)
+    return False
 
 
 def _nearest(*words: str) -> int:
     """The closest ancestor with one of the words in its command line, or GONE."""
-    return next((p for p in _ancestors() if any(w in _command_line(p) for w in words)), GONE)
+    told = ((pid, " ".join(_words(pid))) for pid in _ancestors())
+    return next((pid for pid, line in told if any(word in line for word in words)), GONE)
 
 
 def _ancestors() -> Iterator[int]:
@@ -78,22 +102,14 @@ def _ancestors() -> Iterator[int]:
         pid = _parent_of(pid)
 
 
-def _command_line(pid: int) -> str:
+def _words(pid: int) -> list[str]:
     with suppress(OSError):
-        return (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        )
-    return ""
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    return []
 
 
 def _parent_of(pid: int) -> int:
     with suppress(OSError):
         # The command name, in brackets, may hold spaces; the fields after it do not.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return GONE
-
-
-def _group_of(pid: int) -> int:
-    with suppress(OSError):
-        return os.getpgid(pid)
     return GONE

@@ -109,10 +109,12 @@ def memory_problem(
     if plan.certain * sharing <= available:
         return None
     where = "this GPU has" if on_gpu else "this host has"
-    every = "" if sharing == 1 else f" for its {sharing} ranks"
+    if sharing > 1:
+        where = f"{sharing} ranks take {sharing * plan.certain / GIB:.1f} GiB at least, and {where}"
+    alone = plan.state.certain * sharing <= available
     return (
         f"the run does not fit: {describe_need(config, plan, ranks=ranks)}; {where} "
-        f"{available / GIB:.1f} GiB free{every}. {_advice(config, plan, ranks=ranks)}; "
+        f"{available / GIB:.1f} GiB free. {_advice(config, plan, ranks=ranks, state_fits=alone)}; "
         "tools/plan.py --config … prints what each takes"
     )
 
@@ -142,10 +144,10 @@ def engine_title(engine: str) -> str:
     return "FSDP2" if engine == "fsdp2" else engine.replace("zero-", "ZeRO ")
 
 
-def _advice(config: RunConfig, plan: MemoryPlan, *, ranks: int) -> str:
+def _advice(config: RunConfig, plan: MemoryPlan, *, ranks: int, state_fits: bool) -> str:
     parameters = parameter_count(config.model)
     ways = []
-    if plan.certain > plan.state.certain:
+    if state_fits:
         ways.append("a smaller training.micro_batch_size")
         if plan.checkpointing != "full":
             ways.append("training.activation_checkpointing: full")

@@ -26,7 +26,7 @@ from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.dataset import open_dataset
 from mamba_dist.engine.world import World
-from mamba_dist.errors import BackendError, ConfigError, MambaDistError, StartError
+from mamba_dist.errors import BackendError, ConfigError, MambaDistError, ShortageError, StartError
 from mamba_dist.telemetry.merged_log import numbered
 from mamba_dist.train.build import Prepared, open_matching_sources, prepare
 from mamba_dist.train.engines import ops_backend
@@ -66,6 +66,8 @@ class Findings:
     """Seconds since 1970, right after all ranks met."""
     facts: Mapping[str, str]
     problems: Sequence[str] = ()
+    shortages: Sequence[str] = ()
+    """Problems that may be gone when it is started again."""
     warnings: Sequence[str] = ()
     crash: str = ""
     """What this rank will end with once it has told."""
@@ -76,6 +78,7 @@ def prepare_and_check(config: RunConfig, folder: HeldFolder, *, world: World) ->
 
     Raises:
         StartError: the objections of all ranks.
+        ShortageError: nothing but what may be gone when it is started again.
         RuntimeError: a rank could not look; that one raises what stopped it.
     """
     world.barrier()
@@ -99,14 +102,19 @@ def prepare_and_check(config: RunConfig, folder: HeldFolder, *, world: World) ->
     if world.rank == 0:
         for line in warnings_of(told):
             _log.warning("%s", line)
-    problems = problems_of(told)
-    if len(problems) == 1:
-        raise StartError(problems[0])
-    if problems:
-        numbers = (f"\n  {number}. {text}" for number, text in enumerate(problems, 1))
-        raise StartError(f"{len(problems)} problems at the start of the run:{''.join(numbers)}")
+    problems, shortages = problems_of(told), _once(told, [one.shortages for one in told])
+    if problems or shortages:
+        kind = StartError if problems else ShortageError
+        raise kind(_as_one([*problems, *shortages]))
     assert prepared is not None
     return prepared
+
+
+def _as_one(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    numbers = (f"\n  {number}. {text}" for number, text in enumerate(problems, 1))
+    return f"{len(problems)} problems at the start of the run:{''.join(numbers)}"
 
 
 def problems_of(told: Sequence[Findings]) -> list[str]:
@@ -131,6 +139,7 @@ def _look_around(
     config: RunConfig, folder: HeldFolder, *, world: World, clock_s: float, ranks_on_host: int
 ) -> tuple[Findings, Prepared | None]:
     problems, warnings, prepared = [], [], None
+    shortages: list[str] = []
     facts = {
         "the config": _digest([config.model_dump_json().encode()]),
         "Python": platform.python_version(),
@@ -148,7 +157,8 @@ def _look_around(
         problems += _why_not_prepared(config, error, ranks=world.size)
     # What it may object to besides is a problem already.
     with suppress(ConfigError):
-        problems += memory_objections(config, world=world, ranks_on_host=ranks_on_host)
+        too_little, shortages = memory_objections(config, world=world, ranks_on_host=ranks_on_host)
+        problems += too_little
     try:
         facts["the ops backend"] = ops_backend(config, device_type=world.device.type, log=False)
     except BackendError as error:
@@ -164,7 +174,7 @@ def _look_around(
         problems += too_little
         warnings += little
     host = socket.gethostname()
-    return Findings(world.rank, host, clock_s, facts, problems, warnings), prepared
+    return Findings(world.rank, host, clock_s, facts, problems, shortages, warnings), prepared
 
 
 def _why_not_prepared(config: RunConfig, first: MambaDistError, *, ranks: int) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from mamba_dist.checkpoint.free_memory import available_bytes
+from mamba_dist.checkpoint.free_memory import available_bytes, capacity_bytes
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.world import World, spare_memory
@@ -60,8 +60,11 @@ def disk_objections(config: RunConfig, *, ranks: int) -> tuple[list[str], list[s
     return [], []
 
 
-def memory_objections(config: RunConfig, *, world: World, ranks_on_host: int) -> list[str]:
-    """Says that the host or this rank's GPU cannot hold what the run certainly takes.
+def memory_objections(
+    config: RunConfig, *, world: World, ranks_on_host: int
+) -> tuple[list[str], list[str]]:
+    """Problems and shortages: what the run certainly takes is more than the host or this rank's GPU
+    has, or than others leave of it now.
 
     One rank of a host speaks for it. Where memory is only short, ranks on CPUs begin to spare it.
     All ranks must have looked before any of them takes some.
@@ -71,13 +74,17 @@ def memory_objections(config: RunConfig, *, world: World, ranks_on_host: int) ->
     """
     on_gpu = world.device.type == "cuda"
     sharing = 1 if on_gpu else ranks_on_host
-    available = torch.cuda.mem_get_info(world.device)[0] if on_gpu else available_bytes()
+    available, capacity = (
+        torch.cuda.mem_get_info(world.device) if on_gpu else (available_bytes(), capacity_bytes())
+    )
+    plan = memory_plan(config, ranks=world.size, on_gpu=on_gpu)
     problem = memory_problem(
         config, ranks=world.size, ranks_on_host=sharing, on_gpu=on_gpu, available=available
     )
     if problem is not None:
-        return [problem] if on_gpu or world.local_rank == 0 else []
-    needed = sharing * memory_plan(config, ranks=world.size, on_gpu=on_gpu).peak
+        told = [problem] if on_gpu or world.local_rank == 0 else []
+        return (told, []) if plan.certain * sharing > capacity else ([], told)
+    needed = sharing * plan.peak
     if not on_gpu and needed * KEPT_OVER_ALLOCATED > available:
         _log.info(
             "%.1f GiB are free for some %.1f: what is freed goes back to the system at once, which "
@@ -86,7 +93,7 @@ def memory_objections(config: RunConfig, *, world: World, ranks_on_host: int) ->
             needed / GIB,
         )
         spare_memory()
-    return []
+    return [], []
 
 
 def shared_memory_warning(world: World) -> list[str]:

@@ -51,7 +51,11 @@ def test_time_is_work_over_the_peak_that_is_used(capsys: pytest.CaptureFixture[s
     assert found["step_s"] == pytest.approx(work / (8 * 989e12 * 0.5))
     assert found["days"] == pytest.approx(found["steps"] * found["step_s"] / 86400)
     other = planned(capsys, "--gpus", "8", "--gpu-memory", "80", "--peak-tflops", "100")
-    assert other["step_s"] == pytest.approx(work / (8 * 100e12 * 0.4))
+    assert other["step_s"] == pytest.approx(work / (8 * 100e12 * other["mfu"]))
+    # What is slower is not planned at the same share of the peak.
+    slow = planned(capsys, "engine.zero_stage=3", "--gpus", "8")["step_s"]
+    fast = planned(capsys, "engine.zero_stage=0", "--gpus", "8")["step_s"]
+    assert slow == pytest.approx(2.2 * fast)
 
 
 def test_epochs_have_no_days_without_the_data(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,10 @@ def test_retention_may_take_a_checkpoint_once_three_newer_are_whole() -> None:
 
 
 def test_a_run_may_come_to_its_end_while_it_notices_its_event() -> None:
-    assert faults_of(replace(WELL, code=0, log=LOG + "finished at step 100")) == []
+    ended = replace(WELL, code=0, log=LOG + "finished at step 20", total_steps=20)
+    assert faults_of(ended) == []
+    unheard = replace(WELL, code=0, log=LOG + "finished at step 40", total_steps=40)
+    assert faults_of(unheard) == ["trained 28 steps to its end after the event"]
 
 
 def test_a_damaged_checkpoint_that_an_interrupted_start_left_is_none_that_was_lost() -> None:

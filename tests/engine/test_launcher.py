@@ -13,8 +13,8 @@ from processes import ROOT, clean_environment
 
 from mamba_dist.engine.launcher import GONE, launch_of, processes_to_outlive
 
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
-DEEPSPEED = {"CROSS_RANK": "0"}
+TORCHRUN = {"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+DEEPSPEED = {"RANK": "0", "CROSS_RANK": "0"}
 
 # Starts the next of a list of programs and waits for it; its own command line names itself alone.
 STAND_IN = """
@@ -44,7 +44,7 @@ def watched(
 
     The stand-in with the number `killed` is killed before the rank looks.
     """
-    stand_ins = [[sys.executable, "-c", STAND_IN, name] for name in names]
+    stand_ins = [[sys.executable, "-c", STAND_IN, *name.split()] for name in names]
     others = [*stand_ins[1:], [sys.executable, "-c", RANK, str(folder)]]
     begun = subprocess.Popen(
         stand_ins[0],
@@ -106,6 +106,11 @@ LAUNCH = "deepspeed.launcher.launch"
         # Another program of torchrun's library.
         (["accelerate"], TORCHRUN, None, [0]),
         (["bash"], {}, None, []),
+        # What another program left in the environment of a plain start.
+        (["bash"], {"CROSS_RANK": "0"}, None, []),
+        (["/home/deepspeed-runs/go.sh", LAUNCH], DEEPSPEED, None, [1]),
+        # On one of several nodes, by ssh and from a script that ends.
+        (["go.sh", f"{LAUNCH} --node_rank=0"], DEEPSPEED, 0, [1]),
         (["/bin/deepspeed", LAUNCH], DEEPSPEED, 0, [1, None]),
         (["bash", "/bin/deepspeed", LAUNCH], DEEPSPEED, 1, [2, None]),
     ],

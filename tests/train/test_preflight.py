@@ -10,7 +10,7 @@ import torch
 from written_checkpoint import OneRank
 
 from mamba_dist.config.schema import RunConfig
-from mamba_dist.errors import StartError
+from mamba_dist.errors import ShortageError, StartError
 from mamba_dist.train import preflight
 from mamba_dist.train.preflight import (
     Findings,
@@ -193,6 +193,24 @@ def test_a_link_to_nowhere_beside_the_code_ends_no_start(
     assert preflight._code_digest() == before
     (tmp_path / "train/preflight.py").rename(tmp_path / "preflight.py")
     assert preflight._code_digest() != before
+
+
+def test_what_may_be_gone_later_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = taken(tmp_path)
+    monkeypatch.setattr(preflight, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(preflight, "_described", lambda _: "data")
+    monkeypatch.setattr(preflight, "memory_objections", lambda *_, **__: ([], ["little is free"]))
+    monkeypatch.setattr(preflight, "disk_objections", lambda *_, **__: ([], []))
+    with pytest.raises(ShortageError) as raised:
+        prepare_and_check(config(tmp_path), folder, world=Others(shortages=()))
+    assert raised.value.exit_code == 75
+    assert str(raised.value).endswith("(rank 0): little is free")
+    with pytest.raises(StartError, match="2 problems") as raised:
+        prepare_and_check(config(tmp_path), folder, world=Others(shortages=(), problems=["other"]))
+    assert raised.value.exit_code == 2
+    folder.release()
 
 
 def test_a_rank_that_cannot_look_ends_all_with_its_reason(

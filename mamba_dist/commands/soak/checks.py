@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from mamba_dist.commands.soak.disturbance import Struck
+from mamba_dist.commands.soak.disturbance import ENDED_BEFORE, Struck
 from mamba_dist.commands.soak.made_run import KEEP_LAST
 from mamba_dist.commands.soak.plan import RoundPlan
 from mamba_dist.commands.soak.survey import Survey
@@ -17,6 +17,8 @@ _TOLD: Final = 2
 _KILLED: Final = -9
 # Ranks look after their launcher twice a second, and a step takes a twentieth of one at least.
 _NOTICED_WITHIN_STEPS: Final = 100
+# A rank that is told itself brings it to the next step's vote.
+_HEARD_WITHIN_STEPS: Final = 10
 # By its number as a process that is gone has it, and as a launcher passes it on.
 _SIGNALS: Final = {"SIGTERM": (-15, 143, 241), "SIGINT": (-2, 130, 254), "SIGUSR1": (-10, 246)}
 
@@ -101,8 +103,10 @@ def _exit_faults(seen: Seen) -> list[str]:
         if f"finished at step {seen.total_steps}" not in seen.log:
             return ["exit code 0 before the last step of the run"]
         more = seen.total_steps - (seen.struck.step or seen.before.newest)
-        return [f"trained {more} steps to its end after the event"] * (more > _NOTICED_WITHIN_STEPS)
-    if missed and "ended before it" in (seen.struck.missed or ""):
+        most = _NOTICED_WITHIN_STEPS if seen.plan.strikes_launcher else _HEARD_WITHIN_STEPS
+        late = more > most and seen.struck.missed != ENDED_BEFORE
+        return [f"trained {more} steps to its end after the event"] * late
+    if seen.struck.missed == ENDED_BEFORE:
         return [f"it ended by itself with exit code {seen.code}"]
     allowed = allowed_codes(seen.plan, stepped=seen.struck.step is not None, done=not missed)
     if seen.code not in allowed:

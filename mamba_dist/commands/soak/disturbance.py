@@ -22,6 +22,9 @@ _START_TIMEOUT_S: Final = 180.0
 _EVENT_TIMEOUT_S: Final = 30.0
 
 
+ENDED_BEFORE: Final = "the launch ended before it"
+
+
 @dataclass(frozen=True)
 class Struck:
     """How an event met its run.
@@ -45,7 +48,7 @@ def disturb(
     if not _wait_for_moment(launch, plan, run_dir=run_dir, start_s=start_s):
         step, newest = launch.last_step(), max(committed_steps(run_dir), default=0)
         if launch.ended:
-            return Struck(step, newest, missed="the launch ended before it")
+            return Struck(step, newest, missed=ENDED_BEFORE)
         fault = f"it came to no {plan.moment} within {_START_TIMEOUT_S:.0f} s"
         return Struck(step, newest, missed=fault, faults=(fault,))
     if plan.event.startswith("full disk"):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mamba_dist.commands.soak.comparison import Comparison
+from mamba_dist.commands.soak.disturbance import ENDED_BEFORE
 from mamba_dist.commands.soak.rounds import RoundResult
 
 
@@ -63,7 +64,9 @@ def summary(
         "faults": list(faults),
         "seconds": round(seconds, 1),
     }
-    held = not faults and not wrong
+    # A disk that cannot be had is said; a run that ends before its events is too short for them.
+    too_short = any(one.missed == ENDED_BEFORE for one in results)
+    held = not faults and not wrong and not too_short
     kinds = "".join(f"\n             {count:3} {event}" for event, count in sorted(done.items()))
     kinds += "".join(
         f"\n             {count:3} {event} NOT DONE" for event, count in sorted(missed.items())
@@ -80,6 +83,7 @@ def summary(
             f"{tolerances[0]:g}), {comparison.largest_metrics_difference:.2g} in metrics.jsonl",
             f"weights    {weights:.2g} away, relative L2 (allowed {tolerances[1]:g})",
             *(f"FAULT      {one}" for one in faults),
+            *["FAULT      the run ended before its events"] * too_short,
             f"verdict    {'all held' if held else 'FAILED'}",
         ]
     )
