@@ -43,8 +43,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests that start no ranks and look at no clock share the cores; each of the others has them to itself.
-SHARING := tests/config tests/inference tests/model tests/ops
+# Tests that start no ranks share the cores; each of the others has them to itself.
+SHARING := tests/config tests/data tests/inference tests/model tests/ops
 
 test: install
 	$(BIN)/python -m pytest -n logical --dist loadfile $(SHARING)
