@@ -71,7 +71,8 @@ class StartsFile:
         versions: Mapping[str, str],
     ) -> None:
         """A start, of which nothing else is known yet."""
-        self._began_at = round(time.time(), 3)
+        # Its lines know each other by it: to the microsecond, in which no start can be written.
+        self._began_at = round(time.time(), 6)
         self._append(
             "start",
             at=self._began_at,
