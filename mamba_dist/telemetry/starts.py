@@ -93,7 +93,7 @@ class StartsFile:
         self._tell("end", reason=reason, detail=detail, exit_code=exit_code, step=step)
 
     def _tell(self, event: str, **fields: Any) -> None:
-        self._append(event, of=self._began_at, at=round(time.time(), 3), **fields)
+        self._append(event, of=self._began_at, at=round(time.time(), 6), **fields)
 
     def _append(self, event: str, **fields: Any) -> None:
         line = json.dumps({"event": event, **fields}) + "\n"
