@@ -20,7 +20,7 @@ from mamba_dist.config.load import load_config
 from mamba_dist.config.schema import ActivationCheckpointing, RunConfig
 from mamba_dist.errors import MambaDistError
 from mamba_dist.model.flops import flops_per_token, parameter_count
-from mamba_dist.train.memory import GIB, MemoryPlan, engine_title, memory_plan
+from mamba_dist.train.memory import GIB, SAVED_BYTES, MemoryPlan, engine_title, memory_plan
 from mamba_dist.train.schedule import total_steps
 
 EXIT_DOES_NOT_FIT = 1
@@ -289,10 +289,10 @@ def _print_work(config: RunConfig, machine: Machine, work: dict[str, Any]) -> No
 
 def _print_saves(config: RunConfig, machine: Machine, parameters: int) -> None:
     mode = config.checkpoint.save_mode
-    share = 12 * parameters / machine.ranks / GIB
+    share = SAVED_BYTES * parameters / machine.ranks / GIB
     where = "of the host's memory besides, " if machine.on_gpu else "besides, "
     print(
-        f"saves: {12 * parameters / GIB:.1f} GiB on the disk each; "
+        f"saves: {SAVED_BYTES * parameters / GIB:.1f} GiB on the disk each; "
         + (
             "streaming needs no memory"
             if mode == "streaming"

@@ -75,6 +75,11 @@ def stage_for(config: EngineConfig, *, ranks: int) -> int:
     return config.zero_stage if ranks > 1 else 0
 
 
+def engine_name(config: EngineConfig, *, ranks: int) -> str:
+    """zero-0 to zero-3, or fsdp2: what runs, and what a checkpoint says of its writer."""
+    return "fsdp2" if config.kind == "fsdp2" else f"zero-{stage_for(config, ranks=ranks)}"
+
+
 def state_bytes(
     size: ModelSize, config: EngineConfig, *, ranks: int, accumulation_steps: int, on_gpu: bool
 ) -> StateBytes:

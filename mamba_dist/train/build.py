@@ -25,6 +25,7 @@ from mamba_dist.data.segments import RunOrder
 from mamba_dist.data.tokenization import check_tokenizer
 from mamba_dist.data.training_sources import RunData, TrainingSource, new_run, open_sources
 from mamba_dist.engine.base import Engine
+from mamba_dist.engine.memory import engine_name
 from mamba_dist.engine.world import World
 from mamba_dist.errors import ConfigError, DataError
 from mamba_dist.model.flops import flops_per_token
@@ -32,7 +33,7 @@ from mamba_dist.model.param_groups import ParamClass, format_table
 from mamba_dist.telemetry.metrics import ConsoleSink, JsonlSink, Metrics, Sink
 from mamba_dist.telemetry.progress import progress as progress_bar
 from mamba_dist.telemetry.tensorboard_sink import TensorBoardSink
-from mamba_dist.train.engines import build_engine, engine_name
+from mamba_dist.train.engines import build_engine
 from mamba_dist.train.guard import SkipGuard
 from mamba_dist.train.meter import Meter
 from mamba_dist.train.run_folder import run_folder

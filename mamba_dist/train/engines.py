@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import torch
 
 from mamba_dist.config.batch import BatchPlan
-from mamba_dist.config.engine import EngineConfig
 from mamba_dist.config.schema import RunConfig, TrainingConfig
 from mamba_dist.engine import fsdp2, zero
 from mamba_dist.engine.base import Engine, OptimizerSettings, ParameterGroup
@@ -23,11 +22,6 @@ from mamba_dist.ops.cuda_graph import CudaRecorder
 from mamba_dist.ops.ssd.gpu import has_kernel as has_ssd_kernel
 
 _log = logging.getLogger(__name__)
-
-
-def engine_name(config: EngineConfig, *, ranks: int) -> str:
-    """What a checkpoint says of the engine that wrote it."""
-    return "fsdp2" if config.kind == "fsdp2" else f"zero-{stage_for(config, ranks=ranks)}"
 
 
 def build_engine(

@@ -10,11 +10,13 @@ from typing import Final
 
 from mamba_dist.config.batch import batch_plan
 from mamba_dist.config.schema import ActivationCheckpointing, RunConfig
-from mamba_dist.engine.memory import ModelSize, StateBytes, stage_for, state_bytes
+from mamba_dist.engine.memory import ModelSize, StateBytes, engine_name, state_bytes
 from mamba_dist.model.flops import layer_parameters, parameter_count
 from mamba_dist.model.memory import ActivationBytes, MicroBatch, activation_bytes
 
 GIB: Final = 1 << 30
+SAVED_BYTES: Final = 12
+"""Of a parameter in a checkpoint: itself and AdamW's two moments, in fp32."""
 # Resident after the imports of torch and DeepSpeed and the start of gloo; a CUDA context.
 _CPU_PROCESS: Final = 600 << 20
 _GPU_PROCESS: Final = 512 << 20
@@ -70,9 +72,7 @@ def memory_plan(config: RunConfig, *, ranks: int, on_gpu: bool) -> MemoryPlan:
     layer = layer_parameters(model)
     parameters = parameter_count(model)
     return MemoryPlan(
-        engine="fsdp2"
-        if config.engine.kind == "fsdp2"
-        else f"zero-{stage_for(config.engine, ranks=ranks)}",
+        engine=engine_name(config.engine, ranks=ranks),
         checkpointing=training.activation_checkpointing,
         state=state_bytes(
             ModelSize(parameters, layer, parameters - layer * model.n_layers),

@@ -13,13 +13,17 @@ from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.world import World, spare_memory
 from mamba_dist.model.flops import parameter_count
-from mamba_dist.train.memory import GIB, KEPT_OVER_ALLOCATED, memory_plan, memory_problem
+from mamba_dist.train.memory import (
+    GIB,
+    KEPT_OVER_ALLOCATED,
+    SAVED_BYTES,
+    memory_plan,
+    memory_problem,
+)
 from mamba_dist.train.run_folder import run_folder
 
 _log = logging.getLogger(__name__)
 
-_STATE_BYTES: Final = 12
-"""Of a parameter in a checkpoint: itself and AdamW's two moments, in fp32."""
 _SHARED_MEMORY = Path("/dev/shm")
 # What NCCL takes for the ranks of one host, and the 64 MiB of Docker are too little for.
 _NCCL_BYTES: Final = 32 << 20
@@ -34,7 +38,7 @@ def disk_objections(config: RunConfig, *, ranks: int) -> tuple[list[str], list[s
     run_dir = run_folder(config)
     disk = os.statvfs(run_dir)
     free = disk.f_bavail * disk.f_frsize
-    one = _STATE_BYTES * parameter_count(config.model)
+    one = SAVED_BYTES * parameter_count(config.model)
     # The file system may not count them (0 of 0), and a checkpoint has its manifest and folder too.
     if disk.f_files and disk.f_favail < ranks + 2:
         return [
@@ -124,4 +128,4 @@ def _size(folder: Path) -> int:
 
 
 def _gib(size: float) -> str:
-    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 29 else f"{size / (1 << 20):.1f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= 1 << 29 else f"{size / (1 << 20):.1f} MiB"
