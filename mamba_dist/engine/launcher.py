@@ -69,7 +69,8 @@ def _is_left_behind(inner: int, outer: int) -> bool:
     """Whether the `deepspeed` command started launch.py, and `outer` took it over.
 
     The command leaves launch.py in its own group of processes. Who starts it by hand, or by ssh for
-    one of several nodes, gives it a group or is there, in the same session.
+    one of several nodes, gives it a group or is there, in the same session. A container's first
+    process that takes launch.py over within its own session cannot be told from such a script.
     """
     if any(word.startswith("--node_rank") for word in _words(inner)):
         return False

@@ -54,6 +54,8 @@ def watched(
             "PYTHONPATH": str(ROOT),
             "NEXT": json.dumps(others),
         },
+        # Whoever takes over the stand-ins of a killed one may be in the session of the tests.
+        start_new_session=True,
     )
     try:
         wait_for(folder / "ready")
