@@ -9,7 +9,7 @@ from mamba_dist.checkpoint.layout import checkpoint_folder, staging_folder
 from mamba_dist.checkpoint.manifest import Progress, TokenizerRecord
 from mamba_dist.checkpoint.rank_file import write_rank
 from mamba_dist.checkpoint.ranks import OneRank
-from mamba_dist.checkpoint.store import Snapshot, commit
+from mamba_dist.checkpoint.store import Snapshot, commit, prepare_staging
 from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
 from mamba_dist.engine.base import STATE_KINDS, Fragment, flat_share
 
@@ -106,10 +106,28 @@ def write_as_ranks(
     **progress,
 ) -> Path:
     """A save of `size` ranks, one after the other in this process, by its own stages."""
-    staging, folder = staging_folder(run_dir, step), checkpoint_folder(run_dir, step)
-    staging.mkdir(parents=True)
-    for rank in range(size):
+    folder = checkpoint_folder(run_dir, step)
+    staging = stage_as_ranks(run_dir, step, size, state=state, flat=flat, config=config, **progress)
+    commit(staging, folder)
+    return folder
+
+
+def stage_as_ranks(
+    run_dir: Path,
+    step: int,
+    size: int,
+    *,
+    written: Iterable[int] | None = None,
+    state: State | None = None,
+    flat: bool = False,
+    config: RunConfig | None = None,
+    **progress,
+) -> Path:
+    """A save of `size` ranks before its commit, with the parts of the `written` ones, or of all."""
+    taken = snapshot(step, config=config, **progress)
+    prepare_staging(run_dir, taken, ranks=RankOf(0, size))
+    staging = staging_folder(run_dir, step)
+    for rank in range(size) if written is None else written:
         fragments = fragments_of(step, rank=rank, size=size, state=state, flat=flat)
         write_rank(staging, rank, fragments)
-    commit(staging, folder, snapshot(step, config=config, **progress), world_size=size)
-    return folder
+    return staging

@@ -48,12 +48,11 @@ class BackgroundSave:
         """Committed, or failed and nothing left of it."""
         self._folder = checkpoint_folder(run_dir, self.step)
         self._staging = staging_folder(run_dir, self.step)
-        self._snapshot = snapshot
         self._ranks = ranks
         self._committed = committed
         self._committing = False
         self._abandoned = threading.Event()
-        prepare_staging(run_dir, self.step, ranks=ranks)
+        prepare_staging(run_dir, snapshot, ranks=ranks)
 
         def write() -> None:
             complete()
@@ -121,7 +120,7 @@ class BackgroundSave:
             self._task = Task(self._commit)
 
     def _commit(self) -> None:
-        commit(self._staging, self._folder, self._snapshot, world_size=self._ranks.size)
+        commit(self._staging, self._folder)
         self._committed(self._folder)
 
 

@@ -3,7 +3,10 @@
 checkpoints/step-00001000/             committed: the rename onto this name is the commit
     manifest.json
     rank-00000.safetensors             the fragments of rank 0
-checkpoints/step-00002000.partial/     being written, or left behind by a kill
+checkpoints/step-00002000.partial/     being written, or left behind by a kill: a start commits it
+                                       if all is in it, and else removes it
+    begun.json                         the manifest, but for what ranks have written
+    rank-00000.safetensors.json        what rank 0 has written
 checkpoints/step-00003000.removed/     being deleted, or left behind by a kill
 checkpoints/step-00004000.damaged/     found damaged at a resume, kept for a person
 checkpoints/step-00005000.abandoned/   written in a row of skipped steps that a rollback took back
@@ -16,7 +19,9 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
+BEGUN_MANIFEST = "begun.json"
 _COMMITTED = re.compile(r"step-(\d{8,})")
+_STAGED = re.compile(r"step-(\d{8,})\.partial")
 _LEFT_BEHIND = re.compile(r"step-\d{8,}\.(partial|removed)")
 
 
@@ -55,11 +60,12 @@ def rank_file(rank: int) -> str:
 
 def committed_steps(run_dir: Path) -> list[int]:
     """Steps of all committed checkpoints of a run, ascending."""
-    folder = checkpoints_folder(run_dir)
-    if not folder.is_dir():
-        return []
-    matches = [_COMMITTED.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir()]
-    return sorted(int(match[1]) for match in matches if match)
+    return _steps_named(_COMMITTED, run_dir)
+
+
+def staged_steps(run_dir: Path) -> list[int]:
+    """Steps of all saves of a run that were begun and not committed, ascending."""
+    return _steps_named(_STAGED, run_dir)
 
 
 def unfinished(folder: Path) -> bool:
@@ -104,6 +110,14 @@ def set_aside(run_dir: Path, step: int, *, suffix: str = ".damaged") -> str:
         shutil.rmtree(kept)
     os.rename(folder, kept)
     return kept.name
+
+
+def _steps_named(form: re.Pattern[str], run_dir: Path) -> list[int]:
+    folder = checkpoints_folder(run_dir)
+    if not folder.is_dir():
+        return []
+    matches = [form.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def sync_folder(folder: Path) -> None:

@@ -113,14 +113,14 @@ def manifest_text(manifest: CheckpointManifest) -> str:
     return _compact({"manifest": body, "sha256": _hash_of_body(body)})
 
 
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """The manifest of a committed checkpoint.
+def read_manifest(folder: Path, *, name: str = MANIFEST) -> CheckpointManifest:
+    """The manifest of a checkpoint.
 
     Raises:
         CheckpointError: it is missing, damaged, or not readable as one.
         OtherVersionError: it is whole, and of another version.
     """
-    path = folder / MANIFEST
+    path = folder / name
     try:
         text = path.read_bytes()
         stored = json.loads(text)

@@ -116,7 +116,7 @@ def records_are_complete(staging: Path, *, ranks: int) -> bool:
 def remove_rank_records(staging: Path, *, ranks: int) -> None:
     """Removes what `take_rank_records` read, once the manifest says the same."""
     for rank in range(ranks):
-        _record_path(staging, rank).unlink()
+        _record_path(staging, rank).unlink(missing_ok=True)
 
 
 def tensor_key(name: str, kind: StateKind) -> str:

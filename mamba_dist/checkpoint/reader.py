@@ -4,6 +4,7 @@ A name is never trusted: a checkpoint counts only if every file has the size and
 manifest says.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from mamba_dist.checkpoint.layout import (
     checkpoints_folder,
     committed_steps,
     set_aside,
+    staged_steps,
+    staging_folder,
 )
 from mamba_dist.checkpoint.manifest import (
     FragmentRecord,
@@ -251,8 +254,12 @@ def require_same_model(reader: CheckpointReader, model: MambaConfig) -> None:
 def set_aside_newer(run_dir: Path, step: int, *, suffix: str = ".damaged") -> list[str]:
     """Renames the checkpoints after `step`, found damaged or abandoned; call on one rank only.
 
-    Their steps are trained again, and neither their names nor retention may mistake them for whole.
+    Their steps are trained again, and neither their names nor retention may mistake them for whole;
+    nor may a later start commit a save of such a step that could not be removed when it failed.
     """
+    for staged in staged_steps(run_dir):
+        if staged > step:
+            shutil.rmtree(staging_folder(run_dir, staged))
     return [set_aside(run_dir, s, suffix=suffix) for s in committed_steps(run_dir) if s > step]
 
 

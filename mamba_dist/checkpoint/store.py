@@ -1,7 +1,8 @@
 """Saves a checkpoint: staged by all ranks, hashed, forced to the disk, committed by one rename.
 
 Every rank writes its state (`write_rank`), and rank 0 commits what all have written. Here training
-waits for it; `background` does the same beside it, from a copy.
+waits for it; `background` does the same beside it, from a copy. All that the commit needs stands in
+the staging folder, so that a start can finish the save of a process that was killed.
 """
 
 import os
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mamba_dist.checkpoint.layout import (
+    BEGUN_MANIFEST,
     MANIFEST,
     checkpoint_folder,
     make_staging_folder,
+    staged_steps,
     staging_folder,
     sync_folder,
 )
@@ -23,6 +26,7 @@ from mamba_dist.checkpoint.manifest import (
     Progress,
     TokenizerRecord,
     manifest_text,
+    read_manifest,
 )
 from mamba_dist.checkpoint.rank_file import (
     remove_rank_records,
@@ -65,38 +69,83 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> Path:
     """
     step = snapshot.progress.step
     folder, staging = checkpoint_folder(run_dir, step), staging_folder(run_dir, step)
-    prepare_staging(run_dir, step, ranks=ranks)
+    prepare_staging(run_dir, snapshot, ranks=ranks)
     with _agreed(ranks, staging):
         write_rank(staging, ranks.rank, snapshot.fragments)
     with _agreed(ranks, staging):
         if ranks.rank == 0:
-            commit(staging, folder, snapshot, world_size=ranks.size)
+            commit(staging, folder)
     return folder
 
 
-def prepare_staging(run_dir: Path, step: int, *, ranks: Ranks) -> None:
-    """Makes the empty folder that all ranks write into; called by all of them.
+def prepare_staging(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> None:
+    """Makes the folder that all ranks write into, with what is known before; called by all of them.
 
     Raises:
         CheckpointError: on every rank, if it could not be made.
     """
+    step = snapshot.progress.step
     with _agreed(ranks, staging_folder(run_dir, step)):
         if ranks.rank == 0:
-            make_staging_folder(run_dir, step)
+            begun = manifest_text(_begun(snapshot, world_size=ranks.size))
+            write_synced(make_staging_folder(run_dir, step) / BEGUN_MANIFEST, begun)
 
 
-def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) -> None:
+def commit(staging: Path, folder: Path) -> None:
     """Makes what all ranks have written into `staging` the checkpoint `folder`.
 
     Raises:
+        CheckpointError: a rank has not written its part, or a file changed since.
         OSError: it could not be written, or not be made durable.
-        DamagedCheckpointError: a file is not there any more.
     """
-    records = take_rank_records(staging, ranks=world_size)
-    shapes: dict[str, list[int]] = {}
-    for record in records:
-        shapes.update(record.shapes)
-    manifest = CheckpointManifest(
+    manifest = _committed_before(staging) or _complete(staging)
+    damage = next(file_damage(staging, manifest.files), None)
+    if damage is not None:
+        raise DamagedCheckpointError(f"{damage}: something else changes this folder")
+    # Only once the manifest is on the disk is what it was made of not needed any more.
+    remove_rank_records(staging, ranks=manifest.world_size)
+    (staging / BEGUN_MANIFEST).unlink(missing_ok=True)
+    sync_folder(staging)
+    os.rename(staging, folder)
+    sync_folder(folder.parent)
+
+
+def finish_saves(run_dir: Path) -> list[Path]:
+    """The checkpoints that ended processes had written whole, which are committed now.
+
+    Called while nothing else writes there; what they had written in part is left as it is.
+
+    Raises:
+        OSError: a commit could not be written.
+    """
+    finished = []
+    for step in written_steps(run_dir):
+        folder = checkpoint_folder(run_dir, step)
+        commit(staging_folder(run_dir, step), folder)
+        finished.append(folder)
+    return finished
+
+
+def written_steps(run_dir: Path) -> list[int]:
+    """Steps of the saves, ascending, that lack nothing but the commit; contents are not read."""
+    return [
+        step
+        for step in staged_steps(run_dir)
+        if not checkpoint_folder(run_dir, step).exists()
+        and _is_written(staging_folder(run_dir, step), step)
+    ]
+
+
+def _is_written(staging: Path, step: int) -> bool:
+    try:
+        manifest = _committed_before(staging) or _collected(staging)
+    except (CheckpointError, OSError):
+        return False
+    return manifest.progress.step == step and not any(file_damage(staging, manifest.files))
+
+
+def _begun(snapshot: Snapshot, *, world_size: int) -> CheckpointManifest:
+    return CheckpointManifest(
         progress=snapshot.progress,
         adam_steps=snapshot.adam_steps,
         world_size=world_size,
@@ -106,18 +155,45 @@ def commit(staging: Path, folder: Path, snapshot: Snapshot, *, world_size: int) 
         val_loss=snapshot.val_loss,
         config=snapshot.config,
         tokenizer=snapshot.tokenizer,
-        shapes=shapes,
-        files=[record.file for record in records],
-        fragments=[fragment for record in records for fragment in record.fragments],
+        shapes={},
+        files=[],
+        fragments=[],
     )
+
+
+def _committed_before(staging: Path) -> CheckpointManifest | None:
+    """The manifest of a commit that was cut off after it had stood on the disk, if it was."""
+    try:
+        return read_manifest(staging)
+    except CheckpointError:
+        return None
+
+
+def _collected(staging: Path) -> CheckpointManifest:
+    """The manifest of what all ranks have written.
+
+    Raises:
+        CheckpointError: a part is not there, or not whole.
+    """
+    begun = read_manifest(staging, name=BEGUN_MANIFEST)
+    try:
+        records = take_rank_records(staging, ranks=begun.world_size)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{staging}: a rank's part is not there ({error})") from error
+    return begun.model_copy(
+        update={
+            "shapes": {name: shape for r in records for name, shape in r.shapes.items()},
+            "files": [record.file for record in records],
+            "fragments": [fragment for record in records for fragment in record.fragments],
+        }
+    )
+
+
+def _complete(staging: Path) -> CheckpointManifest:
+    """The manifest, which is on the disk now."""
+    manifest = _collected(staging)
     write_synced(staging / MANIFEST, manifest_text(manifest))
-    remove_rank_records(staging, ranks=world_size)
-    damage = next(file_damage(staging, manifest.files), None)
-    if damage is not None:
-        raise DamagedCheckpointError(f"{damage}: something else changes this folder")
-    sync_folder(staging)
-    os.rename(staging, folder)
-    sync_folder(folder.parent)
+    return manifest
 
 
 def not_written(staging: Path, failure: BaseException | None) -> CheckpointError:

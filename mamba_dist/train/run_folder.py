@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from mamba_dist.checkpoint.layout import remove_left_behind
+from mamba_dist.checkpoint.store import finish_saves
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.world import World
 from mamba_dist.errors import TrainingError
@@ -44,7 +45,7 @@ class HeldFolder:
         self._mark = ""
 
     def take(self) -> None:
-        """Makes the folder and holds it, cleaned of what a kill left in it.
+        """Makes the folder and holds it; a save that a kill left in it is finished or removed.
 
         Raises:
             TrainingError: on all ranks, if another run holds the folder or it cannot be written.
@@ -55,6 +56,8 @@ class HeldFolder:
         if self._world.rank == 0:
             try:
                 _write(self._hold(), self._mark)
+                for folder in finish_saves(self._run_dir):
+                    _log.warning("committed %s, all of which an interrupted save left", folder)
                 for name in remove_left_behind(self._run_dir):
                     _log.warning("removed %s, which an interrupted save left behind", name)
             except BlockingIOError:

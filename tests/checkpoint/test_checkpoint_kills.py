@@ -1,5 +1,6 @@
 """kill -9, a full disk and a vanished folder at every change of the disk that a save makes."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ from mamba_dist.checkpoint.layout import (
     checkpoints_folder,
     committed_steps,
     remove_left_behind,
+    staging_folder,
 )
 from mamba_dist.checkpoint.manifest import read_manifest
 from mamba_dist.checkpoint.reader import find_checkpoint
 from mamba_dist.checkpoint.retention import Retention
-from mamba_dist.checkpoint.store import save_checkpoint
+from mamba_dist.checkpoint.store import finish_saves, save_checkpoint
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.config.schema import CheckpointConfig
 from mamba_dist.errors import CheckpointError
 
-# Of rank 0: the staging folder, each of its two files and the manifest in two changes and
-# an fsync, two records removed, the rename and two more fsyncs; then what retention does.
-AT_LEAST_CHANGES = {0: 15, 1: 6}
+# Of rank 0: the staging folder, what it begins with, each of its two files and the manifest in two
+# changes and an fsync, three files removed, the rename and two more fsyncs; then what retention
+# does.
+AT_LEAST_CHANGES = {0: 19, 1: 6}
 
 
 def committed_are_whole(run_dir: Path) -> list[int]:
@@ -49,6 +52,18 @@ def resumed_step(run_dir: Path) -> int | None:
     return reader.step
 
 
+def nothing_is_missing(run_dir: Path, step: int) -> bool:
+    """Whether all ranks have left a whole record of their part, or more was done since."""
+    for rank in range(RANKS):
+        record = staging_folder(run_dir, step) / f"rank-{rank:05d}.safetensors.json"
+        try:
+            json.loads(record.read_text())
+        except (OSError, ValueError):
+            # The ranks' records go once the manifest holds what is in them.
+            return (record.parent / "manifest.json").exists() and not record.exists()
+    return True
+
+
 def prepared(run_dir: Path, *, saved: bool) -> None:
     run_dir.mkdir()
     if saved:
@@ -70,17 +85,21 @@ def places(tmp_path: Path, *, saved: bool) -> list[tuple[int, int]]:
 def test_after_a_kill_at_any_change_the_next_start_goes_on_from_a_whole_checkpoint(
     tmp_path: Path, fault: Fault, saved: bool
 ) -> None:
-    before, reached = (1 if saved else None), set()
+    before, reached, finished = (1 if saved else None), set(), 0
     for victim, at in places(tmp_path, saved=saved):
         run_dir = tmp_path / f"{victim}-{at}"
         prepared(run_dir, saved=saved)
         outcome = save(FaultyDisk(run_dir, fault, victim, at), 2)
         assert outcome.killed, (victim, at)
-        assert set(committed_are_whole(run_dir)) <= {1, 2}
+        committed = committed_are_whole(run_dir)
+        assert set(committed) <= {1, 2}
 
+        written = nothing_is_missing(run_dir, 2)
+        finished += written
+        assert finish_saves(run_dir) == [checkpoint_folder(run_dir, 2)] * written, (victim, at)
         remove_left_behind(run_dir)
         step = resumed_step(run_dir)
-        assert step in (before, 2), (victim, at)
+        assert step == (2 if written or 2 in committed else before), (victim, at)
         reached.add(step)
         if step != 2:
             assert set(save(FaultyDisk(run_dir), 2).endings.values()) == {None}
@@ -90,6 +109,8 @@ def test_after_a_kill_at_any_change_the_next_start_goes_on_from_a_whole_checkpoi
             "step-00000003"
         ]
     assert reached == {before, 2}
+    # Of rank 0: from the manifest to the rename.
+    assert finished >= 8
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only", "deleted"])

@@ -1,7 +1,7 @@
 """Checkpoints on a real disk: the committed is whole, the damaged is named and never loaded."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from written_checkpoint import (
     fragments_of,
     run_config,
     snapshot,
+    stage_as_ranks,
     state_of,
     write_as_ranks,
 )
@@ -41,7 +42,7 @@ from mamba_dist.checkpoint.reader import (
 )
 from mamba_dist.checkpoint.reshard import pieces_of_range, require_exact_cover
 from mamba_dist.checkpoint.retention import Retention
-from mamba_dist.checkpoint.store import save_checkpoint
+from mamba_dist.checkpoint.store import finish_saves, save_checkpoint
 from mamba_dist.config.schema import CheckpointConfig
 from mamba_dist.engine.base import flat_share
 from mamba_dist.errors import CheckpointError, OtherVersionError
@@ -103,6 +104,48 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_cleaned_up(tmp_path: Path) 
     assert not staging.exists()
     save(tmp_path, 2)
     assert committed_steps(tmp_path) == [1, 2]
+
+
+def test_a_save_that_lacks_nothing_but_the_commit_is_committed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    staged = stage_as_ranks(tmp_path, 2, 3, val_loss=1.5)
+    assert finish_saves(tmp_path) == [checkpoint_folder(tmp_path, 2)]
+    assert not staged.exists()
+    whole = read_manifest(write_as_ranks(tmp_path / "other", 2, 3, val_loss=1.5))
+    assert read_manifest(checkpoint_folder(tmp_path, 2)) == whole
+    assert sorted(p.name for p in files_of(checkpoint_folder(tmp_path, 2))) == [
+        "manifest.json",
+        *(f"rank-{rank:05d}.safetensors" for rank in range(3)),
+    ]
+    assert finish_saves(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda s: (s / "rank-00001.safetensors.json").unlink(), id="a part not there"),
+        pytest.param(lambda s: (s / "begun.json").unlink(), id="what it began with not there"),
+        pytest.param(lambda s: os.truncate(s / "rank-00001.safetensors", 99), id="a part cut off"),
+        pytest.param(lambda s: os.truncate(s / "begun.json", 99), id="its beginning cut off"),
+        pytest.param(lambda s: s.rename(s.with_name("step-00000007.partial")), id="another step's"),
+        pytest.param(
+            lambda s: write_as_ranks(s.parents[1], 7, 1).rename(s.parent / "step-00000002"),
+            id="committed already",
+        ),
+    ],
+)
+def test_a_save_that_lacks_more_is_not(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    spoil(stage_as_ranks(tmp_path, 2, 2))
+    assert finish_saves(tmp_path) == []
+    assert len(remove_left_behind(tmp_path)) == 1
+
+
+def test_a_step_that_was_set_aside_is_not_committed_by_a_later_start(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    stage_as_ranks(tmp_path, 2, 2)
+    set_aside_newer(tmp_path, 1, suffix=".abandoned")
+    assert finish_saves(tmp_path) == []
+    assert committed_steps(tmp_path) == [1]
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -61,7 +61,7 @@ def test_a_round_in_which_all_went_well_has_no_fault() -> None:
         ({"code": 0}, "exit code 0 before the last step"),
         (
             {"resumed": 4, "first_step": 5},
-            "went on from step 4, the newest whole checkpoint was of 8",
+            "went on from step 4, the newest whole or written checkpoint was of 8",
         ),
         ({"first_step": 10}, "went on from step 8, and trained 10 first"),
         ({"log": LOG.replace("rank-00001.s", "rank-00000.s")}, "without naming rank-00001"),
@@ -90,6 +90,19 @@ def test_what_went_wrong_is_said(change: dict[str, Any], fault: str) -> None:
     told = faults_of(replace(WELL, **change))
     assert len(told) == 1, told
     assert fault in told[0]
+
+
+def test_a_start_goes_on_from_a_save_that_lacked_nothing_but_its_commit() -> None:
+    before = Survey({4: "a", 8: "b"}, {}, ("step-00000011.partial",), written=(11,))
+    ignored = replace(WELL, before=before, damaged={})
+    assert faults_of(ignored) == [
+        "went on from step 8, the newest whole or written checkpoint was of 11",
+        "began with step-00000011.partial in its folder, and does not say: /step-00000011, all of "
+        "which an interrupted save left",
+    ]
+    said = "committed run/checkpoints/step-00000011, all of which an interrupted save left"
+    went_on = replace(ignored, log=said, resumed=11, first_step=12)
+    assert faults_of(went_on) == []
 
 
 def test_retention_may_take_a_checkpoint_once_three_newer_are_whole() -> None:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from written_checkpoint import OneRank, snapshot
+from written_checkpoint import OneRank, snapshot, stage_as_ranks
 
 from mamba_dist.checkpoint.layout import checkpoints_folder, remove_left_behind
 from mamba_dist.checkpoint.store import save_checkpoint
@@ -44,10 +44,20 @@ def test_junk_looks_unfinished_and_is_cleared_by_a_start(tmp_path: Path) -> None
     names = leave_junk(run_dir, survey(run_dir).whole)
     found = survey(run_dir)
     assert sorted(found.left_behind) == sorted(names)
-    assert list(found.whole) == [4, 8]
+    # One of them holds all of a checkpoint, but of another step than it is named after.
+    assert (list(found.whole), found.written, found.newest) == ([4, 8], (), 8)
     assert sorted(remove_left_behind(run_dir)) == sorted(names)
     leave_junk(tmp_path / "fresh", {})
     assert len(survey(tmp_path / "fresh").left_behind) == 2
+
+
+def test_a_save_that_a_start_commits_is_told_from_one_that_it_removes(tmp_path: Path) -> None:
+    run_dir = run_with_two(tmp_path)
+    stage_as_ranks(run_dir, 11, 2)
+    stage_as_ranks(run_dir, 12, 2, written=[0])
+    found = survey(run_dir)
+    assert found.left_behind == ("step-00000011.partial", "step-00000012.partial")
+    assert (found.written, found.newest, found.committed) == ((11,), 11, 8)
 
 
 def test_what_is_kept_for_a_person_is_taken_away(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ LEFT = [
     {"step-00000006"},
     {"step-00000006.removed", "step-00000008"},
 ]
-RESUMED = [None, None, 6, 8]
+RESUMED = [None, 4, 6, 8]
+# All that it had to write stands there.
+COMMITTED_BY_A_START = "step-00000004.partial"
 
 
 def losses(run_dir: Path) -> dict[float | None, float | None]:
@@ -61,7 +63,10 @@ def test_ranks_killed_in_a_save_go_on_bit_for_bit(
         else:
             assert life["endings"] == [KILLED, KILLED]
         for name in LEFT[place]:
-            if "." in name:
+            if name == COMMITTED_BY_A_START:
+                folder = runs[1] / "checkpoints" / "step-00000004"
+                assert f"committed {folder}, all of which an interrupted save left" in said
+            elif "." in name:
                 assert f"removed {name}, which an interrupted save left behind" in said
         if RESUMED[place] is not None:
             assert f"resumed after step {RESUMED[place]} from" in said

@@ -7,9 +7,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from written_checkpoint import OneRank, RankOf
+from written_checkpoint import OneRank, RankOf, stage_as_ranks
 
-from mamba_dist.checkpoint.layout import staging_folder
+from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps, staging_folder
+from mamba_dist.checkpoint.manifest import read_manifest
+from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.errors import TrainingError
 from mamba_dist.telemetry.starts import LOCK
 from mamba_dist.train import run_folder
@@ -35,6 +37,21 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> No
     second = taken(tmp_path / "run")
     assert not staged.exists()
     second.release()
+
+
+def test_a_start_commits_a_save_whose_parts_are_all_written_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage_as_ranks(tmp_path, 3, 2)
+    stage_as_ranks(tmp_path, 6, 2, written=[1])
+    taken(tmp_path).release()
+    folder = checkpoint_folder(tmp_path, 3)
+    assert list(checkpoint_damage(folder, read_manifest(folder))) == []
+    assert committed_steps(tmp_path) == [3]
+    assert [record.message for record in caplog.records] == [
+        f"committed {folder}, all of which an interrupted save left",
+        "removed step-00000006.partial, which an interrupted save left behind",
+    ]
 
 
 def test_a_deleted_folder_is_held_again(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from mamba_dist.checkpoint.layout import checkpoint_folder, staging_folder
 from mamba_dist.commands.soak.disturbance import ENDED_BEFORE, Struck
 from mamba_dist.commands.soak.made_run import KEEP_LAST
 from mamba_dist.commands.soak.plan import RoundPlan
@@ -122,7 +123,7 @@ def _resume_faults(seen: Seen) -> list[str]:
     faults = []
     if seen.resumed != seen.before.newest:
         faults.append(
-            f"went on from step {seen.resumed}, the newest whole checkpoint was of "
+            f"went on from step {seen.resumed}, the newest whole or written checkpoint was of "
             f"{seen.before.newest}"
         )
     if seen.first_step is not None and seen.first_step != seen.resumed + 1:
@@ -131,10 +132,19 @@ def _resume_faults(seen: Seen) -> list[str]:
         told = [x for x in seen.log.splitlines() if f"passing over step {step}: " in x]
         if not any(str(path) in line for line in told):
             faults.append(f"passed over step {step} without naming {path.name}: {told[:1]}")
+    finished = {
+        staging_folder(Path(), step).name: checkpoint_folder(Path(), step).name
+        for step in seen.before.written
+    }
     for name in seen.before.left_behind:
-        if f"removed {name}, which an interrupted save left behind" not in seen.log:
-            faults.append(f"began with {name} in its folder, and says nothing of it")
         # A later save of the same step may have been interrupted as well.
+        said = (
+            f"/{finished[name]}, all of which an interrupted save left"
+            if name in finished
+            else f"removed {name}, which an interrupted save left behind"
+        )
+        if said not in seen.log:
+            faults.append(f"began with {name} in its folder, and does not say: {said}")
     return faults
 
 
@@ -166,6 +176,7 @@ def _stop_faults(seen: Seen) -> list[str]:
     """A run that was told to stop leaves all that it had trained."""
     event, step = seen.plan.event, seen.struck.step
     asked = event.startswith("SIG") or event in ("kill the launcher", "full disk, then room")
-    if asked and step is not None and seen.after.newest < step:
-        return [f"was told to stop after step {step}, and left a checkpoint of {seen.after.newest}"]
+    if asked and step is not None and seen.after.committed < step:
+        left = seen.after.committed
+        return [f"was told to stop after step {step}, and left a checkpoint of {left}"]
     return []

@@ -127,10 +127,10 @@ class SoakedRun:
         faults = leftovers.faults(launch.temporary)
         if code != 0:
             faults.append(f"the last launch ended with {code}: {launch.log()[-500:]}")
-        if left or after.left_behind or after.damaged or after.newest != self.total_steps:
+        if left or after.left_behind or after.damaged or after.committed != self.total_steps:
             faults.append(
                 f"after the last launch: processes {left}, unfinished {after.left_behind}, damaged "
-                f"{after.damaged}, newest whole {after.newest} of {self.total_steps}"
+                f"{after.damaged}, newest whole {after.committed} of {self.total_steps}"
             )
         return code, faults
 
@@ -155,7 +155,10 @@ class SoakedRun:
             leave_junk(self.run_dir, found.whole)
             done.append("junk")
         if plan.damage is not None:
-            if len(found.whole) < FEWEST_WHOLE:
+            if found.written:
+                # The start goes on from it, and looks at none before.
+                done.append(f"not done: {plan.damage.kind} (to be committed: {found.written})")
+            elif len(found.whole) < FEWEST_WHOLE:
                 done.append(f"not done: {plan.damage.kind} (whole: {len(found.whole)})")
             else:
                 step, path = damage_newest(self.run_dir, found.whole, plan.damage)

@@ -12,6 +12,7 @@ from mamba_dist.checkpoint.layout import (
     unfinished,
 )
 from mamba_dist.checkpoint.manifest import manifest_text, read_manifest
+from mamba_dist.checkpoint.store import written_steps
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.errors import CheckpointError
 
@@ -24,9 +25,16 @@ class Survey:
     damaged: Mapping[int, str]
     left_behind: tuple[str, ...]
     """Names of unfinished writes and deletions."""
+    written: tuple[int, ...] = ()
+    """Steps of those of them that a start commits, since ranks had written all of it."""
 
     @property
     def newest(self) -> int:
+        """The step of the newest that a start can go on from, 0 without any."""
+        return max((self.committed, *self.written))
+
+    @property
+    def committed(self) -> int:
         """The step of the newest whole one, 0 without any."""
         return max(self.whole, default=0)
 
@@ -47,7 +55,8 @@ def survey(run_dir: Path) -> Survey:
             damaged[step] = fault
     folder = checkpoints_folder(run_dir)
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return Survey(whole, damaged, tuple(one.name for one in entries if unfinished(one)))
+    left = tuple(one.name for one in entries if unfinished(one))
+    return Survey(whole, damaged, left, tuple(written_steps(run_dir)))
 
 
 def clear_for_a_person(run_dir: Path) -> None:
