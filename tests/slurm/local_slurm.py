@@ -61,6 +61,7 @@ GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000
 ReturnToService=2
+SlurmdTimeout=60
 SlurmdParameters=config_overrides
 MinJobAge=300
 KillWait=30
@@ -93,9 +94,10 @@ class LocalSlurm:
     `nodes` are its n1 and n2, none where both are this machine.
     """
 
-    def __init__(self, folder: Path, nodes: Sequence[Node]) -> None:
+    def __init__(self, folder: Path, nodes: Sequence[Node], daemons: ExitStack) -> None:
         self.folder = folder
         self.nodes = tuple(nodes)
+        self._daemons = daemons
         self.environment = {**clean_environment(), "SLURM_CONF": str(folder / "slurm.conf")}
 
     def call(self, *command: str | Path) -> str:
@@ -129,6 +131,15 @@ class LocalSlurm:
             time.sleep(0.2)
         raise AssertionError(f"jobs still wait or run: {states}\n{self.call('squeue')}")
 
+    def start_daemon(self, name: str, *words: str, node: Node | None = None) -> None:
+        """Starts a daemon of the cluster, which runs until the cluster ends."""
+        self._daemons.enter_context(_daemon(self, name, *words, node=node))
+
+    def restart(self, node: Node) -> None:
+        """Brings a node back that has failed."""
+        node.join()
+        self.start_daemon("slurmd", "-D", "-N", node.name, node=node)
+
     def start_soon(self, job: str) -> None:
         """Lets a requeued job begin in two seconds; by itself SLURM makes it wait for two minutes.
 
@@ -145,18 +156,20 @@ def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
         if why_no_nodes() is None:
             own, nodes = stack.enter_context(two_nodes(folder))
         _configure(folder, own, nodes)
-        cluster = LocalSlurm(folder, nodes)
+        cluster = LocalSlurm(folder, nodes, stack)
         munge = [f"--{name}={folder}/munge.{end}" for name, end in _MUNGE_FILES]
-        stack.enter_context(_daemon(cluster, "munged", "--foreground", "--force", *munge))
+        cluster.start_daemon("munged", "--foreground", "--force", *munge)
         _wait_until(lambda: (folder / "munge.socket").exists(), cluster)
-        stack.enter_context(_daemon(cluster, "slurmctld", "-D"))
+        cluster.start_daemon("slurmctld", "-D")
         for name, node in zip(_NODES, nodes or (None, None), strict=True):
-            stack.enter_context(_daemon(cluster, "slurmd", "-D", "-N", name, node=node))
+            cluster.start_daemon("slurmd", "-D", "-N", name, node=node)
         _wait_until(lambda: _idle_nodes(cluster) == 2, cluster)
-        yield cluster
-        # What a failed test left running would outlive the daemons.
-        cluster.call("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
-        cluster.call("scancel", "--user", getpass.getuser())
+        try:
+            yield cluster
+        finally:
+            # What a failed test left running would outlive the daemons.
+            cluster.call("scancel", "--full", "--signal=KILL", "--user", getpass.getuser())
+            cluster.call("scancel", "--user", getpass.getuser())
 
 
 def _configure(folder: Path, own: str, nodes: Sequence[Node]) -> None:

@@ -13,10 +13,11 @@ stands in its /etc/hosts as 127.0.1.1, where no other node can reach it.
 import ipaddress
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _START_S = 20
 # For tests of networks (RFC 2544), so that it is nobody's.
 _NETWORK = ipaddress.ip_network("198.18.0.0/15")
 _ADDRESSES_EACH = 8
+_PREFIX = 29
 
 _UNSHARE = "setpriv --pdeathsig KILL unshare --net --uts --mount --pid --fork --kill-child"
 _BECOME_A_NODE = """
@@ -53,8 +55,8 @@ class Node:
 
     def inside(self, *command: str | Path) -> list[str]:
         """The command line that runs `command` on this node, in the repository's root."""
-        enter = ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid"]
-        return [*enter, "--", "env", f"--chdir={ROOT}", *map(str, command)]
+        enter = f"nsenter --target {self.pid} --net --uts --mount --pid --root"
+        return [*enter.split(), "--", "env", f"--chdir={ROOT}", *map(str, command)]
 
     def processes(self) -> dict[int, list[str]]:
         """Of this node: their ids out here, and their words."""
@@ -66,6 +68,21 @@ class Node:
         }
         # Those that have ended and wait for their parent have no words any more.
         return {pid: words for pid, words in found.items() if words}
+
+    def fail(self) -> None:
+        """As without power: nobody hears of it again, and nothing of it goes on."""
+        # Not the link: that of n1 carries what n2 says, too.
+        subprocess.run(self.inside("ip", "address", "flush", "eth0"), check=True, timeout=20)
+        for pid in self.processes():
+            # A process of its own can have ended meanwhile.
+            if pid != self.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def join(self) -> None:
+        """Is on the network again, after `fail`."""
+        words = f"ip address add {self.address}/{_PREFIX} dev eth0".split()
+        subprocess.run(self.inside(*words), check=True, timeout=20)
 
     def pid_of(self, program: str | Path) -> int:
         """The id, out here, of the one process whose first or second word is `program`."""
@@ -184,7 +201,7 @@ def _connect(here: str, nodes: Sequence[Node]) -> None:
         (in_first, "eth0", first.address),
         (in_second, "eth0", second.address),
     ):
-        for words in (f"address add {address}/29 dev {name}", f"link set {name} up"):
+        for words in (f"address add {address}/{_PREFIX} dev {name}", f"link set {name} up"):
             subprocess.run([*place, "ip", *words.split()], check=True, timeout=20)
 
 

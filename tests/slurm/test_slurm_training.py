@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from local_slurm import LocalSlurm
+from namespaces import why_no_nodes
 from submitting import submit
 from tiny_run import write_config
 
@@ -111,6 +112,31 @@ def test_a_job_lives_through_a_requeue_and_a_preemption_and_ends_when_cancelled(
     assert job.finish() == "CANCELLED"
     assert job.checkpoints()[-1] >= second + 4
     assert job.starts() == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1], ids=["of the job script", "another"])
+def test_a_job_lives_through_the_failure_of_a_node(
+    slurm: LocalSlurm, tiny_data: Path, tmp_path: Path, number: int
+) -> None:
+    if not slurm.nodes:
+        pytest.skip(str(why_no_nodes()))
+    node = slurm.nodes[number]
+    words = ("--nodes=2", "--ranks-per-node=1", "--time=30", "--requeue")
+    config = config_in(tmp_path / "disturbed", tiny_data)
+    job = submit(slurm, config, *words, STEP_S="0.5")
+    job.wait_for_step(7)
+    node.fail()
+    # SLURM misses the node after a minute (SlurmdTimeout).
+    job.wait_until(lambda: slurm.states(job.id) == {"PENDING"}, "its requeue", 200)
+    slurm.restart(node)
+    assert job.finish(timeout_s=200) == "COMPLETED", job.log()
+    assert job.starts() == 2
+    assert "newest checkpoint of step 5" in job.log()
+    calm = submit(slurm, config_in(tmp_path / "calm", tiny_data), *words)
+    assert calm.finish() == "COMPLETED", calm.log()
+    assert job.losses() == calm.losses()
+    assert sorted(job.losses()) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
