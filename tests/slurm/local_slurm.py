@@ -195,7 +195,8 @@ def _configure(folder: Path, own: str, nodes: Sequence[Node]) -> None:
     # GPUs that are counted and given out; a device file must stand behind each, any.
     gpus = [f"NodeName=n[1-2] Name=gpu File=/dev/{name}\n" for name in ("null", "zero")]
     (folder / "gres.conf").write_text("".join(gpus))
-    (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+    # Named, or slurmd would not start where it finds none, or two kinds of them; it uses none.
+    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
 
