@@ -50,6 +50,8 @@ _OWN_OPTIONS = {
     "signal": "stop-before",
 }
 _IMPOSSIBLE_OPTIONS = ("array", "chdir", "ntasks", "test-only", "wait", "wrap")
+# What a job prints is kept beside what it was submitted with, from its first start to its last.
+_LOG_OPTIONS = ("output", "error", "open-mode")
 
 # Python cuts PYTHONPATH at the first; with the second sbatch takes %j in the log's name literally.
 _CUT = ":\\"
@@ -163,6 +165,10 @@ class _Submitter:
                 continue
             if name in _IMPOSSIBLE_OPTIONS:
                 self._problems.append(f"--sbatch-option: a training job cannot have --{name}")
+            elif name in _LOG_OPTIONS:
+                self._problems.append(
+                    f"--sbatch-option: the log stays in the run folder, without --{name}"
+                )
             elif name in _OWN_OPTIONS:
                 own = _OWN_OPTIONS[name] or name
                 self._problems.append(f"--sbatch-option: give --{own} to launch/submit.py itself")

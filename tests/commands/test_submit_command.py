@@ -105,12 +105,13 @@ def test_all_mistakes_are_told_at_once_and_leave_nothing(
     config = write_config(tmp_path, tiny_data, data={"dataset_path": str(tmp_path / "absent")})
     asked = ("--nodes", "3", "--gpus-per-node", "8", "--ranks-per-node", "2", "--time", "4")
     further = [
-        f"--sbatch-option={word}" for word in ("--time=99", "exclusive", "--array=0-3", "--wait")
+        f"--sbatch-option={word}"
+        for word in ("--time=99", "exclusive", "--array=0-3", "--wait", "--output=x")
     ]
     assert main(["--config", str(config), *asked, *further]) == 2
     error = capsys.readouterr().err
     for part in (
-        "8 problems",
+        "9 problems",
         "24 ranks cannot share evenly",
         "--ranks-per-node 2 with --gpus-per-node 8",
         "--time 4 is 240 s",
@@ -118,6 +119,7 @@ def test_all_mistakes_are_told_at_once_and_leave_nothing(
         "'exclusive' is no option of sbatch",
         "cannot have --array",
         "cannot have --wait",
+        "the log stays in the run folder, without --output",
         str(tmp_path / "absent"),
     ):
         assert part in error
