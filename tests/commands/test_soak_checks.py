@@ -18,6 +18,7 @@ PLAN = RoundPlan(
     ranks=2,
     engine="zero-2",
     loaders=0,
+    accumulates=False,
     event="SIGTERM to a rank",
     moment="step",
     after_steps=3,

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from mamba_dist.commands.soak.comparison import Comparison, RankTrace, TrainedStep, compare
+from mamba_dist.commands.soak.comparison import (
+    Comparison,
+    RankTrace,
+    TrainedStep,
+    compare,
+    compare_validations,
+)
 
 STEPS = 6
 TOLERANCE = 1e-3
@@ -146,3 +152,23 @@ def test_many_faults_of_one_kind_are_counted() -> None:
     faults = compared([]).faults
     assert faults[-1] == "… and 1 more of this kind"
     assert len(faults) == 6
+
+
+@pytest.mark.parametrize(
+    ("told", "fault"),
+    [
+        ({3: 4.0, 6: 3.5}, None),
+        # A stop left the other one out.
+        ({3: 4.0 + TOLERANCE / 2}, None),
+        ({3: 4.0, 6: 3.6}, "step 6: validation loss 3.6, expected 3.5"),
+        ({3: 4.0, 6: float("nan")}, "step 6: validation loss nan, expected 3.5"),
+        ({3: 4.0, 5: 3.5}, "step 5 was validated, the undisturbed run did not"),
+        ({}, "0 of 2 validations were made"),
+    ],
+)
+def test_validation_losses_are_those_of_the_undisturbed_run(
+    told: dict[int, float], fault: str | None
+) -> None:
+    found = Comparison()
+    compare_validations({3: 4.0, 6: 3.5}, told, tolerance=TOLERANCE, found=found)
+    assert found.faults == ([] if fault is None else [fault])

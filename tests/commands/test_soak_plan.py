@@ -6,6 +6,7 @@ import pytest
 
 from mamba_dist.commands.soak import main
 from mamba_dist.commands.soak.checks import allowed_codes
+from mamba_dist.commands.soak.launch import Spread
 from mamba_dist.commands.soak.plan import RoundPlan, schedule
 
 
@@ -34,6 +35,7 @@ def test_a_hundred_rounds_meet_everything(seed: int) -> None:
     assert damages == {"flip a byte", "truncate", "delete"}
     assert sum(one.started_twice for one in plans) >= 3
     assert sum(one.junk for one in plans) >= 10
+    assert sum(one.accumulates for one in plans) >= 30
 
 
 def test_no_round_asks_for_what_its_launch_cannot_give() -> None:
@@ -43,6 +45,11 @@ def test_no_round_asks_for_what_its_launch_cannot_give() -> None:
         assert one.event != "stop a rank" or one.after_steps > 1
         assert not one.event.startswith("full disk") or one.moment == "step"
         assert 12 % one.ranks == 0
+        spread = Spread(one.launcher, one.ranks, one.engine, accumulates=one.accumulates)
+        [size] = [int(w.partition("=")[2]) for w in spread.overrides() if "micro_batch" in w]
+        share, rest = divmod(12, one.ranks * size)
+        assert rest == 0
+        assert (share > 1) == one.accumulates
 
 
 def test_an_exit_code_is_allowed_for_its_event_only() -> None:

@@ -8,7 +8,7 @@ The run is as long as 8 steps for each round and 40. A round is struck within 12
 on until it notices, and keeps what it saved, about 5 steps as a mean: so the run does not end
 before the rounds do. What is left of it then is trained in one last launch that is left alone.
 Every step, also one that is trained again, must have read the samples that the undisturbed run of
-one rank read, to the same loss; the weights at the end are compared too.
+one rank read, to the same loss; validation losses and the weights at the end are compared too.
 
 On GPUs its launches need four of them.
 
@@ -34,7 +34,12 @@ from typing import Final
 
 from mamba_dist.commands.arguments import not_negative_int, positive_int
 from mamba_dist.commands.machine import this_machine
-from mamba_dist.commands.soak.comparison import Comparison, compare, read_traces
+from mamba_dist.commands.soak.comparison import (
+    Comparison,
+    compare,
+    compare_validations,
+    read_traces,
+)
 from mamba_dist.commands.soak.disk import small_disk
 from mamba_dist.commands.soak.launch import Launch, Spread
 from mamba_dist.commands.soak.made_run import make_data, write_config
@@ -188,6 +193,12 @@ def _compare(run: SoakedRun, folder: Path, whole_dir: Path) -> Comparison:
         tolerance=LOSS_TOLERANCE,
     )
     told = losses_told(read_metrics(whole_dir))
+    compare_validations(
+        losses_told(read_metrics(whole_dir), name="val_loss"),
+        losses_told(read_metrics(run.run_dir), name="val_loss"),
+        tolerance=LOSS_TOLERANCE,
+        found=comparison,
+    )
     if any(told.get(one.step) != one.loss for one in trace.steps):
         comparison.faults.append("metrics.jsonl of the undisturbed run gives other losses")
     return comparison

@@ -41,6 +41,8 @@ class Comparison:
     rows: int = 0
     largest_loss_difference: float = 0.0
     largest_metrics_difference: float = 0.0
+    validations: int = 0
+    largest_validation_difference: float = 0.0
 
     def extend(self, faults: Sequence[str]) -> None:
         """Adds faults of one kind, the first of them in full."""
@@ -101,6 +103,34 @@ def compare(
     found.extend(_missing(reference, traces, total_steps, found))
     found.extend(_metrics_faults(reference, metrics, total_steps, tolerance, found))
     return found
+
+
+def compare_validations(
+    reference: Mapping[int, float],
+    told: Mapping[int, float],
+    *,
+    tolerance: float,
+    found: Comparison,
+) -> None:
+    """Adds to `found` what is wrong with the validation losses by step, in nats per token.
+
+    A launch that is told to stop leaves out the validation that was due; some must be there.
+    """
+    faults = []
+    for step, loss in told.items():
+        if step not in reference:
+            faults.append(f"step {step} was validated, the undisturbed run did not")
+            continue
+        found.validations += 1
+        difference = _difference(loss, reference[step])
+        found.largest_validation_difference = max(found.largest_validation_difference, difference)
+        if difference > tolerance:
+            faults.append(
+                f"step {step}: validation loss {loss:.7g}, expected {reference[step]:.7g}"
+            )
+    if 2 * found.validations < len(reference):
+        faults.append(f"{found.validations} of {len(reference)} validations were made")
+    found.extend(faults)
 
 
 def _holes(traces: Iterable[RankTrace]) -> list[str]:

@@ -26,6 +26,7 @@ _BIN: Final = Path(sys.executable).parent
 _UNSET: Final = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_ID"),
+    *("CROSS_RANK", "TORCHELASTIC_RUN_ID"),
 )
 _POLL_S: Final = 0.001
 
@@ -38,15 +39,19 @@ class Spread:
     ranks: int
     engine: str
     loaders: int = 0
+    accumulates: bool = False
     hang_timeout_s: float | None = None
 
     def overrides(self) -> list[str]:
         """The fields of the config that say so."""
         kind, _, stage = self.engine.partition("-")
+        share = GLOBAL_BATCH // self.ranks
+        # The fewest micro-batches that share it evenly.
+        parts = next(n for n in range(2, share + 1) if share % n == 0) if self.accumulates else 1
         fields = {
             "engine.kind": kind if stage == "" else "zero",
             "engine.zero_stage": stage or "null",
-            "training.micro_batch_size": str(GLOBAL_BATCH // self.ranks),
+            "training.micro_batch_size": str(share // parts),
             "data.num_workers": str(self.loaders),
         }
         if self.hang_timeout_s is not None:

@@ -13,6 +13,7 @@ from mamba_dist.data.preparation.sources import DiscoveryOptions, Unit, discover
 GLOBAL_BATCH: Final = 12
 """1, 2, 3 and 4 ranks share it evenly."""
 SAVE_STEPS: Final = 4
+EVAL_STEPS: Final = 6
 KEEP_LAST: Final = 3
 _VOCABULARY: Final = 300
 _DOCUMENTS: Final = 120
@@ -66,7 +67,7 @@ def write_config(path: Path, *, shards: Path, run_dir: Path, steps: int, seed: i
             "learning_rate": 2e-3,
             "warmup_steps": 2,
             "max_steps": steps,
-            "eval_steps": None,
+            "eval_steps": EVAL_STEPS,
             "eval_sequences": 12,
             "precision": "fp32",
             "seed": seed,

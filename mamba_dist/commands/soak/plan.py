@@ -61,6 +61,7 @@ _DAMAGES: Final[tuple[DamageKind | None, ...]] = (
     "delete",
     *(None,) * 5,
 )
+_ONE_IN_SO_MANY_ACCUMULATES: Final = 3
 _ONE_IN_SO_MANY_IS_STARTED_TWICE: Final = 9
 _ONE_IN_SO_MANY_FINDS_JUNK: Final = 4
 
@@ -83,6 +84,7 @@ class DamagePlan:
 class RoundPlan:
     """One launch and what is done to it.
 
+    accumulates: a step is several micro-batches of each rank.
     after_steps: of this launch, when the event is due; with the moment "save" at the first save
         from then on.
     fraction: of the time that it takes to start, or of a step or a save, by which the event comes
@@ -95,6 +97,7 @@ class RoundPlan:
     ranks: int
     engine: str
     loaders: int
+    accumulates: bool
     event: Event
     moment: Moment
     after_steps: int
@@ -121,7 +124,8 @@ class RoundPlan:
             *(["started twice"] if self.started_twice else []),
         ]
         return (
-            f"{self.launcher} x{self.ranks} {self.engine} loaders {self.loaders}: {self.event} "
+            f"{self.launcher} x{self.ranks} {self.engine}{' accumulating' * self.accumulates} "
+            f"loaders {self.loaders}: {self.event} "
             f"{when}{''.join(f', {one}' for one in more)}"
         )
 
@@ -137,6 +141,7 @@ def schedule(seed: int) -> Iterator[RoundPlan]:
     moments, damages = _dealt(_MOMENTS, seed, "moments"), _dealt(_DAMAGES, seed, "damages")
     twice = _dealt(range(_ONE_IN_SO_MANY_IS_STARTED_TWICE), seed, "twice")
     junk = _dealt(range(_ONE_IN_SO_MANY_FINDS_JUNK), seed, "junk")
+    accumulation = _dealt(range(_ONE_IN_SO_MANY_ACCUMULATES), seed, "accumulation")
     rng = random.Random(f"{seed} places")
     number = 0
     while True:
@@ -159,6 +164,7 @@ def schedule(seed: int) -> Iterator[RoundPlan]:
             ranks=size,
             engine=next(engines),
             loaders=int(rng.random() < 0.2),
+            accumulates=next(accumulation) == 0,
             event=event,
             moment=moment,
             after_steps=rng.randint(2 if event == "stop a rank" else 1, MOST_STEPS),

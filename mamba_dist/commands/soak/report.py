@@ -59,6 +59,8 @@ def summary(
         "rows": comparison.rows,
         "largest_loss_difference": comparison.largest_loss_difference,
         "largest_metrics_difference": comparison.largest_metrics_difference,
+        "validations": comparison.validations,
+        "largest_validation_difference": comparison.largest_validation_difference,
         "weights_relative_l2": weights,
         "rounds_with_faults": wrong,
         "faults": list(faults),
@@ -79,8 +81,7 @@ def summary(
             f"over, {record['second_starts_refused']} second starts refused",
             f"samples    {comparison.steps} steps, {comparison.trained_again} of them trained more "
             f"than once, {comparison.rows:,} rows",
-            f"losses     at most {comparison.largest_loss_difference:.2g} nats away (allowed "
-            f"{tolerances[0]:g}), {comparison.largest_metrics_difference:.2g} in metrics.jsonl",
+            _losses_line(comparison, allowed=tolerances[0]),
             f"weights    {weights:.2g} away, relative L2 (allowed {tolerances[1]:g})",
             *(f"FAULT      {one}" for one in faults),
             *["FAULT      the run ended before its events"] * too_short,
@@ -88,3 +89,11 @@ def summary(
         ]
     )
     return Summary(held, text, record)
+
+
+def _losses_line(comparison: Comparison, *, allowed: float) -> str:
+    return (
+        f"losses     at most {comparison.largest_loss_difference:.2g} nats away (allowed "
+        f"{allowed:g}), {comparison.largest_metrics_difference:.2g} in metrics.jsonl, "
+        f"{comparison.largest_validation_difference:.2g} in {comparison.validations} validations"
+    )

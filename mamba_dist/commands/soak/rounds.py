@@ -65,7 +65,14 @@ class SoakedRun:
         before, done = self._prepare(plan)
         leftovers = Leftovers()
         hang_timeout_s = _HANG_TIMEOUT_S if plan.event == "stop a rank" else None
-        spread = Spread(plan.launcher, plan.ranks, plan.engine, plan.loaders, hang_timeout_s)
+        spread = Spread(
+            plan.launcher,
+            plan.ranks,
+            plan.engine,
+            plan.loaders,
+            plan.accumulates,
+            hang_timeout_s,
+        )
         name = f"round-{plan.number:04}"
         launch = Launch(self.folder / "launches" / name, self.config, spread, pace_s=PACE_S)
         try:
@@ -167,10 +174,12 @@ class SoakedRun:
         return (survey(self.run_dir) if done else found), ", ".join(done)
 
 
-def losses_told(records: list[dict[str, float | None]]) -> Mapping[int, float]:
-    """The loss of each step in metrics.jsonl, the later line counting."""
+def losses_told(
+    records: list[dict[str, float | None]], *, name: str = "loss"
+) -> Mapping[int, float]:
+    """The loss, or the `val_loss`, of each step in metrics.jsonl, the later line counting."""
     return {
-        int(record["step"] or 0): float("nan") if record["loss"] is None else record["loss"]
+        int(record["step"] or 0): float("nan") if (loss := record[name]) is None else loss
         for record in records
-        if "loss" in record
+        if name in record
     }
