@@ -44,7 +44,7 @@ lint: install
 	$(BIN)/mypy
 
 # Tests that start no ranks share the cores; each of the others has them to itself.
-SHARING := tests/config tests/data tests/inference tests/model tests/ops
+SHARING := $(addprefix tests/,checkpoint config data inference model ops telemetry)
 
 test: install
 	$(BIN)/python -m pytest -n logical --dist loadfile $(SHARING)
