@@ -53,7 +53,38 @@ class CheckpointError(MambaDistError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """Bytes of a checkpoint are not what was written, or cannot be read."""
+    """Bytes of a checkpoint are not what was written, or not there."""
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """A checkpoint cannot be read now, which says nothing of its bytes.
+
+    Its exit code is that of a stop: start again.
+    """
+
+    exit_code = 75
+    reason = ""
+    """What the system said."""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> "UnreadableCheckpointError":
+        """That of a file that the system does not give."""
+        reason = error.strerror or str(error)
+        made = cls(
+            f"{path}: cannot be read now ({reason}), which need not be damage; start again when it "
+            "can, or move its step-… folder away to use an older one"
+        )
+        made.reason = reason
+        return made
+
+
+class UnwrittenCheckpointError(CheckpointError):
+    """A checkpoint could not be written; those before are untouched.
+
+    Its exit code is that of a stop: start again, from the one before.
+    """
+
+    exit_code = 75
 
 
 class OtherVersionError(CheckpointError):

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mamba_dist.checkpoint.layout import checkpoint_folder, staging_folder
-from mamba_dist.checkpoint.rank_file import records_are_complete, write_rank
+from mamba_dist.checkpoint.rank_file import write_rank
 from mamba_dist.checkpoint.ranks import Ranks
+from mamba_dist.checkpoint.staged import records_are_complete
 from mamba_dist.checkpoint.store import Snapshot, commit, not_written, prepare_staging
 from mamba_dist.errors import CheckpointError
 

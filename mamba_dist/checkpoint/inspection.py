@@ -17,6 +17,7 @@ from mamba_dist.checkpoint.layout import (
 )
 from mamba_dist.checkpoint.manifest import CheckpointManifest, parameter_numel
 from mamba_dist.checkpoint.reader import CheckpointReader, open_checkpoint
+from mamba_dist.checkpoint.staged import written_steps
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.data.segments import RunOrder, SourceRecord, shares
 from mamba_dist.engine.base import STATE_KINDS, StateKind
@@ -96,7 +97,8 @@ def find_folder(
     if unfinished(path):
         raise CheckpointError(
             f"{path}: is no checkpoint but what an interrupted save or deletion left behind; "
-            "use a committed one (step-… without a suffix)"
+            "use a committed one (step-… without a suffix); the next start of the run commits a "
+            "save that lacks nothing else"
         )
     return path
 
@@ -198,6 +200,8 @@ def _folder_in_run(
     if not steps:
         left = [e.name for e in sorted(checkpoints_folder(run_dir).iterdir()) if unfinished(e)]
         also = f", only {', '.join(left)}, which an interruption left behind" if left else ""
+        if written := written_steps(run_dir):
+            also += f" (the next start of the run commits that of step {written[-1]})"
         raise CheckpointError(
             f"{run_dir}: no committed checkpoint in its {checkpoints_folder(run_dir).name}/{also}; "
             "name another run folder"

@@ -4,9 +4,7 @@ checkpoints/step-00001000/             committed: the rename onto this name is t
     manifest.json
     rank-00000.safetensors             the fragments of rank 0
 checkpoints/step-00002000.partial/     being written, or left behind by a kill: a start commits it
-                                       if all is in it, and else removes it
-    begun.json                         the manifest, but for what ranks have written
-    rank-00000.safetensors.json        what rank 0 has written
+                                       if all is in it (see staged.py), else removes it
 checkpoints/step-00003000.removed/     being deleted, or left behind by a kill
 checkpoints/step-00004000.damaged/     found damaged at a resume, kept for a person
 checkpoints/step-00005000.abandoned/   written in a row of skipped steps that a rollback took back
@@ -15,11 +13,11 @@ checkpoints/step-00005000.abandoned/   written in a row of skipped steps that a 
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
-BEGUN_MANIFEST = "begun.json"
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _STAGED = re.compile(r"step-(\d{8,})\.partial")
 _LEFT_BEHIND = re.compile(r"step-\d{8,}\.(partial|removed)")
@@ -47,8 +45,7 @@ def make_staging_folder(run_dir: Path, step: int) -> Path:
         parent.mkdir(parents=True)
         # Its name too must survive a power cut, or the first checkpoint is lost with it.
         sync_folder(run_dir)
-    if staging.exists():
-        shutil.rmtree(staging)
+    delete(staging, missing_ok=True)
     staging.mkdir()
     return staging
 
@@ -73,11 +70,20 @@ def unfinished(folder: Path) -> bool:
     return bool(_LEFT_BEHIND.fullmatch(folder.resolve().name))
 
 
-def remove_left_behind(run_dir: Path, *, deletions_only: bool = False) -> list[str]:
-    """Names of the unfinished writes and deletions of an earlier process, which are now gone."""
+@dataclass(frozen=True)
+class Removal:
+    """Names of what was removed, and of what could not be."""
+
+    removed: list[str]
+    failures: dict[str, OSError]
+
+
+def remove_left_behind(run_dir: Path, *, deletions_only: bool = False) -> Removal:
+    """Removes the unfinished writes and deletions of an earlier process, as far as it can."""
     folder = checkpoints_folder(run_dir)
+    done = Removal([], {})
     if not folder.is_dir():
-        return []
+        return done
     left = sorted(
         entry
         for entry in folder.iterdir()
@@ -86,28 +92,38 @@ def remove_left_behind(run_dir: Path, *, deletions_only: bool = False) -> list[s
         and not (deletions_only and match[1] != "removed")
     )
     for entry in left:
-        shutil.rmtree(entry)
-    return [entry.name for entry in left]
+        try:
+            delete(entry)
+            done.removed.append(entry.name)
+        except OSError as error:
+            done.failures[entry.name] = error
+    return done
 
 
 def remove_checkpoint(run_dir: Path, step: int) -> None:
     """Deletes a committed checkpoint; a kill in between leaves no half of it under its name."""
     folder = checkpoint_folder(run_dir, step)
     doomed = folder.with_suffix(".removed")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    delete(doomed, missing_ok=True)
     os.rename(folder, doomed)
     # Else a power cut might bring the old name back over files that are gone.
     sync_folder(folder.parent)
-    shutil.rmtree(doomed)
+    delete(doomed)
+
+
+def delete(folder: Path, *, missing_ok: bool = False) -> None:
+    """Deletes a folder; of one that lies elsewhere, the link to it."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists() or not missing_ok:
+        shutil.rmtree(folder)
 
 
 def set_aside(run_dir: Path, step: int, *, suffix: str = ".damaged") -> str:
     """New name of a checkpoint, under which nothing reads it; it is kept for a person."""
     folder = checkpoint_folder(run_dir, step)
     kept = folder.with_suffix(suffix)
-    if kept.exists():
-        shutil.rmtree(kept)
+    delete(kept, missing_ok=True)
     os.rename(folder, kept)
     return kept.name
 

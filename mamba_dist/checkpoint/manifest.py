@@ -14,10 +14,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mamba_dist.checkpoint.faults import is_damage
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.data.segments import Segment
-from mamba_dist.errors import CheckpointError, DamagedCheckpointError, OtherVersionError
+from mamba_dist.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    OtherVersionError,
+    UnreadableCheckpointError,
+)
 
 
 class _Record(BaseModel):
@@ -119,6 +125,7 @@ def read_manifest(folder: Path, *, name: str = MANIFEST) -> CheckpointManifest:
     Raises:
         CheckpointError: it is missing, damaged, or not readable as one.
         OtherVersionError: it is whole, and of another version.
+        UnreadableCheckpointError: the system does not give it now.
     """
     path = folder / name
     try:
@@ -135,6 +142,8 @@ def read_manifest(folder: Path, *, name: str = MANIFEST) -> CheckpointManifest:
             )
         return CheckpointManifest.model_validate_json(_compact(stored["manifest"]))
     except OSError as error:
+        if not is_damage(error):
+            raise UnreadableCheckpointError.of(path, error) from error
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); name a run folder or a step-… folder in it"
         ) from error

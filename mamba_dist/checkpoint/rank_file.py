@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mamba_dist.checkpoint.layout import rank_file
 from mamba_dist.checkpoint.manifest import FileRecord, FragmentRecord, RankRecord
+from mamba_dist.checkpoint.staged import rank_record_path
 from mamba_dist.engine.base import STATE_KINDS, Fragment, StateKind
 from mamba_dist.errors import CheckpointError
 
@@ -67,7 +68,7 @@ def write_rank(
     ]
     shapes = {fragment.name: list(fragment.shape) for fragment in listed}
     record = RankRecord(file=file, shapes=shapes, fragments=records)
-    write_synced(_record_path(staging, rank), record.model_dump_json())
+    write_synced(rank_record_path(staging, rank), record.model_dump_json())
 
 
 def write_tensors(
@@ -94,29 +95,6 @@ def write_tensors(
         os.fsync(file.fileno())
     record = FileRecord(name=path.name, size_bytes=written.size, header_sha256=header_hash)
     return record, hashes
-
-
-def take_rank_records(staging: Path, *, ranks: int) -> list[RankRecord]:
-    """What each rank has written, for the manifest."""
-    return [
-        RankRecord.model_validate_json(_record_path(staging, rank).read_bytes())
-        for rank in range(ranks)
-    ]
-
-
-def records_are_complete(staging: Path, *, ranks: int) -> bool:
-    """Whether all ranks have written, as far as can be seen from here."""
-    try:
-        take_rank_records(staging, ranks=ranks)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def remove_rank_records(staging: Path, *, ranks: int) -> None:
-    """Removes what `take_rank_records` read, once the manifest says the same."""
-    for rank in range(ranks):
-        _record_path(staging, rank).unlink(missing_ok=True)
 
 
 def tensor_key(name: str, kind: StateKind) -> str:
@@ -191,7 +169,3 @@ def _blocks(tensor: Tensor, abandoned: Callable[[], bool]) -> Iterator[memoryvie
             raise CheckpointError("given up, since another rank could not write")
         if block.numel():
             yield block.cpu().contiguous().numpy().data.cast("B")
-
-
-def _record_path(staging: Path, rank: int) -> Path:
-    return staging / f"{rank_file(rank)}.json"

@@ -4,7 +4,6 @@ A name is never trusted: a checkpoint counts only if every file has the size and
 manifest says.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from mamba_dist.checkpoint.layout import (
     checkpoint_folder,
     checkpoints_folder,
     committed_steps,
+    delete,
     set_aside,
     staged_steps,
     staging_folder,
@@ -34,7 +34,12 @@ from mamba_dist.checkpoint.state_file import StateFile, Stretch
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import MambaConfig, RunConfig
 from mamba_dist.engine.base import StateKind
-from mamba_dist.errors import CheckpointError, DamagedCheckpointError, OtherVersionError
+from mamba_dist.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    OtherVersionError,
+    UnreadableCheckpointError,
+)
 
 
 class CheckpointReader:
@@ -121,6 +126,8 @@ class CheckpointReader:
             fragments = self.manifest.fragments if whole else None
             damage = next(file_damage(self.folder, [record], fragments=fragments), None)
             if damage is not None:
+                if damage.unreadable is not None:
+                    raise damage.unreadable
                 return f"{damage}; use another checkpoint"
             try:
                 self._file(record.name)
@@ -156,14 +163,14 @@ class CheckpointReader:
 
 
 class DamageNote:
-    """Reads as `reader` does until the first damage, which it keeps, and gives zeros from there.
+    """Reads as `reader` does until a file is damaged or cannot be read, and gives zeros from there.
 
     So an engine comes to the end of loading on every rank, whose collectives would else wait for
     the one that met the damage.
     """
 
     def __init__(self, reader: CheckpointReader) -> None:
-        self.damage: DamagedCheckpointError | None = None
+        self.damage: DamagedCheckpointError | UnreadableCheckpointError | None = None
         self._reader = reader
 
     def read(self, name: str, kind: StateKind, *, start: int, numel: int) -> Tensor:
@@ -171,7 +178,7 @@ class DamageNote:
         if self.damage is None:
             try:
                 return self._reader.read(name, kind, start=start, numel=numel)
-            except DamagedCheckpointError as error:
+            except (DamagedCheckpointError, UnreadableCheckpointError) as error:
                 self.damage = error
         return torch.zeros(numel)
 
@@ -217,6 +224,7 @@ def find_checkpoint(
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
         OtherVersionError: another version wrote the newest that is not damaged.
+        UnreadableCheckpointError: on all ranks, if one of them cannot read one now.
     """
     # A network file system shows other nodes an old list for a while after a commit.
     listed = ranks.from_first(committed_steps(run_dir))
@@ -225,6 +233,7 @@ def find_checkpoint(
         if before is not None and step >= before:
             continue
         reader, damage = _try_open(checkpoint_folder(run_dir, step), ranks, contents=contents)
+        require_readable(damage, ranks=ranks)
         if not ranks.any_rank(damage is not None):
             return reader
         notice(f"passing over step {step}: {damage or 'another rank found a damaged file'}")
@@ -234,6 +243,21 @@ def find_checkpoint(
             "one, or train afresh in another run folder (training.run_dir=…)"
         )
     return None
+
+
+def require_readable(fault: CheckpointError | None, *, ranks: Ranks) -> None:
+    """Returns on all ranks unless the `fault` of one is that it cannot read a checkpoint now.
+
+    Raises:
+        UnreadableCheckpointError: on all ranks.
+    """
+    unreadable = fault if isinstance(fault, UnreadableCheckpointError) else None
+    if ranks.any_rank(unreadable is not None):
+        error = unreadable or UnreadableCheckpointError(
+            "another rank cannot read a checkpoint now, and says which"
+        )
+        error.of_one_rank = unreadable is not None
+        raise error
 
 
 def require_same_model(reader: CheckpointReader, model: MambaConfig) -> None:
@@ -259,18 +283,19 @@ def set_aside_newer(run_dir: Path, step: int, *, suffix: str = ".damaged") -> li
     """
     for staged in staged_steps(run_dir):
         if staged > step:
-            shutil.rmtree(staging_folder(run_dir, staged))
+            delete(staging_folder(run_dir, staged))
     return [set_aside(run_dir, s, suffix=suffix) for s in committed_steps(run_dir) if s > step]
 
 
 def _try_open(
     folder: Path, ranks: Ranks, *, contents: bool
-) -> tuple[CheckpointReader | None, str | None]:
+) -> tuple[CheckpointReader | None, CheckpointError | None]:
     try:
         reader = CheckpointReader(folder)
+        damage = reader.damaged_file(share=ranks.rank, shares=ranks.size, contents=contents)
     except OtherVersionError:
         # It is no damage: what was trained since the one before would be thrown away.
         raise
     except CheckpointError as error:
-        return None, str(error)
-    return reader, reader.damaged_file(share=ranks.rank, shares=ranks.size, contents=contents)
+        return None, error
+    return reader, None if damage is None else DamagedCheckpointError(damage)

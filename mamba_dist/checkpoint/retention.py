@@ -20,7 +20,7 @@ from mamba_dist.checkpoint.layout import (
 from mamba_dist.checkpoint.manifest import FileRecord, read_manifest
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import CheckpointConfig
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, UnreadableCheckpointError
 
 _HOUR_S = 3600
 
@@ -71,7 +71,20 @@ class Retention:
         Raises:
             CheckpointError: one could not be deleted; the others were.
         """
-        steps = committed_steps(self._run_dir)
+        doomed = self.doomed(notice=notice)
+        self._remove(doomed)
+        return doomed
+
+    def doomed(self, *, notice: Callable[[str], None]) -> list[int]:
+        """Steps whose checkpoints `apply` would delete now.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
+        try:
+            steps = committed_steps(self._run_dir)
+        except OSError as error:
+            raise UnreadableCheckpointError.of(checkpoints_folder(self._run_dir), error) from error
         for gone in sorted(self._seen.keys() - set(steps)):
             del self._seen[gone]
             notice(f"{checkpoint_folder(self._run_dir, gone)}: somebody else deleted it")
@@ -79,17 +92,12 @@ class Retention:
         whole = [one for one in found if one is not None]
         way_back = self._way_back
         needed = [one.step for one in whole if way_back is not None and one.step <= way_back][-1:]
-        doomed = [step for step in steps_to_remove(whole, self._policy) if step not in needed]
-        self._remove(doomed)
-        return doomed
+        return [step for step in steps_to_remove(whole, self._policy) if step not in needed]
 
     def _remove(self, steps: Sequence[int]) -> None:
-        failures: list[tuple[Path, OSError]] = []
-        try:
-            # A deletion that failed half way has left its folder under another name.
-            remove_left_behind(self._run_dir, deletions_only=True)
-        except OSError as error:
-            failures.append((checkpoints_folder(self._run_dir), error))
+        # A deletion that failed half way has left its folder under another name.
+        left = remove_left_behind(self._run_dir, deletions_only=True).failures
+        failures = [(checkpoints_folder(self._run_dir) / name, left[name]) for name in left]
         for step in steps:
             self._seen.pop(step, None)
             try:

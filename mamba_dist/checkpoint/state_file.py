@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mamba_dist.checkpoint.faults import is_damage
 from mamba_dist.checkpoint.manifest import FileRecord
-from mamba_dist.errors import DamagedCheckpointError
+from mamba_dist.errors import DamagedCheckpointError, UnreadableCheckpointError
 
 _LENGTH_BYTES = 8
 _ITEM_BYTES = 4
@@ -64,6 +65,7 @@ class StateFile:
 
         Raises:
             DamagedCheckpointError: size or header are not as recorded.
+            UnreadableCheckpointError: the system does not give it now.
         """
         self.path = path
         with self._readable() as file:
@@ -89,7 +91,8 @@ class StateFile:
         """The tensor of that name, while the block lasts.
 
         Raises:
-            DamagedCheckpointError: it is not there, or cannot be read.
+            DamagedCheckpointError: it is not there, or not whole.
+            UnreadableCheckpointError: the system does not give it now.
         """
         if key not in self._places:
             raise DamagedCheckpointError(
@@ -106,6 +109,8 @@ class StateFile:
             with self.path.open("rb", buffering=0) as file:
                 yield file
         except (OSError, ValueError, struct.error) as error:
+            if isinstance(error, OSError) and not is_damage(error):
+                raise UnreadableCheckpointError.of(self.path, error) from error
             reason = getattr(error, "strerror", None) or error
             raise DamagedCheckpointError(
                 f"{self.path} cannot be read ({reason}); use another checkpoint"

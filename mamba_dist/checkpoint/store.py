@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mamba_dist.checkpoint.layout import (
-    BEGUN_MANIFEST,
     MANIFEST,
     checkpoint_folder,
     make_staging_folder,
-    staged_steps,
     staging_folder,
     sync_folder,
 )
@@ -26,19 +24,20 @@ from mamba_dist.checkpoint.manifest import (
     Progress,
     TokenizerRecord,
     manifest_text,
-    read_manifest,
 )
-from mamba_dist.checkpoint.rank_file import (
-    remove_rank_records,
-    take_rank_records,
-    write_rank,
-    write_synced,
-)
+from mamba_dist.checkpoint.rank_file import write_rank, write_synced
 from mamba_dist.checkpoint.ranks import Ranks
+from mamba_dist.checkpoint.staged import (
+    BEGUN_MANIFEST,
+    collected_manifest,
+    manifest_of_cut_commit,
+    remove_records,
+    written_steps,
+)
 from mamba_dist.checkpoint.verification import file_damage
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.base import Fragment
-from mamba_dist.errors import CheckpointError, DamagedCheckpointError
+from mamba_dist.errors import CheckpointError, DamagedCheckpointError, UnwrittenCheckpointError
 
 
 @dataclass(frozen=True)
@@ -98,50 +97,39 @@ def commit(staging: Path, folder: Path) -> None:
         CheckpointError: a rank has not written its part, or a file changed since.
         OSError: it could not be written, or not be made durable.
     """
-    manifest = _committed_before(staging) or _complete(staging)
+    manifest = manifest_of_cut_commit(staging)
+    if manifest is None:
+        manifest = collected_manifest(staging)
+        write_synced(staging / MANIFEST, manifest_text(manifest))
     damage = next(file_damage(staging, manifest.files), None)
     if damage is not None:
         raise DamagedCheckpointError(f"{damage}: something else changes this folder")
     # Only once the manifest is on the disk is what it was made of not needed any more.
-    remove_rank_records(staging, ranks=manifest.world_size)
-    (staging / BEGUN_MANIFEST).unlink(missing_ok=True)
+    remove_records(staging, ranks=manifest.world_size)
     sync_folder(staging)
     os.rename(staging, folder)
     sync_folder(folder.parent)
 
 
-def finish_saves(run_dir: Path) -> list[Path]:
-    """The checkpoints that ended processes had written whole, which are committed now.
+def finish_saves(run_dir: Path) -> Iterator[Path]:
+    """The checkpoints that ended processes had written whole, each of them committed now.
 
     Called while nothing else writes there; what they had written in part is left as it is.
 
     Raises:
-        OSError: a commit could not be written.
+        CheckpointError: another version made one, one cannot be read now, or not be committed.
     """
-    finished = []
     for step in written_steps(run_dir):
-        folder = checkpoint_folder(run_dir, step)
-        commit(staging_folder(run_dir, step), folder)
-        finished.append(folder)
-    return finished
-
-
-def written_steps(run_dir: Path) -> list[int]:
-    """Steps of the saves, ascending, that lack nothing but the commit; contents are not read."""
-    return [
-        step
-        for step in staged_steps(run_dir)
-        if not checkpoint_folder(run_dir, step).exists()
-        and _is_written(staging_folder(run_dir, step), step)
-    ]
-
-
-def _is_written(staging: Path, step: int) -> bool:
-    try:
-        manifest = _committed_before(staging) or _collected(staging)
-    except (CheckpointError, OSError):
-        return False
-    return manifest.progress.step == step and not any(file_damage(staging, manifest.files))
+        staging, folder = staging_folder(run_dir, step), checkpoint_folder(run_dir, step)
+        try:
+            commit(staging, folder)
+        except OSError as error:
+            raise UnwrittenCheckpointError(
+                f"{staging}: an interrupted save left all of it, but it cannot be committed "
+                f"({error.strerror or error}); see to the disk, or delete this folder to go on "
+                "from the checkpoint before"
+            ) from error
+        yield folder
 
 
 def _begun(snapshot: Snapshot, *, world_size: int) -> CheckpointManifest:
@@ -161,45 +149,10 @@ def _begun(snapshot: Snapshot, *, world_size: int) -> CheckpointManifest:
     )
 
 
-def _committed_before(staging: Path) -> CheckpointManifest | None:
-    """The manifest of a commit that was cut off after it had stood on the disk, if it was."""
-    try:
-        return read_manifest(staging)
-    except CheckpointError:
-        return None
-
-
-def _collected(staging: Path) -> CheckpointManifest:
-    """The manifest of what all ranks have written.
-
-    Raises:
-        CheckpointError: a part is not there, or not whole.
-    """
-    begun = read_manifest(staging, name=BEGUN_MANIFEST)
-    try:
-        records = take_rank_records(staging, ranks=begun.world_size)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{staging}: a rank's part is not there ({error})") from error
-    return begun.model_copy(
-        update={
-            "shapes": {name: shape for r in records for name, shape in r.shapes.items()},
-            "files": [record.file for record in records],
-            "fragments": [fragment for record in records for fragment in record.fragments],
-        }
-    )
-
-
-def _complete(staging: Path) -> CheckpointManifest:
-    """The manifest, which is on the disk now."""
-    manifest = _collected(staging)
-    write_synced(staging / MANIFEST, manifest_text(manifest))
-    return manifest
-
-
 def not_written(staging: Path, failure: BaseException | None) -> CheckpointError:
     """What a rank says of a save that failed by its own `failure` or, if None, by another's."""
     reason = failure or "another rank could not write"
-    refusal = CheckpointError(
+    refusal = UnwrittenCheckpointError(
         f"{staging}: checkpoint not written ({reason}); the ones before are untouched"
     )
     refusal.of_one_rank = failure is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import safetensors
 
+from mamba_dist.checkpoint.faults import is_damage
 from mamba_dist.checkpoint.layout import MANIFEST
 from mamba_dist.checkpoint.manifest import (
     CheckpointManifest,
@@ -19,7 +20,11 @@ from mamba_dist.checkpoint.rank_file import tensor_key
 from mamba_dist.checkpoint.reshard import require_exact_cover
 from mamba_dist.checkpoint.state_file import StateFile
 from mamba_dist.engine.base import STATE_KINDS
-from mamba_dist.errors import CheckpointError, DamagedCheckpointError
+from mamba_dist.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    UnreadableCheckpointError,
+)
 
 _BLOCK_BYTES = 1 << 22
 _BLOCK_ITEMS = _BLOCK_BYTES // 4
@@ -31,6 +36,8 @@ class Damage:
 
     path: Path
     fault: str
+    unreadable: UnreadableCheckpointError | None = None
+    """The system does not give the file now, which need not be damage."""
 
     def __str__(self) -> str:
         return f"{self.path} {self.fault}"
@@ -63,8 +70,11 @@ def file_damage(
                         advance(count)
         except DamagedCheckpointError as error:
             yield Damage(path, str(error))
+        except UnreadableCheckpointError as error:
+            yield Damage(path, f"cannot be read ({error.reason})", unreadable=error)
         except OSError as error:
-            yield Damage(path, f"cannot be read ({error.strerror})")
+            away = None if is_damage(error) else UnreadableCheckpointError.of(path, error)
+            yield Damage(path, f"cannot be read ({error.strerror})", unreadable=away)
         if advance is not None and hashed < record.size_bytes:
             advance(record.size_bytes - hashed)
 

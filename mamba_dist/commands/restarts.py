@@ -16,17 +16,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from mamba_dist.checkpoint.layout import committed_steps
+from mamba_dist.checkpoint.staged import written_steps
 from mamba_dist.commands.scheduler import JobState, job_state, requeue
 from mamba_dist.commands.submission import changed_versions
 from mamba_dist.commands.train import arguments_parser
 from mamba_dist.config.load import load_config
-from mamba_dist.errors import DivergedError, MambaDistError, TrainingError
+from mamba_dist.errors import CheckpointError, DivergedError, MambaDistError, TrainingError
 from mamba_dist.train.stop import EXIT_STOPPED
 
 RECORD = "restarts.jsonl"
@@ -186,6 +188,9 @@ class _Job:
 
     def _event(self, event: What, code: int | None, decision: str) -> Event:
         steps = committed_steps(self._run_dir)
+        with suppress(CheckpointError):
+            # The next start commits them.
+            steps = sorted({*steps, *written_steps(self._run_dir)})
         now = datetime.now(UTC).isoformat(timespec="seconds")
         newest = steps[-1] if steps else None
         return Event(self._job, self._start, event, newest, now, code, decision)
@@ -239,7 +244,7 @@ def _event_of(line: bytes) -> Event | None:
 
 def _in_words(code: int) -> str:
     if code == EXIT_STOPPED:
-        return "the ranks were told to stop or hung (exit code 75)"
+        return "the ranks were told to stop, hung, or lacked what may come back (exit code 75)"
     if code > _BY_SIGNAL:
         return f"a rank was ended by signal {code - _BY_SIGNAL} (exit code {code})"
     return f"the ranks ended with exit code {code}"

@@ -25,7 +25,9 @@ STARTS_FILE = "starts.jsonl"
 LOCK = "lock"
 """Held by an exclusive flock while a run trains in its folder."""
 
-Reason = Literal["finished", "stopped", "interrupted", "hang", "diverged", "mistake", "crash"]
+Reason = Literal[
+    "finished", "stopped", "interrupted", "hang", "shortage", "diverged", "mistake", "crash"
+]
 
 _log = logging.getLogger(__name__)
 

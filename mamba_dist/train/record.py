@@ -55,8 +55,7 @@ class StartRecord:
     def fail(self, error: BaseException) -> None:
         """An error ends it."""
         if isinstance(error, MambaDistError):
-            broken = isinstance(error, DivergedError)
-            self._end("diverged" if broken else "mistake", str(error), exit_code=error.exit_code)
+            self._end(_reason_of(error), str(error), exit_code=error.exit_code)
             return
         self._log.say("ERROR", "".join(traceback.format_exception(error)).rstrip())
         # Also of an error that cannot say what it is.
@@ -79,6 +78,12 @@ class StartRecord:
         self._log.say(END, f"exit code {exit_code}{at}, {told}")
         if self._starts is not None:
             self._starts.end(reason, detail=shortened(detail), exit_code=exit_code, step=step)
+
+
+def _reason_of(error: MambaDistError) -> Reason:
+    if isinstance(error, DivergedError):
+        return "diverged"
+    return "shortage" if error.exit_code == EXIT_STOPPED else "mistake"
 
 
 @contextmanager

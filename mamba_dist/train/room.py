@@ -10,6 +10,7 @@ import torch
 
 from mamba_dist.checkpoint.free_memory import available_bytes, capacity_bytes
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
+from mamba_dist.checkpoint.retention import Retention
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.world import World, spare_memory
 from mamba_dist.model.flops import parameter_count
@@ -45,6 +46,9 @@ def disk_objections(config: RunConfig, *, ranks: int) -> tuple[list[str], list[s
             f"{run_dir} has room for {disk.f_favail:,} more files, and a checkpoint of {ranks:,} "
             "ranks is as many; delete files, or set training.run_dir=…"
         ], []
+    doomed = Retention(run_dir, config.checkpoint).doomed(notice=_say_later)
+    # They go before the next save.
+    free += sum(_size(checkpoint_folder(run_dir, step)) for step in doomed)
     if free < one:
         return [
             f"{run_dir} has {_gib(free)} free, and a checkpoint takes {_gib(one)}; make room, or "
@@ -54,7 +58,8 @@ def disk_objections(config: RunConfig, *, ranks: int) -> tuple[list[str], list[s
     if config.training.max_steps is not None:
         saves = math.ceil(config.training.max_steps / config.checkpoint.save_steps)
         kept = min(kept, saves - 1)
-    there = sum(_size(checkpoint_folder(run_dir, step)) for step in committed_steps(run_dir))
+    staying = set(committed_steps(run_dir)) - set(doomed)
+    there = sum(_size(checkpoint_folder(run_dir, step)) for step in staying)
     if free + there < (kept + 1) * one:
         return [], [
             f"{run_dir} has {_gib(free)} free; the {kept} checkpoints that are kept "
@@ -121,6 +126,10 @@ def shared_memory_warning(world: World) -> list[str]:
         f"{_SHARED_MEMORY} has {_gib(free)} free, and NCCL may need {_gib(needed)} for "
         f"{world.local_size} ranks (in a container: --shm-size){clue * bool(left)}"
     ]
+
+
+def _say_later(fault: str) -> None:
+    """Whoever goes on from a checkpoint, or deletes others, says what is wrong with it."""
 
 
 def _size(folder: Path) -> int:

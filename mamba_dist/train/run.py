@@ -40,6 +40,7 @@ def run_training(config: RunConfig) -> int:
             record.heed(stop)
             for line in world.account:
                 _log.info("%s", line)
+            folder.settle()
             outcome = _train(config, folder, record, world=world, stop=stop)
             _tell(outcome)
             record.end(outcome)
@@ -54,6 +55,9 @@ def _train(
 ) -> Outcome:
     prepared = prepare_and_check(config, folder, world=world)
     run = build_run(config, prepared, world=world, stop=stop)
+    # Only now is it known that what the run goes on from is whole. A start that commits the save of
+    # a killed one is to leave as much room for the next as that would have.
+    run.saver.clear_old()
     record.train(run)
     if run.start.step >= run.total_steps:
         _log.warning(

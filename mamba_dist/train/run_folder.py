@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -14,7 +14,7 @@ from mamba_dist.checkpoint.layout import remove_left_behind
 from mamba_dist.checkpoint.store import finish_saves
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.engine.world import World
-from mamba_dist.errors import TrainingError
+from mamba_dist.errors import CheckpointError, TrainingError, UnreadableCheckpointError
 from mamba_dist.telemetry.starts import LOCK
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class HeldFolder:
         self._mark = ""
 
     def take(self) -> None:
-        """Makes the folder and holds it; a save that a kill left in it is finished or removed.
+        """Makes the folder and holds it.
 
         Raises:
             TrainingError: on all ranks, if another run holds the folder or it cannot be written.
@@ -56,22 +56,54 @@ class HeldFolder:
         if self._world.rank == 0:
             try:
                 _write(self._hold(), self._mark)
-                for folder in finish_saves(self._run_dir):
-                    _log.warning("committed %s, all of which an interrupted save left", folder)
-                for name in remove_left_behind(self._run_dir):
-                    _log.warning("removed %s, which an interrupted save left behind", name)
             except BlockingIOError:
                 problem = _taken()
             except OSError as error:
                 problem = f"cannot be written or locked ({error.strerror}); set training.run_dir=…"
         self._agree(problem)
 
+    def settle(self) -> None:
+        """Finishes the saves that a kill has left in the folder, and removes what cannot be.
+
+        Raises:
+            CheckpointError: on all ranks; a save that lacks nothing cannot be committed, or nobody
+                can say whether it lacks something, and it is left as it is.
+        """
+        refusal: CheckpointError | None = None
+        if self._world.rank == 0:
+            try:
+                self._settle()
+            except CheckpointError as error:
+                refusal = error
+            except OSError as error:
+                refusal = UnreadableCheckpointError.of(self._run_dir, error)
+        [code] = self._world.from_first([0 if refusal is None else refusal.exit_code])
+        if code:
+            told = refusal or CheckpointError(f"{self._run_dir}: rank 0 says what is wrong in it")
+            told.exit_code = code
+            told.of_one_rank = refusal is not None
+            raise told
+
+    def _settle(self) -> None:
+        for folder in finish_saves(self._run_dir):
+            _log.warning("committed %s, all of which an interrupted save left", folder)
+        done = remove_left_behind(self._run_dir)
+        for name in done.removed:
+            _log.warning("removed %s, which an interrupted save left behind", name)
+        for name, error in done.failures.items():
+            _log.warning(
+                "%s, which an interrupted save left behind, cannot be removed (%s)",
+                name,
+                error.strerror or error,
+            )
+
     def is_seen(self) -> bool:
         """Whether this rank sees what rank 0 wrote there, which may take a minute to appear.
 
         A folder of the same name on a disk of this node may hold the lock of another run.
         """
-        return _appears(self._run_dir / LOCK, self._mark)
+        path, mark = self._run_dir / LOCK, self._mark.encode()
+        return appears(lambda: path.exists() and path.read_bytes() == mark)
 
     def require(self) -> None:
         """Returns while nobody else can write there; a folder that was deleted is held again.
@@ -138,6 +170,16 @@ def held_run_folder(config: RunConfig, *, world: World) -> Iterator[HeldFolder]:
         folder.release()
 
 
+def appears(is_there: Callable[[], bool]) -> bool:
+    """Whether it comes true while a network file system may still show this node an older state."""
+    deadline = time.monotonic() + _APPEARS_WITHIN_S
+    while not is_there():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def _taken() -> str:
     return "another run is training in it; wait for its end, or set training.run_dir=…"
 
@@ -159,12 +201,3 @@ def _write(file: TextIO, text: str) -> None:
     file.flush()
     # Else a network file system may keep it to this node.
     os.fsync(file.fileno())
-
-
-def _appears(path: Path, text: str) -> bool:
-    deadline = time.monotonic() + _APPEARS_WITHIN_S
-    while not (path.exists() and path.read_bytes() == text.encode()):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True

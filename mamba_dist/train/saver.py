@@ -109,7 +109,7 @@ class Saver:
             _log.error("%s", error)
             return
         if self._ranks.rank == 0:
-            self._clear_old(folder)
+            self._committed(folder)
 
     def hold_update(self) -> None:
         """Returns when the state may be changed: a save has its copy of it."""
@@ -137,6 +137,14 @@ class Saver:
     def forget(self, *, after: int) -> None:
         """Takes note that checkpoints after a step were set aside, while no save is in flight."""
         self._retention.forget(after=after)
+
+    def clear_old(self) -> None:
+        """Deletes what retention does not keep; what cannot be deleted is said, and stays."""
+        if self._ranks.rank == 0:
+            try:
+                self._retention.apply(notice=_log.warning)
+            except (CheckpointError, OSError) as error:
+                _log.error("%s", error)
 
     def close(self) -> None:
         """For a rank that leaves with an error: it cannot ask the others any more.
@@ -171,7 +179,7 @@ class Saver:
             copied,
             ranks=self._ranks,
             complete=copy.complete,
-            committed=self._clear_old,
+            committed=self._committed,
         )
         self._copying = copy
 
@@ -198,12 +206,9 @@ class Saver:
         self._mode, self._taking = "streaming", None
         _log.warning("%s: saves hold up training until they are written", text)
 
-    def _clear_old(self, folder: Path) -> None:
+    def _committed(self, folder: Path) -> None:
         _log.info("saved %s", folder)
-        try:
-            self._retention.apply(notice=_log.warning)
-        except CheckpointError as error:
-            _log.error("%s", error)
+        self.clear_old()
 
     def _settle(self) -> None:
         save = self._in_flight

@@ -3,7 +3,6 @@
 No random state is kept: the data order derives from (seed, step), and Mamba has no dropout.
 """
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from mamba_dist.checkpoint.reader import (
     CheckpointReader,
     DamageNote,
     find_checkpoint,
+    require_readable,
     require_same_model,
     set_aside_newer,
 )
@@ -24,7 +24,7 @@ from mamba_dist.engine.base import Engine
 from mamba_dist.engine.world import World
 from mamba_dist.errors import CheckpointError
 from mamba_dist.train.continuation import continued_order
-from mamba_dist.train.run_folder import run_folder
+from mamba_dist.train.run_folder import appears, run_folder
 
 _log = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ def load(
     while start.reader is not None:
         reader, noted = start.reader, DamageNote(start.reader)
         engine.load_fragments(noted, adam_steps=reader.manifest.adam_steps)
+        require_readable(noted.damage, ranks=world)
         if not world.any_rank(noted.damage is not None):
             _settle(reader, config, world=world)
             return start
@@ -163,9 +164,10 @@ def _stretch(segment: Segment) -> tuple[int, int]:
 
 def _require_same_checkpoints_everywhere(run_dir: Path, world: World) -> None:
     """Else ranks would go on from different steps: with a folder of its own on each node, or one
-    whose newest name has not come to all of them yet."""
-    steps = committed_steps(run_dir)
-    if not _same_everywhere(steps, world):
+    whose newest name, which this very start may have made, does not come to all of them."""
+    wanted = world.from_first(committed_steps(run_dir))
+    if world.any_rank(not appears(lambda: committed_steps(run_dir) == wanted)):
+        steps = committed_steps(run_dir)
         seen = f"{len(steps)}, the newest of step {steps[-1]}" if steps else "none"
         error = CheckpointError(
             f"{run_dir}: the ranks see different checkpoints, rank {world.rank} sees {seen}; put "
@@ -173,12 +175,6 @@ def _require_same_checkpoints_everywhere(run_dir: Path, world: World) -> None:
         )
         error.of_one_rank = True
         raise error
-
-
-def _same_everywhere(found: object, world: World) -> bool:
-    # As far as a float64 sum over ranks is exact.
-    digest = int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=4).digest(), "big")
-    return not world.any_rank(world.sum_over_ranks([digest])[0] != digest * world.size)
 
 
 def _changes(saved: RunConfig, now: RunConfig) -> list[str]:

@@ -96,7 +96,10 @@ def test_after_a_kill_at_any_change_the_next_start_goes_on_from_a_whole_checkpoi
 
         written = nothing_is_missing(run_dir, 2)
         finished += written
-        assert finish_saves(run_dir) == [checkpoint_folder(run_dir, 2)] * written, (victim, at)
+        assert list(finish_saves(run_dir)) == [checkpoint_folder(run_dir, 2)] * written, (
+            victim,
+            at,
+        )
         remove_left_behind(run_dir)
         step = resumed_step(run_dir)
         assert step == (2 if written or 2 in committed else before), (victim, at)

@@ -100,7 +100,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_cleaned_up(tmp_path: Path) 
     reader = newest(tmp_path)
     assert reader is not None
     assert reader.step == 1
-    assert remove_left_behind(tmp_path) == ["step-00000002.partial"]
+    assert remove_left_behind(tmp_path).removed == ["step-00000002.partial"]
     assert not staging.exists()
     save(tmp_path, 2)
     assert committed_steps(tmp_path) == [1, 2]
@@ -109,7 +109,7 @@ def test_an_interrupted_save_is_no_checkpoint_and_is_cleaned_up(tmp_path: Path) 
 def test_a_save_that_lacks_nothing_but_the_commit_is_committed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     staged = stage_as_ranks(tmp_path, 2, 3, val_loss=1.5)
-    assert finish_saves(tmp_path) == [checkpoint_folder(tmp_path, 2)]
+    assert list(finish_saves(tmp_path)) == [checkpoint_folder(tmp_path, 2)]
     assert not staged.exists()
     whole = read_manifest(write_as_ranks(tmp_path / "other", 2, 3, val_loss=1.5))
     assert read_manifest(checkpoint_folder(tmp_path, 2)) == whole
@@ -117,7 +117,7 @@ def test_a_save_that_lacks_nothing_but_the_commit_is_committed(tmp_path: Path) -
         "manifest.json",
         *(f"rank-{rank:05d}.safetensors" for rank in range(3)),
     ]
-    assert finish_saves(tmp_path) == []
+    assert list(finish_saves(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -136,15 +136,15 @@ def test_a_save_that_lacks_nothing_but_the_commit_is_committed(tmp_path: Path) -
 )
 def test_a_save_that_lacks_more_is_not(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
     spoil(stage_as_ranks(tmp_path, 2, 2))
-    assert finish_saves(tmp_path) == []
-    assert len(remove_left_behind(tmp_path)) == 1
+    assert list(finish_saves(tmp_path)) == []
+    assert len(remove_left_behind(tmp_path).removed) == 1
 
 
 def test_a_step_that_was_set_aside_is_not_committed_by_a_later_start(tmp_path: Path) -> None:
     save(tmp_path, 1)
     stage_as_ranks(tmp_path, 2, 2)
     set_aside_newer(tmp_path, 1, suffix=".abandoned")
-    assert finish_saves(tmp_path) == []
+    assert list(finish_saves(tmp_path)) == []
     assert committed_steps(tmp_path) == [1]
 
 

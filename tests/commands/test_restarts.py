@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from written_checkpoint import stage_as_ranks
 
 from mamba_dist.commands import scheduler
 from mamba_dist.commands.restarts import (
@@ -134,6 +135,15 @@ def test_a_job_that_gets_nowhere_ends_at_its_bound(
     assert "not started again: the last 3 starts made no new checkpoint" in capsys.readouterr().err
     lines = (cluster.run_dir / "restarts.jsonl").read_text().splitlines()
     assert [json.loads(line)["decision"][:11] for line in lines][-1] == "not started"
+
+
+def test_a_save_that_the_next_start_commits_is_progress(cluster: Cluster) -> None:
+    for restarts in range(3):
+        assert cluster.main("began", restarts=restarts) == 0
+        if restarts == 2:
+            stage_as_ranks(cluster.run_dir, 4, 2)
+        assert cluster.main("ended", code=137, restarts=restarts) == 137
+    assert cluster.requeues() == 3
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_junk_looks_unfinished_and_is_cleared_by_a_start(tmp_path: Path) -> None
     assert sorted(found.left_behind) == sorted(names)
     # One of them holds all of a checkpoint, but of another step than it is named after.
     assert (list(found.whole), found.written, found.newest) == ([4, 8], (), 8)
-    assert sorted(remove_left_behind(run_dir)) == sorted(names)
+    assert sorted(remove_left_behind(run_dir).removed) == sorted(names)
     leave_junk(tmp_path / "fresh", {})
     assert len(survey(tmp_path / "fresh").left_behind) == 2
 

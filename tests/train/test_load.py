@@ -1,8 +1,11 @@
 """Loading at a resume: damage that only shows when a tensor is read leads to the one before."""
 
+import errno
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps
 from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
 from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
 from mamba_dist.engine.base import STATE_KINDS, FragmentReader
-from mamba_dist.errors import CheckpointError
+from mamba_dist.errors import CheckpointError, UnreadableCheckpointError
 from mamba_dist.train.state import load, starting_point
 
 CONTENT = SourceContent(1_234_567, 10, 99, 3, 2, "a" * 64, 320, 0, 0.9, 0.1)
@@ -117,23 +120,79 @@ def test_if_none_is_whole_the_run_ends_and_nothing_is_set_aside(tmp_path: Path) 
     assert committed_steps(tmp_path) == [2, 4]
 
 
-def test_damage_that_another_rank_meets_leads_this_one_to_the_same_checkpoint(
-    tmp_path: Path,
-) -> None:
-    class Other(OneWorld):
-        """Rank 0 of two, the other of which fails at the first load."""
+class OtherFails(OneWorld):
+    """Rank 0 of two, the other of which says yes to a question after the first load."""
 
-        failed = False
+    def __init__(self, engine: Loading, question: int) -> None:
+        super().__init__()
+        self._engine = engine
+        self._question = question
+        self._asked = 0
 
-        def any_rank(self, flag: bool) -> bool:
-            fails = engine.loads == 1 and not self.failed
-            self.failed = self.failed or fails
-            return flag or fails
+    def any_rank(self, flag: bool) -> bool:
+        self._asked += self._engine.loads == 1
+        return flag or (self._engine.loads == 1 and self._asked == self._question)
 
+
+def test_what_another_rank_cannot_read_now_ends_the_start_on_this_one_too(tmp_path: Path) -> None:
     config, order = prepared(tmp_path, 2, 4)
     engine = Loading()
     start = starting_point(config, world=OneWorld(), fresh=order)
-    start = load(start, engine, config, world=Other(), fresh=order)
+    with pytest.raises(UnreadableCheckpointError, match="another rank cannot read"):
+        load(start, engine, config, world=OtherFails(engine, 1), fresh=order)
+    assert committed_steps(tmp_path) == [2, 4]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+def test_what_cannot_be_read_now_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Each opening of the file is the one that fails, in a start of its own."""
+    config, order = prepared(tmp_path, 2, 4)
+    victim, opened = checkpoint_folder(tmp_path, 4) / name, Path.open
+
+    def failing_at(place: int) -> int:
+        """How often it was opened."""
+        count = 0
+
+        def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += path == victim
+            if path == victim and count == place:
+                raise OSError(number, os.strerror(number))
+            return opened(path, *arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", fail)
+            world, engine = OneWorld(), Loading()
+            load(
+                starting_point(config, world=world, fresh=order),
+                engine,
+                config,
+                world=world,
+                fresh=order,
+            )
+        return count
+
+    openings = failing_at(0)
+    assert openings >= 1
+    for place in range(1, openings + 1):
+        with pytest.raises(
+            UnreadableCheckpointError, match=f"{name}: cannot be read now"
+        ) as raised:
+            failing_at(place)
+        assert raised.value.exit_code == 75
+        assert committed_steps(tmp_path) == [2, 4]
+
+
+def test_damage_that_another_rank_meets_leads_this_one_to_the_same_checkpoint(
+    tmp_path: Path,
+) -> None:
+    config, order = prepared(tmp_path, 2, 4)
+    engine = Loading()
+    start = starting_point(config, world=OneWorld(), fresh=order)
+    start = load(start, engine, config, world=OtherFails(engine, 2), fresh=order)
     assert engine.loads == 2
     assert start.progress.step == 2
     assert torch.equal(engine.state["master"], torch.full((NUMEL,), 2.0))

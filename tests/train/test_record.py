@@ -9,7 +9,7 @@ import pytest
 from written_checkpoint import OneRank
 
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.errors import DataError, DivergedError
+from mamba_dist.errors import DataError, DivergedError, ShortageError
 from mamba_dist.telemetry.log import log_file
 from mamba_dist.telemetry.merged_log import entries
 from mamba_dist.telemetry.starts import read_starts
@@ -69,6 +69,7 @@ def fail(error: BaseException) -> Any:
         (lambda _, run: run.watchdog.before_leaving("stacks in x"), "hang", "stacks in x", 75, 7),
         (lambda r, _: interrupt(r), "interrupted", "a second SIGINT", 130, 7),
         (fail(DataError("shard 7")), "mistake", "shard 7", 2, 7),
+        (fail(ShortageError("too little")), "shortage", "too little", 75, 7),
         (fail(DivergedError("skipped")), "diverged", "skipped", 65, 7),
         (fail(ZeroDivisionError("by 0")), "crash", "ZeroDivisionError: by 0", 1, 7),
         (fail(MemoryError()), "crash", "MemoryError", 1, 7),
@@ -83,7 +84,7 @@ def test_every_end_has_a_reason_a_code_and_a_step(
             record.train(run)
             act(record, run)
     except Exception:
-        assert reason in ("mistake", "diverged", "crash")
+        assert reason in ("shortage", "mistake", "diverged", "crash")
     [start] = read_starts(tmp_path)
     assert (start.reason, start.detail) == (reason, detail)
     assert (start.exit_code, start.last_step) == (code, step)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from written_checkpoint import write_as_ranks
 
 from mamba_dist.config.schema import RunConfig
 from mamba_dist.model.flops import parameter_count
@@ -65,6 +66,23 @@ def test_room_for_all_that_is_kept_and_one_more_needs_no_warning(
         folder.mkdir(parents=True)
         (folder / "rank-00000.safetensors").write_bytes(bytes(2 * BLOCK))
         assert disk_objections(chosen, ranks=2) == ([], [])
+
+
+def test_what_is_deleted_before_the_next_save_is_room(
+    tmp_path: Path, disk: SimpleNamespace
+) -> None:
+    """As after the kill of a run whose disk is as large as it must be."""
+    chosen = config(tmp_path, keep_last=1)
+    older, newer = (write_as_ranks(tmp_path, step, 1) for step in (10, 20))
+    freed = sum(path.stat().st_size for path in older.iterdir())
+    one = 12 * parameter_count(chosen.model)
+    disk.f_frsize = 1
+    disk.f_bavail = one - freed
+    assert disk_objections(chosen, ranks=1)[0] == []
+    disk.f_bavail -= 1
+    assert "a checkpoint takes" in disk_objections(chosen, ranks=1)[0][0]
+    assert older.exists()
+    assert newer.exists()
 
 
 def test_a_file_system_that_takes_no_more_files_is_a_problem(

@@ -1,5 +1,6 @@
 """Saves beside training: what is written, who waits, and what a failure or a kill leaves."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from processes import clean_environment
 from written_checkpoint import OneRank, fragments_of, snapshot, state_of
 
-from mamba_dist.checkpoint import background, rank_file
+from mamba_dist.checkpoint import background, rank_file, retention
 from mamba_dist.checkpoint.layout import checkpoint_folder, committed_steps, staging_folder
 from mamba_dist.checkpoint.manifest import read_manifest
 from mamba_dist.checkpoint.store import save_checkpoint
@@ -235,6 +236,31 @@ def test_a_rank_that_leaves_with_an_error_commits_what_is_written(
         run.saver.close()
         assert committed_steps(tmp_path) == [1]
     run.saver.close()
+
+
+def test_a_start_deletes_what_retention_does_not_keep(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, snapshot(step), ranks=OneRank())
+    Run(tmp_path, keep_last=2).saver.clear_old()
+    assert committed_steps(tmp_path) == [2, 3]
+
+
+def test_a_folder_that_cannot_be_listed_costs_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(run_dir: Path) -> list[int]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(retention, "committed_steps", away)
+    for mode in ("async", "streaming"):
+        run = Run(tmp_path / mode, save_mode=mode)
+        run.train()
+        run.save()
+        run.saver.finish()
+        assert committed_steps(tmp_path / mode) == [1]
+    said = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 2
+    assert all("checkpoints: cannot be read now (Stale file handle)" in text for text in said)
 
 
 class Host:

@@ -12,7 +12,7 @@ from mamba_dist.checkpoint.layout import (
     unfinished,
 )
 from mamba_dist.checkpoint.manifest import manifest_text, read_manifest
-from mamba_dist.checkpoint.store import written_steps
+from mamba_dist.checkpoint.staged import written_steps
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.errors import CheckpointError
 
