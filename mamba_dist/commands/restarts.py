@@ -72,10 +72,13 @@ def starts_in_vain(events: Sequence[Event]) -> int:
     """How many starts in a row, up to the last event, ended by themselves without progress."""
     best, in_vain = -1, 0
     for event in events:
-        if event.checkpoint is not None and event.checkpoint > best:
-            best, in_vain = event.checkpoint, 0
+        newest = -1 if event.checkpoint is None else event.checkpoint
+        if newest > best:
+            in_vain = 0
         elif event.event in ("ended", "out of time"):
             in_vain += 1
+        # Lower if the last start went back: past a damaged one, or past broken training.
+        best = newest
     return in_vain
 
 

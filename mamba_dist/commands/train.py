@@ -2,8 +2,9 @@
 
 Exit codes: 0 trained to the last step; 75 stopped by a signal after a checkpoint, found hanging by
 the watchdog, or short of what may come back (memory, a checkpoint that cannot be written or read
-now): start again to continue; 65 training is broken (steps skipped in a row that no rollback got past, or a final loss
-that is not finite); 2 any other mistake that the message explains; anything else is a crash.
+now): start again to continue; 65 training is broken (steps skipped in a row that no rollback got
+past, or a final loss that is not finite); 2 any other mistake that the message explains; anything
+else is a crash.
 """
 
 import argparse
