@@ -69,17 +69,24 @@ class Bounds:
 
 
 def starts_in_vain(events: Sequence[Event]) -> int:
-    """How many starts in a row, up to the last event, ended by themselves without progress."""
-    best, in_vain = -1, 0
+    """How many starts in a row, up to the last event, ended by themselves without progress.
+
+    A start that goes back, past a damaged checkpoint or past broken training, has what it makes
+    from there counted as progress; but not for ever, if starts go back again and again.
+    """
+    last, best, in_vain, went_back = -1, -1, 0, 0
     for event in events:
         newest = -1 if event.checkpoint is None else event.checkpoint
-        if newest > best:
+        if newest > last:
             in_vain = 0
+        elif newest < last:
+            went_back += 1
         elif event.event in ("ended", "out of time"):
             in_vain += 1
-        # Lower if the last start went back: past a damaged one, or past broken training.
-        best = newest
-    return in_vain
+        if newest > best:
+            best, went_back = newest, 0
+        last = newest
+    return max(in_vain, went_back)
 
 
 def why_not_again(
@@ -183,7 +190,8 @@ class _Job:
         if reason is not None:
             self._note(event, code, f"not started again: {reason}")
             print(f"{what}; not started again: {reason}", file=sys.stderr)
-            print("to go on, submit anew; nothing is lost up to the newest checkpoint", flush=True)
+            kept = "" if code in _WOULD_HAPPEN_AGAIN else "; the newest checkpoint is kept"
+            print(f"to go on, submit anew{kept}", flush=True)
             return
         self._note(event, code, "requeued")
         print(f"{what}; requeued, start {self._start + 1} follows", flush=True)

@@ -144,7 +144,9 @@ def is_held(run_dir: Path) -> bool | None:
 
 def _take(event: Mapping[str, Any], found: dict[float, dict[str, Any]]) -> None:
     kind, own = event.get("event"), found.get(event.get("of", 0.0))
-    if kind == "start":
+    if not isinstance(event["at"], int | float):
+        return
+    if kind == "start" and isinstance(event["ranks"], int):
         found[event["at"]] = _fields_of_start(event)
     elif own is not None and kind == "training":
         own |= {"first_step": event["step"], "total_steps": event["total_steps"]}
@@ -167,7 +169,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     """The fields of a line; none if it was cut."""
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}
 

@@ -39,6 +39,17 @@ def event(what: str, checkpoint: int | None) -> Event:
         ([("began", 5), ("ended", 5), ("began", 5), ("ended", 9)], 0),
         # Back behind what was reached, after a rollback, and to it again, is nothing new.
         ([("began", 5), ("ended", 9), ("began", 5), ("ended", 9)], 1),
+        # The second start passed over a damaged one; those after it get on from there.
+        ([("began", None), ("ended", 171), ("began", 171), ("ended", 61)], 1),
+        (
+            [
+                *(("ended", 171), ("began", 171), ("ended", 61), ("began", 61), ("ended", 91)),
+                *(("began", 91), ("ended", 121)),
+            ],
+            1,
+        ),
+        # To the same place and back again, for ever.
+        ([("ended", 9), ("ended", 5), ("ended", 9), ("ended", 5), ("ended", 9), ("ended", 5)], 3),
         # SLURM ended the second start, with and without a line of it.
         ([("began", 5), ("ended", 5), ("began", 5), ("began", 5), ("ended", 5)], 2),
         ([("began", 5), ("ended", 5), ("began", 5), ("ended by SLURM", 5)], 1),

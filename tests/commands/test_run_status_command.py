@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from processes import ROOT, run_script
 
+from mamba_dist.checkpoint.layout import remove_checkpoint
+from mamba_dist.commands import run_state
 from mamba_dist.commands.run_status import main
 from mamba_dist.telemetry.log import RankLog, log_file
 from mamba_dist.telemetry.metrics import METRICS_FILE
@@ -262,6 +264,10 @@ def test_what_cannot_be_read_hides_nothing_else(
     begin(tmp_path, ranks=1).end("finished", detail="", exit_code=0, step=7)
     with (tmp_path / STARTS_FILE).open("ab") as starts:
         starts.write(b'\0\xff\n{"event": "start"}\n{"event": "end", "of": [1]}\n7\n')
+        starts.write(b'{"event": "start", "at": "yesterday"}\n' + b"[" * 100_000 + b"\n")
+        whole = {"at": 1e9, "hosts": [], "launcher": "python", "job": None, "pid": 1}
+        wrong = {**whole, "event": "start", "ranks": "two", "versions": {}}
+        starts.write(json.dumps(wrong).encode() + b"\n")
     write_metrics(tmp_path, record(7, tokens_per_s=float("nan"), loss=float("inf")))
     with (tmp_path / METRICS_FILE).open("ab") as metrics:
         metrics.write(b'\0\xff\n3\n{"step": 1, "lo{"step": 2}\n{"loss": 1}\n{"step": 8, "cut')
@@ -270,6 +276,7 @@ def test_what_cannot_be_read_hides_nothing_else(
     assert (found["step"], found["loss"]) == ("7 of 1,000 (0.7 %)", "not finite")
     assert found["unreadable"] == "4 lines of metrics.jsonl"
     assert found["checkpoint"].startswith("step 5, 0 s old")
+    assert "not whole: without its manifest" in found["checkpoint"]
     assert main([str(tmp_path), "--json"]) == 0
     assert "NaN" not in capsys.readouterr().out
 
@@ -279,6 +286,37 @@ def test_a_folder_of_a_job_that_waits_says_that_nothing_began(
 ) -> None:
     (tmp_path / "submissions/0001").mkdir(parents=True)
     assert told(capsys, tmp_path)["state"] == "unknown: no start is recorded"
+    (tmp_path / "submissions/0001/submit.json").write_text('{"job": "4711"}')
+    (tmp_path / STARTS_FILE).touch()
+    found = told(capsys, tmp_path)
+    assert found["state"].startswith("unknown: no start is recorded; last submitted as job 4711")
+    assert found["starts"] == "none is recorded in starts.jsonl"
+
+
+def test_a_run_beyond_what_its_last_start_was_to_do_says_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = begin(tmp_path, ranks=1)
+    start.train(first_step=12, total_steps=4)
+    write_metrics(tmp_path, record(12))
+    assert told(capsys, tmp_path)["step"] == "12; the last start that trained was to end at 4"
+
+
+def test_a_checkpoint_that_retention_deletes_meanwhile_is_no_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 6):
+        checkpoint(tmp_path, step, time.time())
+    listed = run_state.committed_steps
+
+    def then_deleted(run_dir: Path) -> list[int]:
+        steps = listed(run_dir)
+        if 6 in steps:
+            remove_checkpoint(run_dir, 6)
+        return steps
+
+    monkeypatch.setattr(run_state, "committed_steps", then_deleted)
+    assert told(capsys, tmp_path)["checkpoint"].startswith("step 5, ")
 
 
 def test_logs_that_cannot_be_read_are_a_mistake(
@@ -318,7 +356,7 @@ def test_a_run_of_an_older_version_tells_what_it_has(
     write_metrics(tmp_path, record(7))
     found = told(capsys, tmp_path)
     assert found["step"] == "7"
-    assert found["starts"] == "not recorded: there is no starts.jsonl"
+    assert found["starts"] == "none is recorded in starts.jsonl"
     assert main([str(tmp_path), "--log"]) == 2
     assert "there is no folder logs" in capsys.readouterr().err
 
