@@ -32,12 +32,14 @@ class BackgroundSave:
         ranks: Ranks,
         complete: Callable[[], None],
         committed: Callable[[Path], None],
+        wrote: Callable[[], None] = lambda: None,
     ) -> None:
         """Begins to write `snapshot`, whose fragments nobody may change until it has ended.
 
         Args:
             complete: returns when the fragments are there to be read; called on the thread.
             committed: is called on rank 0's thread, with the folder, before the save has ended.
+            wrote: see `write_rank`; called on the thread.
 
         Raises:
             CheckpointError: on every rank, if the staging folder cannot be made.
@@ -53,6 +55,8 @@ class BackgroundSave:
         self._committed = committed
         self._committing = False
         self._abandoned = threading.Event()
+        self._wrote = wrote
+        self._blocks = 0
         prepare_staging(run_dir, snapshot, ranks=ranks)
 
         def write() -> None:
@@ -63,6 +67,7 @@ class BackgroundSave:
                 snapshot.fragments,
                 beside=True,
                 abandoned=self._abandoned.is_set,
+                wrote=self._note_block,
             )
 
         self._task = Task(write)
@@ -94,9 +99,14 @@ class BackgroundSave:
     def finish_alone(self, *, wait_s: float) -> None:
         """Commits it if that needs no word of the others; for a rank that leaves with an error.
 
-        What they have written stands in the folder; rank 0 waits so long for it.
+        What they have written stands in the folder; rank 0 waits so long for it, and each rank for
+        a disk that does nothing.
+
+        Raises:
+            CheckpointError: the disk does not answer.
+            OSError: the commit could not be written.
         """
-        self._task.join()
+        self._join_while_it_writes(wait_s)
         if self._ranks.rank != 0 or self._committing or self.failure or self._task.error:
             return
         deadline = time.monotonic() + wait_s
@@ -104,7 +114,21 @@ class BackgroundSave:
             if time.monotonic() > deadline:
                 return
             time.sleep(_POLL_S)
-        self._commit()
+        self._task = Task(self._commit)
+        self._join_while_it_writes(wait_s)
+        if self._task.error is not None:
+            raise self._task.error
+
+    def _join_while_it_writes(self, at_most_s: float) -> None:
+        seen = self._blocks
+        while not self._task.join(at_most_s):
+            if self._blocks == seen:
+                raise CheckpointError(f"{self._staging}: nothing was written for {at_most_s:.4g} s")
+            seen = self._blocks
+
+    def _note_block(self) -> None:
+        self._blocks += 1
+        self._wrote()
 
     def _fail(self) -> None:
         if self.failure is None:
@@ -137,8 +161,10 @@ class Task:
     def done(self) -> bool:
         return not self._thread.is_alive()
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Whether it is done, after so long at most."""
+        self._thread.join(timeout_s)
+        return self.done
 
     def _run(self, work: Callable[[], None]) -> None:
         try:

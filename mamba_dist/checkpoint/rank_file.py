@@ -2,8 +2,12 @@
 
 The file is a safetensors file with the keys `<parameter>|<kind>`. It is written front to back, each
 byte hashed on the way, from wherever the state is: nothing but a block is copied.
+
+A disk that is slow can be told from one that does not answer: `wrote` is called as it goes on.
 """
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -28,11 +32,20 @@ _BLOCK_BYTES: Final = 8 << 20
 _WORTH_A_THREAD_BYTES: Final = 1 << 20
 # The disk begins with what was written when so much has come together, not at the fsync.
 _STARTED_BYTES: Final = 32 << 20
+# linux/fs.h: all that is written of a range is on the disk afterwards, what the file needs beside
+# its data is not.
+_SYNC_FILE_RANGE_WRITE_AND_WAIT: Final = 1 | 2 | 4
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _HEADER_ALIGNMENT: Final = 8
 
 
 def _never() -> bool:
     return False
+
+
+def _untold() -> None:
+    return None
 
 
 def write_rank(
@@ -42,12 +55,14 @@ def write_rank(
     *,
     beside: bool = False,
     abandoned: Callable[[], bool] = _never,
+    wrote: Callable[[], None] = _untold,
 ) -> None:
     """Writes the rank's file and its record into the staging folder, and forces both to the disk.
 
     Args:
         beside: training goes on meanwhile; one thread does all, so that one free core is enough.
         abandoned: asked before each block whether to give up.
+        wrote: called after each block that the file, and each stretch that the disk has taken.
 
     Raises:
         OSError: they could not be written.
@@ -55,7 +70,9 @@ def write_rank(
     """
     listed = list(fragments)
     name = rank_file(rank)
-    file, hashes = write_tensors(staging / name, listed, beside=beside, abandoned=abandoned)
+    file, hashes = write_tensors(
+        staging / name, listed, beside=beside, abandoned=abandoned, wrote=wrote
+    )
     records = [
         FragmentRecord(
             name=fragment.name,
@@ -72,7 +89,12 @@ def write_rank(
 
 
 def write_tensors(
-    path: Path, fragments: Sequence[Fragment], *, beside: bool, abandoned: Callable[[], bool]
+    path: Path,
+    fragments: Sequence[Fragment],
+    *,
+    beside: bool,
+    abandoned: Callable[[], bool],
+    wrote: Callable[[], None],
 ) -> tuple[FileRecord, dict[str, str]]:
     """The record of the file that is now on the disk, and the SHA-256 of each tensor by its key.
 
@@ -87,12 +109,12 @@ def write_tensors(
     }
     header = _header(tensors)
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        written = _Written(file, None if beside else hashing)
+        written = _Written(file, None if beside else hashing, wrote)
         header_hash = written.append([memoryview(header)])
         hashes = {}
         for key, tensor in tensors.items():
             hashes[key] = written.append(_blocks(tensor, abandoned))
-        os.fsync(file.fileno())
+        written.sync()
     record = FileRecord(name=path.name, size_bytes=written.size, header_sha256=header_hash)
     return record, hashes
 
@@ -112,10 +134,13 @@ def write_synced(path: Path, text: str) -> None:
 class _Written:
     """A file that grows, and is hashed while it does, by another thread if there is one."""
 
-    def __init__(self, file: FileIO, hashing: ThreadPoolExecutor | None) -> None:
+    def __init__(
+        self, file: FileIO, hashing: ThreadPoolExecutor | None, wrote: Callable[[], None]
+    ) -> None:
         self.size = 0
         self._file = file
         self._hashing = hashing
+        self._wrote = wrote
         self._started = 0
 
     def append(self, blocks: Iterable[memoryview]) -> str:
@@ -131,11 +156,20 @@ class _Written:
                 hashed.result()
         return digest.hexdigest()
 
+    def sync(self) -> None:
+        """Forces the file to the disk."""
+        # Memory may have taken all of it long before the disk, of which fsync alone says nothing.
+        for start in range(0, self.size, _STARTED_BYTES):
+            _sync_stretch(self._file.fileno(), start)
+            self._wrote()
+        os.fsync(self._file.fileno())
+
     def _write(self, block: memoryview) -> None:
         while block:
             count = self._file.write(block)
             self.size += count
             block = block[count:]
+            self._wrote()
         if self.size - self._started >= _STARTED_BYTES:
             # On pages that nobody has written back yet, this is what starts it.
             os.posix_fadvise(
@@ -145,6 +179,15 @@ class _Written:
                 os.POSIX_FADV_DONTNEED,
             )
             self._started = self.size
+
+
+def _sync_stretch(descriptor: int, start: int) -> None:
+    """Returns when a stretch of a file has been written to the disk."""
+    if _sync_file_range(descriptor, start, _STARTED_BYTES, _SYNC_FILE_RANGE_WRITE_AND_WAIT) != 0:
+        number = ctypes.get_errno()
+        # Such a kernel (gVisor) does it all in the fsync. Another error is not told a second time.
+        if number != errno.ENOSYS:
+            raise OSError(number, os.strerror(number))
 
 
 def _header(tensors: dict[str, Tensor]) -> bytes:

@@ -7,7 +7,7 @@ the staging folder, so that a start can finish the save of a process that was ki
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +57,19 @@ class Snapshot:
     """Validation loss of this very state, nats per token; None: it was not validated."""
 
 
-def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> Path:
+def save_checkpoint(
+    run_dir: Path,
+    snapshot: Snapshot,
+    *,
+    ranks: Ranks,
+    wrote: Callable[[], None] = lambda: None,
+) -> Path:
     """The committed folder; called by all ranks, returns on all of them after the commit.
 
     The state is written from where it is, block by block: no memory is needed for a copy.
+
+    Args:
+        wrote: see `write_rank`.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write; the checkpoints before are
@@ -70,7 +79,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, ranks: Ranks) -> Path:
     folder, staging = checkpoint_folder(run_dir, step), staging_folder(run_dir, step)
     prepare_staging(run_dir, snapshot, ranks=ranks)
     with _agreed(ranks, staging):
-        write_rank(staging, ranks.rank, snapshot.fragments)
+        write_rank(staging, ranks.rank, snapshot.fragments, wrote=wrote)
     with _agreed(ranks, staging):
         if ranks.rank == 0:
             commit(staging, folder)

@@ -34,8 +34,9 @@ class EngineConfig(Section):
     """A collective that takes longer ends the run."""
     hang_timeout_minutes: float | None = Field(default=8, gt=0, le=24 * 60)
     """A rank without a finished micro-batch for so long (at most 0.8 timeout_minutes) hangs: the
-    stacks of all ranks are written and the run exits with 75, to be started again. Saves, and all
-    before the end of the first step, may take longer; null does not watch."""
+    stacks of all ranks are written and the run exits with 75, to be started again. All before the
+    end of the first step may take longer, and so may a save, in which one that writes nothing for
+    so long hangs; null does not watch."""
     ops_backend: Literal["auto", "reference", "torch", "cpu", "gpu", "cuda"] = "auto"
     """Implementation of scan and convolution; auto picks the best one this machine has."""
 

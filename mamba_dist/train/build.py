@@ -112,7 +112,9 @@ def build_run(config: RunConfig, prepared: Prepared, *, world: World, stop: Stop
         _describe_run(config, classes)
     metrics, meter = _build_metrics(config, world=world, start=start.progress, steps=steps)
     tokenizer = sources[0].dataset.manifest.tokenizer
-    save_steps = config.checkpoint.save_steps
+    saver = _build_saver(
+        config, engine, world=world, first_step=start.progress.step, last_step=steps
+    )
     return Run(
         config=config,
         world=world,
@@ -136,17 +138,9 @@ def build_run(config: RunConfig, prepared: Prepared, *, world: World, stop: Stop
         ),
         metrics=metrics,
         meter=meter,
-        saver=Saver(
-            run_folder(config),
-            config.checkpoint,
-            fragments=engine.fragments,
-            ranks=world,
-            ranks_on_host=world.local_size,
-            copies_ahead=start.progress.step % save_steps + steps - start.progress.step
-            > save_steps,
-        ),
+        saver=saver,
         guard=SkipGuard(config.training, world=world),
-        watchdog=_build_watchdog(config, world),
+        watchdog=_build_watchdog(config, world, saver),
         stop=stop,
     )
 
@@ -209,7 +203,21 @@ def planned_steps(config: RunConfig, order: RunOrder) -> int:
     return steps
 
 
-def _build_watchdog(config: RunConfig, world: World) -> Watchdog:
+def _build_saver(
+    config: RunConfig, engine: Engine, *, world: World, first_step: int, last_step: int
+) -> Saver:
+    save_steps = config.checkpoint.save_steps
+    return Saver(
+        run_folder(config),
+        config.checkpoint,
+        fragments=engine.fragments,
+        ranks=world,
+        ranks_on_host=world.local_size,
+        copies_ahead=first_step % save_steps + last_step - first_step > save_steps,
+    )
+
+
+def _build_watchdog(config: RunConfig, world: World, saver: Saver) -> Watchdog:
     pids = world.from_all_ranks(os.getpid())
     starts = world.from_all_ranks(started(os.getpid()))
     # The first rank's clock, since the folder must be one.
@@ -223,6 +231,7 @@ def _build_watchdog(config: RunConfig, world: World) -> Watchdog:
             for rank in world.on_this_host()
             if rank != world.rank
         ],
+        writing=lambda: saver.writing,
     )
 
 

@@ -83,8 +83,8 @@ def train(run: Run, folder: HeldFolder) -> Outcome:
         if last or (not stopping and _due(config.training.eval_steps, progress.step)):
             val_loss = _validate(run, progress, last=last)
         if last or stopping or _due(config.checkpoint.save_steps, progress.step):
+            folder.require()
             with run.watchdog.paused():
-                folder.require()
                 _save(run, progress, val_loss=val_loss, must_succeed=last or stopping)
         if stopping:
             return Outcome(progress, run.stop.reason or "a stop of another rank")

@@ -21,6 +21,7 @@ from mamba_dist.checkpoint.store import Snapshot, save_checkpoint
 from mamba_dist.config.schema import CheckpointConfig
 from mamba_dist.engine.base import Fragment
 from mamba_dist.errors import CheckpointError
+from mamba_dist.train.own_part import OwnPart, Writing
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Saver:
         self._run_dir = run_dir
         self._mode = config.save_mode
         self._fragments = fragments
-        self._ranks = ranks
+        self._ranks = OwnPart(ranks)
         self._ranks_on_host = ranks_on_host
         self._copies_ahead = copies_ahead
         self._available = available
@@ -74,6 +75,12 @@ class Saver:
     def busy(self) -> bool:
         """Whether a save is in flight; the same on all ranks."""
         return self._in_flight is not None
+
+    @property
+    def writing(self) -> Writing | None:
+        """What this rank itself has to write, or waits for its writer to write, before training
+        goes on; for any thread."""
+        return self._ranks.now()
 
     def hear(self, votes: float) -> None:
         """Goes on with the save in flight, and says so if it has failed.
@@ -98,18 +105,13 @@ class Saver:
         self.finish()
         try:
             copy = None if must_succeed else self._ready_copy()
-            if copy is not None:
-                self._begin(snapshot, copy)
-                return
-            folder = save_checkpoint(self._run_dir, snapshot, ranks=self._ranks)
+            with self._ranks.of_save(snapshot.progress.step):
+                self._write(snapshot, copy)
         except CheckpointError as error:
             if must_succeed:
                 raise
             # Training goes on: the next save may find a disk with room again.
             _log.error("%s", error)
-            return
-        if self._ranks.rank == 0:
-            self._committed(folder)
 
     def hold_update(self) -> None:
         """Returns when the state may be changed: a save has its copy of it."""
@@ -125,7 +127,8 @@ class Saver:
         if self._in_flight is None:
             return
         began, step = time.perf_counter(), self._in_flight.step
-        self._in_flight.finish()
+        with self._ranks.of_save(step):
+            self._in_flight.finish()
         self._settle()
         waited_s = time.perf_counter() - began
         _log.info("waited %.1f s for the save of step %d to be written", waited_s, step)
@@ -171,6 +174,17 @@ class Saver:
         else:
             self._taking = Task(self._take_memory)
 
+    def _write(self, snapshot: Snapshot, copy: HostCopy | None) -> None:
+        """From the copy beside training, or at once if there is none."""
+        if copy is not None:
+            self._begin(snapshot, copy)
+            return
+        folder = save_checkpoint(
+            self._run_dir, snapshot, ranks=self._ranks, wrote=self._ranks.wrote
+        )
+        if self._ranks.rank == 0:
+            self._committed(folder)
+
     def _begin(self, snapshot: Snapshot, copy: HostCopy) -> None:
         copied = replace(snapshot, fragments=copy.begin(snapshot.fragments))
         self._told = False
@@ -180,6 +194,7 @@ class Saver:
             ranks=self._ranks,
             complete=copy.complete,
             committed=self._committed,
+            wrote=self._ranks.wrote,
         )
         self._copying = copy
 

@@ -5,11 +5,16 @@ suspended as a whole goes on afterwards. The first rank to give up makes the fol
 run_dir/hangs/<start of the run>/; its presence tells all others to write their stacks into it and
 leave too. Ranks of the same host that a signal has stopped are woken for that (SIGCONT).
 
+A save may take as long as it likes, and waits for other ranks as long as their collectives do. But
+a disk that takes nothing of this rank's own part for the whole timeout does not answer.
+
 Limits. The threads need the interpreter's lock: a rank stuck in native code that holds it cannot
 give up. The ranks of its host find that it wrote nothing and send it SIGUSR2, at which faulthandler
 writes its stacks to standard error from within the signal; to end it is then the launcher's task.
 A stopped rank that is alone on its host is woken by nobody, and also ended by the launcher. A
-process that waits inside the kernel for a dead file system cannot be ended by anyone.
+process that waits inside the kernel for a dead file system cannot be ended by anyone, but it has
+said on standard error why it should. What a save does without writing (deleting old checkpoints, or
+the last fsync of a file whose data is on the disk) is one stage, and must end within the timeout.
 """
 
 import faulthandler
@@ -27,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
+from mamba_dist.train.own_part import Writing
 from mamba_dist.train.stop import EXIT_STOPPED
 
 _log = logging.getLogger(__name__)
@@ -67,11 +73,24 @@ class Watchdog:
     """
 
     def __init__(
-        self, folder: Path, *, rank: int, timeout_s: float | None, peers: Sequence[Peer]
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        timeout_s: float | None,
+        peers: Sequence[Peer],
+        writing: Callable[[], Writing | None] = lambda: None,
     ) -> None:
+        """Watches nothing yet.
+
+        Args:
+            folder: of the stacks.
+            writing: what this rank has to write itself, which has to go on in a pause too.
+        """
         self._folder = folder
         self._rank = rank
         self._peers = tuple(peers)
+        self._writing = writing
         self.before_leaving: Callable[[str], None] | None = None
         """Told that the run hangs, and where its stacks are, when this ends the process."""
         self._timeout_s = timeout_s
@@ -82,6 +101,7 @@ class Watchdog:
         self._was_there: set[str] = set()
         self._ended = threading.Event()
         self._leaving = threading.Lock()
+        self._told = False
 
     @property
     def last_step(self) -> int | None:
@@ -99,7 +119,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is expected inside."""
+        """Nothing is expected inside, but of what this rank writes itself."""
         self._paused += 1
         try:
             yield
@@ -139,43 +159,60 @@ class Watchdog:
 
     def _count(self) -> None:
         assert self._timeout_s is not None
-        seen, idle_s = -1, 0.0
+        seen: Writing | int | None = None
+        idle_s = 0.0
         while not self._ended.wait(self._tick_s):
             idle_s += self._tick_s
-            if self._beats != seen or self._paused or not self._steps:
-                seen, idle_s = self._beats, 0.0
+            now = self._expected()
+            if now is None or now != seen:
+                seen, idle_s = now, 0.0
             elif idle_s >= self._timeout_s:
-                self._leave()
+                self._leave(self._idle(now))
+
+    def _expected(self) -> Writing | int | None:
+        """What is to change before long; None: nothing."""
+        if not self._steps:
+            return None
+        return self._writing() or (None if self._paused else self._beats)
+
+    def _idle(self, now: Writing | int) -> str:
+        if isinstance(now, Writing):
+            return (
+                f"rank {self._rank} wrote nothing of the save of step {now.step} for "
+                f"{self._timeout_s:.4g} s, since the disk does not answer"
+            )
+        return (
+            f"rank {self._rank} got nothing done for {self._timeout_s:.4g} s after step "
+            f"{self._steps}"
+        )
 
     def _follow(self) -> None:
         # Apart from the counting: a file system that hangs would stop that too.
         while not self._ended.wait(self._tick_s):
             if self._folder.exists():
-                self._leave()
+                self._leave("another rank hangs")
 
-    def _leave(self) -> None:
+    def _leave(self, why: str) -> None:
         with self._leaving:
-            report = threading.Thread(target=self._report, name="hang-report", daemon=True)
-            report.start()
-            report.join(2 * self._grace_s)
+            _within(2 * self._grace_s, lambda: self._report(why))
+            if not self._told:
+                _within(_LEAST_GRACE_S, lambda: self._report_without_folder(why))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(EXIT_STOPPED)
 
-    def _report(self) -> None:
+    def _report(self, why: str) -> None:
         stopped = [peer.rank for peer in self._peers if peer.state() == "T"]
         try:
             self._folder.mkdir(parents=True)
         except FileExistsError:
-            pass  # another rank has said it
+            self._told = True  # by another rank
         else:
+            self._told = True
             _log.error(
-                "the run hangs: rank %d got nothing done for %.4g s after step %d%s; the stacks of "
-                "all ranks go to %s, all leave with exit code %d to be started again "
-                "(engine.hang_timeout_minutes)",
-                self._rank,
-                self._timeout_s,
-                self._steps,
+                "the run hangs: %s%s; the stacks of all ranks go to %s, all leave with exit code "
+                "%d to be started again (engine.hang_timeout_minutes)",
+                why,
                 f", rank {', '.join(map(str, stopped))} is stopped by a signal" * bool(stopped),
                 self._folder,
                 EXIT_STOPPED,
@@ -190,6 +227,18 @@ class Watchdog:
             for peer in self._missing():
                 peer.send(signal.SIGUSR2)
             self._wait_for_peers(self._grace_s / 2)
+
+    def _report_without_folder(self, why: str) -> None:
+        """For a disk that does not answer here either."""
+        faulthandler.dump_traceback(all_threads=True)
+        # Standard error first: the file of the log is beside the folder.
+        _log.error(
+            "the run hangs: %s; %s could not be made for the stacks, which stand above; leaving "
+            "with exit code %d to be started again (engine.hang_timeout_minutes)",
+            why,
+            self._folder,
+            EXIT_STOPPED,
+        )
 
     def _write_stacks(self) -> None:
         path = _stack_file(self._folder, self._rank)
@@ -218,6 +267,13 @@ class Watchdog:
             for peer in self._peers
             if not _stack_file(self._folder, peer.rank).exists() and peer.state() not in (None, "Z")
         ]
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    """Does what may hang itself, and waits for it no longer."""
+    doing = threading.Thread(target=work, name="hang-report", daemon=True)
+    doing.start()
+    doing.join(seconds)
 
 
 def started(pid: int) -> int:

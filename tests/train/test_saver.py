@@ -23,6 +23,7 @@ from mamba_dist.checkpoint.store import save_checkpoint
 from mamba_dist.checkpoint.verification import checkpoint_damage
 from mamba_dist.config.schema import CheckpointConfig
 from mamba_dist.errors import CheckpointError
+from mamba_dist.train import saver
 from mamba_dist.train.saver import Saver
 
 
@@ -261,6 +262,19 @@ def test_a_folder_that_cannot_be_listed_costs_no_save(
     said = [record.message for record in caplog.records if record.levelname == "ERROR"]
     assert len(said) == 2
     assert all("checkpoints: cannot be read now (Stale file handle)" in text for text in said)
+
+
+def test_a_rank_that_leaves_with_an_error_does_not_wait_for_a_disk_that_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(saver, "_LAST_RESORT_S", 0.2)
+    run = Run(tmp_path)
+    run.train()
+    with held_back(monkeypatch):
+        run.save()
+        run.saver.close()
+        assert "step 1 was not saved: " in caplog.text
+        assert "nothing was written for 0.2 s" in caplog.text
 
 
 class Host:

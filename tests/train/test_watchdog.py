@@ -13,6 +13,7 @@ from processes import clean_environment
 from mamba_dist.train.stop import EXIT_STOPPED
 
 RANK = str(Path(__file__).with_name("watched_rank.py"))
+SAVING_RANK = str(Path(__file__).with_name("saving_rank.py"))
 TIMEOUT_S = 1.0
 # Counting, being followed, and waiting for a rank that writes nothing.
 WITHIN_S = 20
@@ -87,3 +88,44 @@ def test_ranks_that_work_and_a_job_that_is_suspended_go_on(tmp_path: Path, begin
         assert one.communicate(timeout=WITHIN_S)[1] == ""
         assert one.returncode == 0
     assert not stacks(tmp_path)
+
+
+def saved_with(fault: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SAVING_RANK, str(folder), str(TIMEOUT_S), fault]
+    environment = clean_environment()
+    return subprocess.run(
+        command, text=True, capture_output=True, timeout=60, env=environment, check=False
+    )
+
+
+def test_a_save_of_which_the_disk_takes_nothing_ends_the_run(tmp_path: Path) -> None:
+    done = saved_with("stuck", tmp_path)
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert done.stdout == ""
+    [said] = [line for line in done.stderr.splitlines() if "the run hangs" in line]
+    assert said.startswith(
+        "the run hangs: rank 0 wrote nothing of the save of step 2 for 1 s, since the disk does "
+        f"not answer; {tmp_path}/hangs/now could not be made for the stacks"
+    )
+    assert f'File "{SAVING_RANK}"' in done.stderr
+
+
+def test_training_goes_on_beside_a_writer_that_is_stuck_until_it_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    done = saved_with("stuck-beside", tmp_path)
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert done.stdout == "trained\n"
+    assert done.stderr.startswith(
+        "the run hangs: rank 0 wrote nothing of the save of step 2 for 1 s, since the disk does "
+        "not answer; the stacks of all ranks go to "
+    )
+    [stack] = stacks(tmp_path).values()
+    assert "mamba_dist/checkpoint/rank_file.py" in stack
+
+
+def test_a_save_may_take_long_while_the_disk_takes_more_or_other_ranks_are_busy(
+    tmp_path: Path,
+) -> None:
+    done = saved_with("slow", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
