@@ -88,7 +88,8 @@ def allowed_codes(plan: RoundPlan, *, stepped: bool, done: bool) -> set[int]:
         # The launcher looks once a second: the victim's end, or that of one that missed it.
         own = {_KILLED} if plan.launcher == "python" else {247, _CRASHED, _TOLD}
     else:
-        own = {_TOLD} if event == "full disk, then SIGTERM" else {EXIT_STOPPED}
+        # Also one whose last save had no room: the next start goes on from the one before.
+        own = {EXIT_STOPPED}
     if plan.launcher == "torchrun":
         # Its own code is 1, whatever the ranks ended with.
         own = {_CRASHED}
