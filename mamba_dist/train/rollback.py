@@ -12,8 +12,13 @@ saw the samples.
 import logging
 
 from mamba_dist.checkpoint.manifest import Progress
-from mamba_dist.checkpoint.reader import CheckpointReader, find_checkpoint
-from mamba_dist.errors import DivergedError
+from mamba_dist.checkpoint.reader import (
+    CheckpointReader,
+    DamageNote,
+    find_checkpoint,
+    require_readable,
+)
+from mamba_dist.errors import DivergedError, UnreadableCheckpointError
 from mamba_dist.telemetry.metrics import RollbackRecord
 from mamba_dist.train.build import Run, planned_steps
 from mamba_dist.train.guard import BadRow
@@ -36,7 +41,8 @@ class Rollbacks:
 
         Raises:
             DivergedError: it may not go back again, or there is no checkpoint before the row.
-            CheckpointError: all checkpoints before the row are damaged.
+            CheckpointError: all checkpoints before the row are damaged, or the one to go back to
+                cannot be read any more.
             ConfigError: the data sets end before the run, which has lost these samples.
         """
         run = self._run
@@ -48,7 +54,7 @@ class Rollbacks:
         steps = range(reader.step if again else row.steps.start, row.steps.stop)
         old, order = run.steps.order, run.steps.order.without(steps)
         planned_steps(run.config, order)
-        run.engine.load_fragments(reader, adam_steps=reader.manifest.adam_steps)
+        self._load(reader)
         run_dir = run_folder(run.config)
         set_aside_after(reader.step, run_dir, world=run.world, suffix=".abandoned")
         run.saver.forget(after=reader.step)
@@ -74,6 +80,18 @@ class Rollbacks:
                 steps.stop,
             )
         return progress
+
+    def _load(self, reader: CheckpointReader) -> None:
+        """Sets the engine back, or ends on all ranks: none waits for one that could not read."""
+        noted = DamageNote(reader)
+        self._run.engine.load_fragments(noted, adam_steps=reader.manifest.adam_steps)
+        require_readable(noted.damage, ranks=self._run.world)
+        if self._run.world.any_rank(noted.damage is not None):
+            raise UnreadableCheckpointError(
+                f"{reader.folder}: was whole, and is not any more "
+                f"({noted.damage or 'another rank found a damaged file'}); the next start looks "
+                "for an older one"
+            )
 
     def _checkpoint(self, row: BadRow, *, at_most: int) -> CheckpointReader:
         run, limit = self._run, self._run.config.training.max_rollbacks

@@ -5,7 +5,8 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from mamba_dist.config.schema import MambaConfig, RunConfig, TrainingConfig
 from mamba_dist.data.segments import RunOrder, SourceContent, SourceRecord, first_segment
 from mamba_dist.engine.base import STATE_KINDS, FragmentReader
 from mamba_dist.errors import CheckpointError, UnreadableCheckpointError
+from mamba_dist.train.build import Run
+from mamba_dist.train.guard import BadRow
+from mamba_dist.train.rollback import Rollbacks
 from mamba_dist.train.state import load, starting_point
 
 CONTENT = SourceContent(1_234_567, 10, 99, 3, 2, "a" * 64, 320, 0, 0.9, 0.1)
@@ -210,3 +214,38 @@ def test_damage_that_cannot_be_set_aside_ends_the_start_on_all_ranks(
     monkeypatch.setattr(layout.os, "rename", refuse)
     with pytest.raises(CheckpointError, match=r"after step 2 cannot be set aside .*Read-only"):
         load(start, Loading(), config, world=OneWorld(), fresh=order)
+
+
+class Rotting(Loading):
+    """An engine under which a checkpoint that was just verified is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def load_fragments(self, reader: FragmentReader, *, adam_steps: int) -> None:
+        flip_last_byte(self._path)
+        super().load_fragments(reader, adam_steps=adam_steps)
+
+
+@pytest.mark.parametrize("met_here", [True, False])
+def test_a_rollback_whose_checkpoint_is_damaged_meanwhile_ends_on_all_ranks(
+    tmp_path: Path, met_here: bool
+) -> None:
+    config, order = prepared(tmp_path, 2)
+    # In the last moment, that is, whose tensor is loaded last.
+    engine = Rotting(rank_file_of(tmp_path, 2)) if met_here else Loading()
+    run = SimpleNamespace(
+        config=config,
+        engine=engine,
+        world=OneWorld() if met_here else OtherFails(engine, 2),
+        saver=SimpleNamespace(finish=lambda: None),
+        steps=SimpleNamespace(order=order),
+        start=SimpleNamespace(step=0),
+    )
+    row = BadRow(range(2, 4), order.positions(2), 9.0)
+    with pytest.raises(UnreadableCheckpointError, match="was whole, and is not any more") as raised:
+        Rollbacks(cast(Run, run)).go_back(row)
+    assert engine.loads == 1
+    assert (rank_file_of(tmp_path, 2).name in str(raised.value)) == met_here
+    assert committed_steps(tmp_path) == [2]
