@@ -97,6 +97,10 @@ class Cluster:
             timeout=120,
         )
 
+    def environment_of_srun(self) -> dict[str, str]:
+        lines = (self.noted / "environment").read_text().splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
@@ -168,8 +172,7 @@ def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Clus
     start = called.index("python-there")
     assert called[start + 1 :] == [f"{ROOT}/launch/train.py", *words]
     assert all(word.startswith("--") for word in called[:start])
-    lines = (cluster.noted / "environment").read_text().splitlines()
-    given = dict(line.split("=", 1) for line in lines if "=" in line)
+    given = cluster.environment_of_srun()
     assert not given.keys() & others.keys()
     assert given["MASTER_ADDR"] == "127.0.0.1"
     assert given["OMP_NUM_THREADS"] == given["SRUN_CPUS_PER_TASK"] == "3"
@@ -180,6 +183,26 @@ def test_ranks_get_their_meeting_point_threads_and_the_users_words(cluster: Clus
     assert began.endswith(f"{counts} began {' '.join(words)}")
     assert ended.endswith(f"{counts} --code 75 ended {' '.join(words)}")
     assert result.returncode == 75
+
+
+def test_what_an_allocation_left_in_the_submitting_shell_does_not_reach_srun(
+    cluster: Cluster,
+) -> None:
+    left = {
+        **dict.fromkeys(("SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_MEM_PER_CPU"), "3"),
+        **dict.fromkeys(("SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE"), "3"),
+        **dict.fromkeys(("SLURM_CPU_BIND", "SLURM_CPU_BIND_LIST"), "mask_cpu:0x1"),
+        **{"SLURM_DISTRIBUTION": "plane", "SLURM_EXPORT_ENV": "NONE"},
+    }
+    # What the job itself has.
+    own = {"SLURM_GPUS_PER_NODE": "a100:4", "SLURM_CPUS_PER_GPU": "5", "SLURM_CPUS_PER_TASK": ""}
+    result = cluster.run("--config", "a.yaml", **left, **own)
+    assert result.returncode == 0, result.stderr
+    given = cluster.environment_of_srun()
+    assert not given.keys() & left.keys()
+    assert given["SLURM_GPUS_PER_NODE"] == "a100:4"
+    # A rank has one GPU.
+    assert given["OMP_NUM_THREADS"] == given["SRUN_CPUS_PER_TASK"] == "5"
 
 
 def frozen(folder: Path) -> Path:
@@ -241,6 +264,7 @@ def test_jobs_meet_at_ports_of_their_own_that_no_program_has(cluster: Cluster) -
         ([], {}, "--config FILE"),
         (["--config", "a.yaml"], {"SLURM_JOB_ID": ""}, "submit this file with sbatch"),
         (["--config", "a.yaml"], {"MAMBA_DIST_PYTHON": "no-python"}, "no-python is no program"),
+        (["--config", "a.yaml"], {"SLURM_ARRAY_TASK_ID": "0"}, "without --array"),
     ],
 )
 def test_a_wrong_start_is_explained(
