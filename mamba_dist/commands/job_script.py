@@ -39,6 +39,17 @@ def limit_seconds(text: str) -> int | None:
     return sum(int(value or 0) * _UNIT_S[units[name]] for name, value in match.groupdict().items())
 
 
+def limit_in_words(limit_s: int | None) -> str:
+    """A time limit with its units, as "1 d 12 h" or "8 min"."""
+    if limit_s is None:
+        return "no limit"
+    words, left = [], limit_s
+    for name, unit_s in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, unit_s)
+        words += [f"{count} {name}"] if count else []
+    return " ".join(words)
+
+
 def option_of(word: str) -> tuple[str, str]:
     """Name and value of an option of sbatch, "" where it has none.
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,28 +31,30 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def try_submission(script: Path) -> str:
+def try_submission(script: Path, *, environment: Mapping[str, str]) -> str:
     """Where and when SLURM would start the job, in its words.
 
     Raises:
         SchedulerError: SLURM would refuse it.
     """
     # It answers on standard error, like its refusals.
-    return _call("sbatch", "--test-only", script).replace("sbatch: ", "")
+    return _call("sbatch", "--test-only", script, environment=environment).replace("sbatch: ", "")
 
 
-def submit(script: Path) -> str:
+def submit(script: Path, *, environment: Mapping[str, str]) -> str:
     """The id of the job, which now waits in the queue.
 
     Raises:
         SchedulerError: SLURM refuses it.
     """
-    words = _call("sbatch", "--parsable", script).split()
+    words = _call("sbatch", "--parsable", script, environment=environment).split()
     # With more than one cluster it reads ID;CLUSTER. Warnings may stand before it.
     return words[-1].partition(";")[0]
 
 
-def waiting_or_running(jobs: Sequence[str], *, scripts_in: Path) -> list[str]:
+def waiting_or_running(
+    jobs: Sequence[str], *, scripts_in: Path, environment: Mapping[str, str]
+) -> list[str]:
     """Jobs of this user that have not ended: those of the ids, and those of scripts in a folder.
 
     Raises:
@@ -60,7 +62,8 @@ def waiting_or_running(jobs: Sequence[str], *, scripts_in: Path) -> list[str]:
     """
     # All of this user, since a single id that SLURM has forgotten is an error to it. A script tells
     # of jobs whose submission was broken off, and of those that were submitted by hand.
-    lines = _call("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A %o").splitlines()
+    words = ("--noheader", f"--user={os.getuid()}", "--format=%A %o")
+    lines = _call("squeue", *words, environment=environment).splitlines()
     listed = dict(line.split(maxsplit=1) for line in lines if " " in line.strip())
     return [
         job
@@ -102,10 +105,13 @@ def _call_again(*command: str) -> str:
     return _call(*command)
 
 
-def _call(*command: str | Path) -> str:
+def _call(*command: str | Path, environment: Mapping[str, str] | None = None) -> str:
+    """What a command prints; without an `environment` it gets this process's."""
     words = list(map(str, command))
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            words, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
+        )
     except FileNotFoundError as error:
         raise SchedulerError(
             f"{words[0]} is not installed here; submit on a machine of the cluster, its login node"

@@ -6,15 +6,19 @@ runs/NAME/submissions/0001/
     train.sbatch   the job script; `sbatch` of it submits the same again
     submit.json    commit, versions, command, job id
     slurm-ID.log   what the job prints
+runs/NAME/submissions/.lock   held while one is made
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +33,10 @@ SUBMISSIONS = "submissions"
 CONFIG = "config.yaml"
 CODE = "code"
 SCRIPT = "train.sbatch"
+_LOCK = ".lock"
+_PARTIAL = ".partial"
+# None is still being written after so long.
+_LEFTOVER_S = 86400
 ACCOUNT = "submit.json"
 
 # All that a rank runs; data sets and checkpoints lie elsewhere.
@@ -45,7 +53,7 @@ class Submission:
     command: tuple[str, ...]
     ranks: int
     commit: str | None
-    """Of the repository; None outside of git."""
+    """Of the repository; None outside of git, or if git cannot tell."""
     uncommitted_changes: bool | None
     """In what is kept in code/."""
     code_sha256: str
@@ -56,15 +64,26 @@ class Submission:
     """None until SLURM has taken it."""
 
 
-def describe(repository: Path, *, command: Sequence[str], ranks: int) -> Submission:
-    """What is submitted now; `repository` holds mamba_dist/ and launch/."""
-    status = _git(repository, "status", "--porcelain", "--", *_FROZEN)
+def describe(
+    repository: Path, *, command: Sequence[str], ranks: int, warn: Callable[[str], None]
+) -> Submission:
+    """What is submitted now; `repository` holds mamba_dist/ and launch/.
+
+    `warn` hears why a repository's commit is not known, in git's words.
+    """
+    commit = changes = None
+    try:
+        commit = _git(repository, "rev-parse", "HEAD")
+        changes = bool(_git(repository, "status", "--porcelain", "--", *_FROZEN))
+    except _GitError as error:
+        if any((folder / ".git").exists() for folder in (repository, *repository.parents)):
+            warn(f"{ACCOUNT} cannot say which commit is submitted, and with which changes: {error}")
     return Submission(
         submitted=datetime.now(UTC).isoformat(timespec="seconds"),
         command=tuple(command),
         ranks=ranks,
-        commit=_git(repository, "rev-parse", "HEAD"),
-        uncommitted_changes=None if status is None else bool(status),
+        commit=commit,
+        uncommitted_changes=changes,
         code_sha256=code_digest(repository),
         versions=_versions(),
     )
@@ -90,6 +109,34 @@ def next_folder(run_dir: Path) -> Path:
     return parent / f"{max(taken, default=0) + 1:04d}"
 
 
+@contextmanager
+def submitting(run_dir: Path) -> Iterator[None]:
+    """While the block lasts, no other process submits a job of this run.
+
+    Raises:
+        TrainingError: another one does just now, or it cannot be told.
+    """
+    path = run_dir / SUBMISSIONS / _LOCK
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(
+                f"another submission of {run_dir} is being made now; nothing was submitted"
+            ) from error
+        except OSError as error:
+            raise TrainingError(
+                f"the file system of {run_dir} cannot lock files ({error.strerror}); mount it with "
+                "locks (Lustre: -o flock), or set training.run_dir=…; nothing was submitted"
+            ) from error
+        yield
+
+
 def freeze(
     folder: Path, submission: Submission, *, config: RunConfig, script: str, repository: Path
 ) -> None:
@@ -98,7 +145,8 @@ def freeze(
     Raises:
         TrainingError: it cannot be written, or another submission has just taken its name.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}{_PARTIAL}")
+    _remove_leftovers(folder.parent)
     try:
         try:
             partial.mkdir(parents=True)
@@ -117,9 +165,7 @@ def freeze(
                 f"{folder}: another submission of this run was made at the same time; nothing was "
                 "submitted"
             ) from error
-        raise TrainingError(
-            f"{folder} cannot be written ({error.strerror or error}); nothing was submitted"
-        ) from error
+        raise _unwritten(folder, error) from error
 
 
 def submitted_as(folder: Path, submission: Submission, *, job: str) -> None:
@@ -180,11 +226,32 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _remove_leftovers(folder: Path) -> None:
+    """Halves of submissions that were killed."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        # Gone meanwhile, or another user's.
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_S:
+                shutil.rmtree(path)
+
+
+def _unwritten(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(
+        f"{path} cannot be written ({error.strerror or error}); nothing was submitted"
+    )
+
+
+class _GitError(Exception):
+    """Why git does not answer, on one line."""
+
+
+def _git(folder: Path, *words: str) -> str:
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=60
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _GitError(str(error)) from error
+    if done.returncode:
+        raise _GitError(" ".join(done.stderr.split()))
+    return done.stdout.strip()

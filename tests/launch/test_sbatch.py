@@ -192,7 +192,8 @@ def test_what_an_allocation_left_in_the_submitting_shell_does_not_reach_srun(
         **dict.fromkeys(("SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_MEM_PER_CPU"), "3"),
         **dict.fromkeys(("SLURM_MEM_PER_GPU", "SLURM_MEM_PER_NODE"), "3"),
         **dict.fromkeys(("SLURM_CPU_BIND", "SLURM_CPU_BIND_LIST"), "mask_cpu:0x1"),
-        **{"SLURM_DISTRIBUTION": "plane", "SLURM_EXPORT_ENV": "NONE"},
+        "SLURM_DISTRIBUTION": "plane",
+        "SLURM_EXPORT_ENV": "NONE",
     }
     # What the job itself has.
     own = {"SLURM_GPUS_PER_NODE": "a100:4", "SLURM_CPUS_PER_GPU": "5", "SLURM_CPUS_PER_TASK": ""}
