@@ -309,7 +309,8 @@ class _Submitter:
         count = len(self._problems)
         if count == 1:
             return ConfigError(f"nothing was submitted: {self._problems[0]}")
-        lines = "".join(f"\n  - {problem}" for problem in self._problems)
+        indented = [problem.replace("\n", "\n    ") for problem in self._problems]
+        lines = "".join(f"\n  - {problem}" for problem in indented)
         return ConfigError(f"nothing was submitted, {count} problems:{lines}")
 
 
