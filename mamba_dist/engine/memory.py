@@ -16,9 +16,10 @@ _FP32: Final = 4
 # DeepSpeed's stage 0 flattens so many elements of the gradients to reduce them.
 _REDUCED_AT_ONCE: Final = 500_000_000
 # Layers whose gradients are whole while stage 2 reduces them; that FSDP2 gathers, differentiates
-# and reduces at once.
+# and reduces at once; and those that it does if the backward pass finds them whole.
 _LAYERS_IN_STAGE_2: Final = 3
 _LAYERS_IN_FSDP2: Final = 5
+_LAYERS_IN_FSDP2_IF_WHOLE: Final = 2
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,9 @@ def _fsdp2(size: ModelSize, config: EngineConfig, *, ranks: int, accumulates: bo
     whole = _FP32 * size.parameters
     part = -(-whole // ranks)
     # The rest of the module is gathered before the first layer, and given up after the last.
-    units = _FP32 * (size.rest + min(size.parameters, _LAYERS_IN_FSDP2 * size.layer))
     layers = 0 if config.reshard_after_forward else _FP32 * (size.parameters - size.rest)
+    in_flight = _LAYERS_IN_FSDP2_IF_WHOLE if layers else _LAYERS_IN_FSDP2
+    units = _FP32 * (size.rest + min(size.parameters, in_flight * size.layer))
     shared = ranks > 1
     return StateBytes(
         parameters=part,

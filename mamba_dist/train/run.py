@@ -32,6 +32,7 @@ def run_training(config: RunConfig) -> int:
             timeout_minutes=config.engine.timeout_minutes,
             deterministic=config.training.deterministic,
         )
+        stop.ranks_met()
         setup_logging(rank=world.rank, world_size=world.size)
         with (
             held_run_folder(config, world=world) as folder,

@@ -8,6 +8,7 @@ also watches its launcher and takes its death for a SIGTERM.
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._reason: str | None = None
+        self._have_met = threading.Event()
         self._arrivals: socket.socket | None = None
         self.before_leaving: Callable[[], None] | None = None
         """Called when a second SIGINT ends the process; it has a second."""
@@ -36,9 +38,18 @@ class StopRequest:
         """Why this process should stop, or None."""
         return self._reason
 
+    @property
+    def have_met(self) -> bool:
+        """Whether `ranks_met` was called."""
+        return self._have_met.is_set()
+
     def ask(self, reason: str) -> None:
         """Asks for a stop; the first reason stays."""
         self._reason = self._reason or reason
+
+    def ranks_met(self) -> None:
+        """All ranks are there, and agree on a stop from here on."""
+        self._have_met.set()
 
     def listen(self) -> None:
         """Takes the signals; call from the main thread.
@@ -87,7 +98,11 @@ def _nothing(number: int, frame: FrameType | None) -> None:
 
 
 def watch_launcher(stop: StopRequest, pids: Sequence[int], *, poll_s: float = 0.5) -> None:
-    """Asks for a stop as soon as one of the launcher's processes is gone."""
+    """Asks for a stop as soon as one of the launcher's processes is gone.
+
+    Before the ranks have met it ends this one: they meet at the launcher's store, or wait for ranks
+    that it did not come to start, up to the timeout of collectives.
+    """
     if not pids:
         return
 
@@ -96,6 +111,9 @@ def watch_launcher(stop: StopRequest, pids: Sequence[int], *, poll_s: float = 0.
         while all(_alive(pid) for pid in pids):
             pause.wait(poll_s)
         stop.ask("the launcher died")
+        if not stop.have_met:
+            print("the launcher died before the ranks had met", file=sys.stderr, flush=True)
+            os._exit(EXIT_STOPPED)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 

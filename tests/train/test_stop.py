@@ -7,11 +7,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from processes import clean_environment
+from processes import clean_environment, free_port
+from tiny_run import write_config
 
 from mamba_dist.train.stop import EXIT_INTERRUPTED, StopRequest, watch_launcher
+
+
+def met() -> StopRequest:
+    """Of a rank that has met the others."""
+    stop = StopRequest()
+    stop.ranks_met()
+    return stop
+
 
 LISTENER = """
 import sys
@@ -146,7 +156,7 @@ def test_after_the_run_signals_end_the_process_again(
 def test_a_living_launcher_asks_for_nothing_and_a_dead_one_for_a_stop(
     launcher: subprocess.Popen[bytes],
 ) -> None:
-    stop = StopRequest()
+    stop = met()
     watch_launcher(stop, [os.getpid(), launcher.pid], poll_s=0.01)
     time.sleep(0.2)
     assert stop.reason is None
@@ -159,7 +169,7 @@ def test_a_living_launcher_asks_for_nothing_and_a_dead_one_for_a_stop(
 def test_a_launcher_that_nobody_has_reaped_is_dead_too(
     launcher: subprocess.Popen[bytes],
 ) -> None:
-    stop = StopRequest()
+    stop = met()
     launcher.kill()
     # WNOWAIT leaves it a zombie: its folder in /proc is still there.
     os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)
@@ -173,9 +183,55 @@ def test_a_launcher_that_died_before_the_watch_began_is_noticed(
 ) -> None:
     launcher.kill()
     launcher.wait()
-    stop = StopRequest()
+    stop = met()
     watch_launcher(stop, [launcher.pid], poll_s=0.01)
     wait_until(lambda: stop.reason is not None, what="the watch to notice")
+
+
+# Waits for the other rank at a store that is gone with its launcher, as a rank does that is still
+# starting when its torchrun is killed.
+STARTING = """
+import os, sys
+from mamba_dist.config.load import load_config
+from mamba_dist.train import run
+run.launcher_pids = lambda: [int(sys.argv[2])]
+print("starting", flush=True)
+run.run_training(load_config(sys.argv[1], []).config)
+"""
+
+
+def test_a_rank_whose_launcher_dies_before_the_ranks_have_met_leaves(
+    launcher: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tmp_path)
+    variables = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", STARTING, str(config), str(launcher.pid)],
+        env={
+            **clean_environment(),
+            **variables,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert rank.stdout is not None
+        # Behind what DeepSpeed says when it is imported.
+        assert "starting\n" in iter(rank.stdout.readline, "")
+        # It comes to wait for the others.
+        time.sleep(1.0)
+        assert rank.poll() is None
+        launcher.kill()
+        launcher.wait()
+        _, said = rank.communicate(timeout=30)
+    finally:
+        rank.kill()
+    assert rank.returncode == 75, said
+    assert "the launcher died before the ranks had met" in said
 
 
 def test_a_rank_without_a_launcher_watches_nothing() -> None:
