@@ -67,7 +67,10 @@ def agree(case: Case, found: dict[str, int], *, world_size: int) -> None:
         # No activations are left then. Stage 1 has given up the whole gradients by now.
         update = plan.state.certain + plan.state.flattened
         update += plan.state.buffers if plan.engine == "zero-3" else 0
-        assert update == pytest.approx(found["update"], rel=0.12), (case, plan, found)
+        # What stage 0 flattened in the step before may wait for Python's collector of cycles.
+        uncollected = plan.state.flattened if plan.engine == "zero-0" else 0
+        least, most = 0.88 * found["update"] - uncollected, 1.12 * found["update"]
+        assert least <= update <= most, (case, plan, found)
 
 
 def activation_cases(*layers: str) -> list[Case]:
