@@ -39,10 +39,10 @@ def test_every_engine_equals_one_plain_process(run_ranks, layer, world_size, pre
         # A bf16 gradient is off by up to 2^-8, and AdamW's first steps are as long as for a large
         # one.
         relative, over_lr = (2**-7, STEPS) if rounds else (1e-5, 0.05)
-        if precision == "bf16" and not rounds:
+        if (layer, precision) == ("mamba2", "bf16") and not rounds:
             # One weight that rounds to another bf16 neighbour than the plain process's, after a
             # first step that differs by 1e-7, changes what AdamW makes of later gradients near 0.
-            over_lr = 0.2
+            over_lr = 0.1
         assert result["loss"] <= (1e-3 if rounds else 1e-5), result
         assert result["norm"] <= relative, result
         assert result["gradient"] <= relative, result
